@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine with Python 3 and make:
+#   make train   virtual environment, install, the main job        (ARGS="--recipe fast" for more)
+#   make test    install, tests
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+ARGS ?=
+PYTEST_ARGS ?=
+# One process per GPU; one on a machine without.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
+
+.PHONY: install train test check clean
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/accelerate launch --num_processes $(RANKS) $(if $(filter 1,$(RANKS)),,--multi_gpu) --num_machines 1 \
+	    --mixed_precision no --dynamo_backend no -m ddp_mnist.train $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then \
+	    git ls-files '*.sh' .ci/run | xargs shellcheck && echo 'shellcheck: ok'; \
+	else echo 'shellcheck is not installed: shell scripts not checked'; fi
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

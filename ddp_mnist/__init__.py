@@ -1,0 +1,25 @@
+"""The tutorial's MNIST network as a distributed job that is right: change the machine, not the result.
+
+    from ddp_mnist import TrainConfig, fit
+    summary = fit(TrainConfig(dataset="synthetic", epochs=1))
+
+Nothing heavy is imported before a name is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddp_mnist.config import TrainConfig
+    from ddp_mnist.model import CNN
+    from ddp_mnist.trainer import fit
+
+__all__ = ["CNN", "TrainConfig", "fit"]
+
+_HOMES = {"CNN": "ddp_mnist.model", "TrainConfig": "ddp_mnist.config", "fit": "ddp_mnist.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

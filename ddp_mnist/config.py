@@ -1,0 +1,242 @@
+"""Every setting of a run: one frozen dataclass, its checks, the recipes and the command line.
+
+Imports neither torch nor anything that does: `--help`, a wrong flag and the launchers answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+from tyro.conf import arg
+
+from ddp_mnist.errors import UsageError
+
+Recipe = Literal["tutorial", "fast"]
+Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
+Schedule = Literal["constant", "onecycle"]
+Precision = Literal["no", "fp16", "bf16"]
+
+# What a run is. A continued run must agree on all of these; everything else (world size, device, precision,
+# threads, logging) may differ between attempts.
+IDENTITY = (
+    "dataset",
+    "batch_size",
+    "accumulate",
+    "epochs",
+    "lr",
+    "schedule",
+    "grad_clip",
+    "seed",
+    "widths",
+    "init_from",
+)
+
+
+def _launcher_precision() -> Any:
+    """What `accelerate launch --mixed_precision` told its workers; checked like a flag."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def default_data_dir() -> Path:
+    return Path(os.environ.get("DDP_MNIST_DATA", "data"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train the tutorial's CNN on MNIST, on one process or many: same global batches, same result.
+
+    Start it with `accelerate launch -m ddp_mnist.train`, `torchrun ... -m ddp_mnist.train` or
+    `python -m ddp_mnist.train`. The same command with the same --output-dir continues a stopped run.
+    """
+
+    recipe: Recipe = "tutorial"
+    """Preset for the settings below; an explicit flag beats it. tutorial: Adam 1e-3, batch 64, 5 epochs.
+    fast: one-cycle schedule, 98 % after one epoch."""
+
+    dataset: Dataset = "auto"
+    """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
+
+    data_dir: Annotated[Path, arg(metavar="DIR", help_behavior_hint="(default: $DDP_MNIST_DATA, else data)")] = (
+        dataclasses.field(default_factory=default_data_dir)
+    )
+    """torchvision's root: the files are in DIR/MNIST/raw."""
+
+    output_dir: Annotated[
+        Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/<date>-<time>-<recipe>)")
+    ] = None
+    """The run directory. One that holds a stopped run is continued."""
+
+    epochs: int = 5
+    """Passes over the training set."""
+
+    batch_size: int = 64
+    """Global batch: images per optimizer step over all ranks. The world size must divide it."""
+
+    accumulate: int = 1
+    """Split each rank's share of the global batch into this many backward passes, to save memory."""
+
+    lr: float = 1e-3
+    """Adam's learning rate; with --schedule onecycle its peak."""
+
+    schedule: Schedule = "constant"
+    """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine."""
+
+    grad_clip: float = 0.0
+    """Clip the gradient's norm to this; 0: off."""
+
+    widths: tuple[int, int] = (8, 16)
+    """Output channels of the two convolutions."""
+
+    seed: int = 0
+    """Initial weights and batch order follow from it."""
+
+    mixed_precision: Annotated[
+        Precision, arg(help_behavior_hint="(default: what accelerate launch was told, else no)")
+    ] = dataclasses.field(default_factory=_launcher_precision)
+    """Autocast in training; evaluation is always fp32. fp16 needs a GPU."""
+
+    threads: int = 0
+    """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
+
+    init_from: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: random, from --seed)")] = None
+    """Start from the weights in this model.safetensors."""
+
+    max_steps: int = 0
+    """Stop at this global step, with evaluation and summary; 0: at the last epoch's end. A later start with
+    a larger value goes on. Never changes the length of the schedule."""
+
+    timeout_minutes: float = 5.0
+    """Give up when a rank has not answered the others for this long."""
+
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl and of the log."""
+
+    wandb: Literal["disabled"] = "disabled"
+    """Mirror to Weights & Biases."""
+
+    progress: bool = True
+    """Show a bar where the output is a terminal."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise _bad(field.name, value, "a finite number")
+        for name, low, high in (
+            ("epochs", 1, 100_000),
+            ("batch_size", 1, 60_000),
+            ("accumulate", 1, 60_000),
+            ("grad_clip", 0, 1e6),
+            ("seed", 0, 2**63 - 1),
+            ("threads", 0, 4096),
+            ("max_steps", 0, 2**53),
+            ("timeout_minutes", 0.05, 1440),
+            ("log_every", 1, 10_000),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise _bad(name, getattr(self, name), f"a value from {low} to {high}")
+        if not 0 < self.lr <= 10:
+            raise _bad("lr", self.lr, "a rate above 0, at most 10")
+        if len(self.widths) != 2 or not all(1 <= width <= 4096 for width in self.widths):
+            raise _bad("widths", self.widths, "two numbers from 1 to 4096")
+        for name, kind in (
+            ("recipe", Recipe),
+            ("dataset", Dataset),
+            ("schedule", Schedule),
+            ("mixed_precision", Precision),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise _bad(name, getattr(self, name), "one of " + ", ".join(get_args(kind)))
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse a world size that does not divide the global batch, naming the nearest batches that work.
+
+        Raises: UsageError.
+        """
+        parts = world_size * self.accumulate
+        if self.batch_size % parts:
+            below = self.batch_size // parts * parts
+            works = [str(size) for size in (below, below + parts) if size]
+            parts_text = f"{world_size} ranks" + (f" x {self.accumulate} parts" if self.accumulate > 1 else "")
+            raise UsageError(
+                f"--batch-size {self.batch_size} does not divide by {parts_text}. Every rank must get the same "
+                f"share of the global batch: use --batch-size {' or '.join(works)}."
+            )
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only; `from_dict` is its inverse."""
+        return {
+            field.name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Raises: UsageError for a field that does not exist."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UsageError(f"unknown setting {', '.join(unknown)} in a saved configuration")
+        values = dict(values)
+        for name in ("data_dir", "output_dir", "init_from"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        if "widths" in values:
+            values["widths"] = tuple(values["widths"])
+        return cls(**values)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "tutorial": {},
+    "fast": {"batch_size": 64, "lr": 1e-2, "schedule": "onecycle"},
+}
+
+
+def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> TrainConfig:
+    """The command line → TrainConfig. `--recipe` is read first: its preset is the default for all the rest.
+
+    `quiet` (default: on every rank but 0) keeps tyro's own message for a wrong flag from being printed once a rank.
+    Exits with 2 on a wrong flag and 0 after `--help`, as argparse does. Raises: UsageError on a bad value.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="tutorial")
+    try:
+        recipe = first.parse_known_args(args)[0].recipe
+    except argparse.ArgumentError:  # `--recipe` without a value: tyro says it better
+        recipe = "tutorial"
+    preset = RECIPES.get(recipe, {})
+    default = TrainConfig(recipe=recipe if recipe in RECIPES else "tutorial", **preset)
+    if quiet is None:
+        quiet = rank_from_environment() != 0
+    return tyro.cli(
+        TrainConfig,
+        args=args,
+        default=default,
+        prog="python -m ddp_mnist.train",
+        console_outputs=not quiet,
+    )
+
+
+def rank_from_environment() -> int:
+    """This process's rank as its launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size_from_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _bad(name: str, found: object, expected: str) -> UsageError:
+    return UsageError(f"--{name.replace('_', '-')} is {found}; expected {expected}.")

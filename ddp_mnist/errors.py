@@ -1,0 +1,24 @@
+"""The errors a user can cause or meet. Each carries the exit code its end deserves.
+
+Anything else that is raised is a bug and keeps its traceback.
+"""
+
+
+class JobError(Exception):
+    """The world is not as it must be: files, network, lock, lost rank, non-finite loss."""
+
+    exit_code = 1
+    stop_reason = "error"
+
+    def __init__(self, message: str, *, local: bool = False, stop_reason: str | None = None) -> None:
+        """`local`: the other ranks do not know of it, so this one must speak although it may not be rank 0."""
+        super().__init__(message)
+        self.local = local
+        if stop_reason is not None:
+            self.stop_reason = stop_reason
+
+
+class UsageError(JobError, ValueError):
+    """Knowable from flags, recipe and saved config alone: the same command can never work."""
+
+    exit_code = 2

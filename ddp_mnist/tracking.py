@@ -1,0 +1,145 @@
+"""Showing a run: console lines, a bar on a terminal, `metrics.jsonl`.
+
+Every rank owns a Tracker and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddp_mnist import rundir
+from ddp_mnist.checkpoint import TrainState
+from ddp_mnist.config import TrainConfig
+from ddp_mnist.errors import JobError
+from ddp_mnist.evaluate import Score
+from ddp_mnist.world import World
+
+
+class Tracker:
+    """Losses go into a buffer on the device; once an interval they are summed over the ranks and read."""
+
+    def __init__(
+        self, config: TrainConfig, world: World, run_dir: Path, state: TrainState, *, epoch_sizes: list[int]
+    ) -> None:
+        """`epoch_sizes`: images in each global batch of an epoch."""
+        self.config = config
+        self.world = world
+        self.epoch_sizes = epoch_sizes
+        self.total_steps = len(epoch_sizes) * config.epochs
+        self._buffer = torch.zeros(config.log_every, device=world.device)
+        self._filled = 0
+        self._wall_before = state.wall_seconds
+        self._started = time.perf_counter()
+        self._line_mark = (state.samples_seen, state.train_seconds)
+        self._file: IO[str] | None = None
+        self._bar: Any = None
+        if world.is_main:
+            self._file = open(run_dir / rundir.METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            if config.progress and sys.stderr.isatty():
+                self._bar = tqdm(total=self.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+
+    def say(self, text: str) -> None:
+        """One line (or block) on the console, from the main process only."""
+        if self.world.is_main:
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def due(self, state: TrainState) -> bool:
+        """An interval is full, and the epoch is not at its end, where `evaluated` writes the line."""
+        return state.step % self.config.log_every == 0 and state.step_in_epoch < len(self.epoch_sizes)
+
+    def train(self, state: TrainState, loss: Tensor) -> None:
+        """Take this rank's part of the global mean loss, a scalar tensor, after `state.advance`."""
+        self._buffer[self._filled] = loss
+        self._filled += 1
+        if self._filled == len(self._buffer):
+            self.settle(state)
+
+    def settle(self, state: TrainState) -> None:
+        """Move the losses not read so far into `state.losses`; a collective.
+
+        Raises: JobError, on all ranks, when one of them is not finite.
+        """
+        if not self._filled:
+            return
+        losses = self.world.sum(self._buffer[: self._filled]).tolist()
+        first = state.step - self._filled + 1
+        self._filled = 0
+        for step, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                raise JobError(f"the loss became {loss} at step {step}.", stop_reason="nan")
+        state.losses += losses
+
+    def line(self, state: TrainState, rate: float, score: Score | None = None) -> None:
+        """One line for the steps since the last, with the test score where there is one; a collective."""
+        self.settle(state)
+        state.wall_seconds = self.wall_seconds()
+        record: dict[str, Any] = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "wall_seconds": round(state.wall_seconds, 3),
+            "lr": rate,
+        }
+        if state.losses:
+            end = state.step_in_epoch
+            sizes = self.epoch_sizes[end - len(state.losses) : end]
+            total = sum(loss * size for loss, size in zip(state.losses, sizes, strict=True))
+            record["train/loss"] = total / sum(sizes)
+        samples, seconds = self._line_mark
+        if state.train_seconds > seconds:
+            record["train/images_per_second"] = round(
+                (state.samples_seen - samples) / (state.train_seconds - seconds), 1
+            )
+        self._line_mark = (state.samples_seen, state.train_seconds)
+        if state.skipped_steps:
+            record["train/skipped_steps"] = state.skipped_steps
+        if score is not None:
+            record |= {"test/loss": score.loss, "test/accuracy": score.accuracy}
+        state.losses = []
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._show(record)
+
+    def wall_seconds(self) -> float:
+        """Over all attempts."""
+        return self._wall_before + time.perf_counter() - self._started
+
+    def _show(self, record: dict[str, Any]) -> None:
+        loss, speed = record.get("train/loss", math.nan), record.get("train/images_per_second", 0.0)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s", refresh=False)
+            self._bar.update(record["step"] - self._bar.n)
+        elif "test/accuracy" not in record:
+            images_left = (self.total_steps - record["step"]) * self.config.batch_size
+            left = f", {images_left / speed:,.0f} s left" if speed else ""
+            share = f"step {record['step']}/{self.total_steps}"
+            self.say(
+                f"epoch {record['epoch'] + 1}/{self.config.epochs} {share}: loss {loss:.4f}, {speed:,.0f} images/s{left}"
+            )
+        if "test/accuracy" in record:
+            accuracy, test_loss = 100 * record["test/accuracy"], record["test/loss"]
+            self.say(
+                f"epoch {record['epoch'] + 1}/{self.config.epochs} done: train loss {loss:.4f}, "
+                f"test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %"
+            )

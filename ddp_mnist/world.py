@@ -1,0 +1,139 @@
+"""The processes of a run: how many there are, which one this is, and how they agree."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+
+from ddp_mnist.config import TrainConfig, world_size_from_environment
+from ddp_mnist.errors import JobError, UsageError
+
+T = TypeVar("T")
+
+
+class World:
+    """All ranks of this run, started through Accelerate; leaving the `with` block closes the process group.
+
+    Raises: JobError when the ranks cannot find each other or launcher and Accelerate disagree on how many there
+    are; UsageError for fp16 without a GPU.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.size = world_size_from_environment()
+        on_cpu = not _has_accelerator(self.size)
+        if on_cpu and config.mixed_precision == "fp16":
+            raise UsageError("--mixed-precision fp16 needs a GPU and there is none here: use bf16 or no.")
+        self.threads = config.threads or default_threads()
+        # Launchers set OMP_NUM_THREADS=1 or leave it alone; the thread count decides speed and bits, so the job
+        # sets it itself and is the same under all of them.
+        torch.set_num_threads(self.threads)
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                # Without cpu=True each of several ranks on a machine without a GPU believes it is alone.
+                cpu=on_cpu,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                ],
+            )
+        except (RuntimeError, ValueError) as error:  # a busy port, an unreachable address, a missing variable
+            _reset_accelerate()
+            raise JobError(
+                f"the {self.size} ranks could not be brought together on {socket.gethostname()}: {error} "
+                "Check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start with accelerate launch or torchrun.",
+                local=True,
+            ) from error
+        self.rank: int = self.accelerator.process_index
+        self.device: torch.device = self.accelerator.device
+        if self.accelerator.num_processes != self.size:
+            found = self.accelerator.num_processes
+            self.close()
+            raise JobError(
+                f"the launcher says WORLD_SIZE={self.size}, Accelerate counts {found}: the ranks would each train "
+                "alone. Start with accelerate launch or torchrun, which set RANK, LOCAL_RANK and WORLD_SIZE."
+            )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _reset_accelerate()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over all ranks, in place; returns `values`."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if it fails on any, the same JobError is raised on all of them.
+
+        The ranks then end together with one message, instead of some waiting in a collective for one that left.
+        """
+        result: Any = None
+        failure: BaseException | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        report = None
+        if failure is not None:
+            expected = isinstance(failure, JobError)
+            report = (str(failure) if expected else repr(failure), getattr(failure, "exit_code", 1))
+        reports: list[tuple[str, int] | None] = [report]
+        if self.size > 1:
+            reports = [None] * self.size
+            dist.all_gather_object(reports, report)
+        if failure is not None and not isinstance(failure, JobError):
+            raise failure  # a bug keeps its traceback, on the rank that has it
+        for rank, found in enumerate(reports):
+            if found is not None:
+                message, code = found
+                where = "" if rank == 0 else f"rank {rank}: "
+                raise (UsageError if code == 2 else JobError)(where + message) from failure
+        return result
+
+
+def default_threads() -> int:
+    """CPUs this process may use, divided by the ranks on this machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _has_accelerator(world_size: int) -> bool:
+    if torch.cuda.is_available():
+        return True
+    return world_size == 1 and torch.backends.mps.is_available()
+
+
+def _reset_accelerate() -> None:
+    """Accelerate keeps its state in process-wide singletons; a second `fit` in one process needs fresh ones."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
