@@ -1,10 +1,23 @@
-"""What a run is at one moment: the position, the totals, the weights."""
+"""What a run is at one moment, on disk: written whole or not at all, verified before it is used.
+
+`checkpoints/step-XXXXXXXX/` holds model.safetensors, optimizer.safetensors, state.json and MANIFEST.json (sizes and
+SHA-256). Nothing is pickled. The batch order follows from (seed, epoch), so the position is three integers and there
+is no random state to keep.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
-from dataclasses import dataclass, field
+import os
+import secrets
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -12,8 +25,17 @@ import torch
 from torch import Tensor
 
 from ddp_mnist import rundir
+from ddp_mnist.config import IDENTITY, TrainConfig
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
+
+log = logging.getLogger(__name__)
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "MANIFEST.json"
+TEMPORARY = ".tmp-"
 
 
 @dataclass
@@ -46,6 +68,122 @@ class TrainState:
         self.step_in_epoch = 0
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The content of one checkpoint."""
+
+    state: TrainState
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    """fp32, on the CPU, by parameter name"""
+    optimizer: dict[str, Tensor]
+    """`<parameter>.<exp_avg|exp_avg_sq|step>`, on the CPU"""
+    scaler: dict[str, Any]
+    """fp16's loss scaler; empty for other precisions"""
+    metrics_bytes: int
+    """Length of metrics.jsonl at this moment; what lies beyond belongs to a future that did not happen."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Only rank 0 owns one."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.folder = run_dir / rundir.CHECKPOINTS
+        self.keep = keep
+
+    def steps(self) -> list[Path]:
+        """Published checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+    def publish(self, snapshot: Snapshot) -> Path:
+        """Write, flush, rename into place, then remove the oldest beyond `keep`. Raises: OSError."""
+        target = self.folder / f"step-{snapshot.state.step:08d}"
+        if target.exists():  # a stop right after a resume: the very same state
+            return target
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
+        try:
+            temporary.mkdir()
+            state = {
+                "state": asdict(snapshot.state),
+                "config": snapshot.config,
+                "scaler": snapshot.scaler,
+                "metrics_bytes": snapshot.metrics_bytes,
+            }
+            contents = {
+                MODEL: safetensors.torch.save(snapshot.weights),
+                OPTIMIZER: safetensors.torch.save(snapshot.optimizer),
+                STATE: (json.dumps(state, indent=1) + "\n").encode(),
+            }
+            manifest = {name: _fingerprint(content) for name, content in contents.items()}
+            contents[MANIFEST] = (json.dumps(manifest, indent=1) + "\n").encode()
+            for name, content in contents.items():
+                with open(temporary / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            rundir.sync_directory(temporary)
+            os.rename(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        rundir.sync_directory(self.folder)
+        for old in self.steps()[: -self.keep]:
+            self._remove(old)
+        return target
+
+    def newest(self) -> tuple[Path, Snapshot] | None:
+        """The newest checkpoint that verifies. A damaged one is named and set aside. Raises: OSError."""
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for path in reversed(self.steps()):
+            try:
+                return path, _read(path)
+            except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                aside = rundir.set_aside(path, self.folder, "damaged")
+                log.warning("%s is damaged (%s); set aside as %s, using the one before it.", path, error, aside.name)
+        return None
+
+    def _remove(self, path: Path) -> None:
+        """Out of sight first, so that a kill in between leaves no half checkpoint."""
+        doomed = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+class SaveClock:
+    """When an automatic checkpoint is due: saving may take 1 % of the time, or 10 minutes have passed."""
+
+    SHARE = 0.01
+    SECONDS = 600.0
+
+    def __init__(self) -> None:
+        self._saved = time.monotonic()
+        self._cost = 0.0
+
+    def due(self, *, epoch_end: bool) -> bool:
+        since = time.monotonic() - self._saved
+        return since >= self.SECONDS or (epoch_end and self._cost <= self.SHARE * since)
+
+    def saved(self, cost: float) -> None:
+        """`cost`: seconds the save took, failed or not."""
+        self._saved, self._cost = time.monotonic(), cost
+
+
+def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
+    now = config.to_dict()
+    for name in IDENTITY:
+        was, is_ = saved.get(name), now[name]
+        more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
+        if was != is_ and not more_epochs:
+            flag = f"--{name.replace('_', '-')}"
+            hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
+            raise UsageError(
+                f"{config.output_dir} holds a run with {flag} {_words(was)}; this command says {_words(is_)}{hint}. "
+                f"Continue it with {flag} {_words(was)}, choose another --output-dir, or start over with --fresh."
+            )
+
+
 def weights(net: CNN) -> dict[str, Tensor]:
     """The network's state dict, fp32 on the CPU in plain layout. Raises: JobError when a value is not finite."""
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in net.state_dict().items()}
@@ -75,3 +213,31 @@ def load_weights(net: CNN, path: Path) -> None:
     if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise JobError(f"{path} holds weights that are not finite; use another file.")
     net.load_state_dict(tensors)
+
+
+def _read(path: Path) -> Snapshot:
+    """Raises: ValueError and others when anything but the very bytes that were written is there."""
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    contents = {}
+    for name in (MODEL, OPTIMIZER, STATE):
+        contents[name] = (path / name).read_bytes()
+        found, expected = _fingerprint(contents[name]), manifest[name]
+        if found != expected:
+            raise ValueError(f"{name} has {found}, expected {expected}")
+    state = json.loads(contents[STATE])
+    return Snapshot(
+        state=TrainState(**state["state"]),
+        config=state["config"],
+        weights=safetensors.torch.load(contents[MODEL]),
+        optimizer=safetensors.torch.load(contents[OPTIMIZER]),
+        scaler=state["scaler"],
+        metrics_bytes=state["metrics_bytes"],
+    )
+
+
+def _fingerprint(content: bytes) -> dict[str, Any]:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

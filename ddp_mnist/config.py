@@ -109,9 +109,22 @@ class TrainConfig:
     init_from: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: random, from --seed)")] = None
     """Start from the weights in this model.safetensors."""
 
+    checkpoint_every: int = 0
+    """Save every so many steps exactly; 0: automatic, at an epoch's end where saving takes under 1 % of the time,
+    and at least every 10 minutes. A stop and the end always save."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Start over in a directory that holds a run; what was there is set aside."""
+
     max_steps: int = 0
     """Stop at this global step, with evaluation and summary; 0: at the last epoch's end. A later start with
     a larger value goes on. Never changes the length of the schedule."""
+
+    max_minutes: float = 0.0
+    """Stop with a checkpoint and exit code 75 after this long; 0: no limit."""
 
     timeout_minutes: float = 5.0
     """Give up when a rank has not answered the others for this long."""
@@ -138,6 +151,9 @@ class TrainConfig:
             ("seed", 0, 2**63 - 1),
             ("threads", 0, 4096),
             ("max_steps", 0, 2**53),
+            ("checkpoint_every", 0, 2**53),
+            ("keep_checkpoints", 2, 1_000_000),
+            ("max_minutes", 0, 1e6),
             ("timeout_minutes", 0.05, 1440),
             ("log_every", 1, 10_000),
         ):
@@ -170,6 +186,22 @@ class TrainConfig:
                 f"--batch-size {self.batch_size} does not divide by {parts_text}. Every rank must get the same "
                 f"share of the global batch: use --batch-size {' or '.join(works)}."
             )
+
+    def flags(self) -> list[str]:
+        """The command line that gives this configuration: what neither defaults nor the recipe say."""
+        words = ["--recipe", self.recipe] if self.recipe != "tutorial" else []
+        plain = {"data_dir": Path("data"), "mixed_precision": "no"}
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            default = plain.get(name, RECIPES[self.recipe].get(name, field.default))
+            if name == "recipe" or value == default:
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+        return words
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

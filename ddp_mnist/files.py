@@ -4,7 +4,7 @@ They lie as torchvision lays them, `<root>/MNIST/raw/train-images-idx3-ubyte[.gz
 read and nothing else happens: no lock, no write, no torch import. A missing or damaged one is made again from
 the .gz beside it, from torchvision's mirrors, or (synthetic) by drawing it. Many ranks and nodes may share a
 folder: only the holder of `.lock` writes, and a file gets its name by `os.replace` when complete, so that
-readers need no lock. If a folder cannot be written, a normal case on clusters, what it lacks is made in memory.
+readers need no lock. Where it cannot be written, a normal case on clusters, what it lacks is made in memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Array = NDArray[np.uint8]
 
 LOCK = ".lock"
 SUMS = "MD5SUMS"
-TEMPORARY = ".incoming-"  # folders of unfinished files; what a killed process left, the next lock holder removes
+TEMPORARY = ".incoming-"  # prefix of folders for unfinished files; the next lock holder removes left ones
 DOWNLOAD_PATIENCE = 10  # time-outs one mirror may take for one file: a trickle never runs into the time-out
 LOCK_PATIENCE = 20  # time-outs to wait for another process's download
 _temporary = partial(TemporaryDirectory, prefix=TEMPORARY, ignore_cleanup_errors=True)
@@ -101,9 +101,9 @@ def read_split(
     good, bad = _survey(place)
     if bad:
         good = _repair(place, bad)
-    images, labels = (good[name] for name in place.names)
+    images, labels = (good[name] for name in NAMES[split])
     if len(images) != len(labels):
-        raise place.failure(place.names[0], f"{len(images)} images but {len(labels)} labels")
+        raise place.failure(NAMES[split][0], f"{len(images)} images but {len(labels)} labels")
     return images, labels
 
 
@@ -120,7 +120,7 @@ def verify(dataset: str, root: str | Path) -> list[Finding]:
     """Look at the four raw files; changes nothing."""
     findings = []
     for split in NAMES:
-        place = _place(dataset, root, split)
+        place = _place(dataset, root, split, fetch=False, timeout=0)
         good, bad = _survey(place)
         findings += [Finding(place.folder / name, "ok") for name in good]
         for name, why in bad.items():
@@ -137,7 +137,6 @@ class _Place(NamedTuple):
     fetch: bool
     timeout: float
     folder: Path
-    names: tuple[str, str]
     md5: Mapping[str, tuple[str, str]]
 
     def failure(self, name: str, *reasons: str) -> DataError:
@@ -148,7 +147,7 @@ class _Place(NamedTuple):
         return DataError(f"{self.folder / name}: {'; '.join(reasons)}. To mend it, {advice}.")
 
 
-def _place(dataset: str, root: str | Path, split: SplitName, fetch: bool = False, timeout: float = 0) -> _Place:
+def _place(dataset: str, root: str | Path, split: SplitName, fetch: bool, timeout: float) -> _Place:
     for given, known in (dataset, SOURCES), (split, NAMES):
         if given not in known:
             raise UsageError(f"there is no {given!r}: choose from {', '.join(known)}")
@@ -158,14 +157,14 @@ def _place(dataset: str, root: str | Path, split: SplitName, fetch: bool = False
 
         folder += f"-v{getattr(synthetic, 'VERSION', 1)}"  # what an older version drew is never picked up
     root = Path(root).expanduser()
-    return _Place(dataset, root, split, fetch, timeout, root / folder / "raw", NAMES[split], md5)
+    return _Place(dataset, root, split, fetch, timeout, root / folder / "raw", md5)
 
 
 def _survey(place: _Place) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the good files' arrays and what is wrong with the others, by name. Needs no lock."""
     good: dict[str, Array] = {}
     bad: dict[str, str] = {}
-    for name in place.names:
+    for name in NAMES[place.split]:
         try:
             good[name] = _examine(place, name)
         except (OSError, ValueError) as error:
@@ -221,7 +220,7 @@ def _mend(place: _Place, bad: Mapping[str, str], blocked: str = "") -> dict[str,
         except (OSError, ValueError) as error:
             reasons = why, f"{name}.gz: {_why(error)}"
             if blocked or not place.fetch:
-                raise place.failure(name, *reasons, blocked or NO_FETCH) from error
+                raise place.failure(name, *reasons, blocked if place.fetch else NO_FETCH) from error
             _download(place, name, *reasons)
             contents = _remake(place, name)
         made |= {key: _parse(key, data) for key, data in contents.items()}
@@ -239,7 +238,7 @@ def _remake(place: _Place, name: str) -> dict[str, bytes]:
     from ddp_mnist import synthetic
 
     files = {}
-    for key, array in zip(place.names, synthetic.make_digits(place.split), strict=True):
+    for key, array in zip(NAMES[place.split], synthetic.make_digits(place.split), strict=True):
         files[key] = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
     return files
 
@@ -311,7 +310,7 @@ def _download(place: _Place, name: str, *found: str) -> None:
             try:
                 _download_url(url, temporary, filename, dict(published.resources)[filename], place.timeout)
             except (OSError, HTTPException, RuntimeError, ValueError) as error:
-                errors.append(f"{url}: {type(error).__name__}: {error}")
+                errors.append(f"{url}: {type(error).__name__}: {str(error) or 'took too long'}")
                 continue
             os.replace(Path(temporary, filename), place.folder / filename)
             return

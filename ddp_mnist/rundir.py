@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import secrets
@@ -14,11 +15,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError
 
+log = logging.getLogger(__name__)
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 SUMMARY = "summary.json"
 WEIGHTS = "model.safetensors"
 
@@ -50,6 +57,58 @@ def create(config: TrainConfig) -> Path:
         except OSError as error:
             raise JobError(f"{path} cannot be made: {error.strerror}. Choose a place with --output-dir.") from error
     raise JobError(f"runs/{name} and 998 more are taken. Choose a place with --output-dir.")
+
+
+def lock(path: Path, patience: float = 60.0) -> filelock.BaseFileLock | None:
+    """Hold the directory for this job; the kernel lets go when the process dies. A predecessor that is still saving
+    gets `patience` seconds. None where the file system has no locks. Raises: JobError."""
+    holder = filelock.FileLock(path / LOCK, timeout=0)
+    try:
+        holder.acquire()
+    except filelock.Timeout:
+        log.warning("%s is held by another job; waiting up to %.0f s for it to finish.", path, patience)
+        try:
+            holder.acquire(timeout=patience)
+        except filelock.Timeout as error:
+            raise JobError(
+                f"--output-dir {path} is held by another job that is still running. Wait for it, stop it, or choose "
+                "another directory.",
+                stop_reason="locked",
+            ) from error
+    except (NotImplementedError, OSError) as error:
+        log.warning("%s cannot be locked (%s): see to it that only one job uses it.", path, error)
+        return None
+    return holder
+
+
+def start_over(path: Path) -> None:
+    """Set aside what a run has left in the directory; nothing is deleted. Raises: OSError."""
+    names = (CHECKPOINTS, METRICS, SUMMARY, WEIGHTS, CONFIG)
+    present = [path / name for name in names if (path / name).exists()]
+    if present:
+        aside = path / f"old-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        aside.mkdir()
+        for item in present:
+            item.rename(aside / item.name)
+
+
+def set_aside(path: Path, folder: Path, label: str) -> Path:
+    """Rename `path` to a free name in `folder` that begins with `label`; returns it. Raises: OSError."""
+    for number in range(1000):
+        target = folder / (f"{label}-{path.name}" + (f"-{number}" if number else ""))
+        if not target.exists():
+            path.rename(target)
+            return target
+    raise FileExistsError(f"{folder} holds too many {label} copies of {path.name}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file or it is not whole."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_atomic(path: Path, content: bytes) -> None:

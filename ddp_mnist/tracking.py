@@ -5,12 +5,16 @@ Every rank owns a Tracker and calls it at the same steps, since a line's loss is
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +27,26 @@ from ddp_mnist.errors import JobError
 from ddp_mnist.evaluate import Score
 from ddp_mnist.world import World
 
+log = logging.getLogger(__name__)
+
 
 class Tracker:
     """Losses go into a buffer on the device; once an interval they are summed over the ranks and read."""
 
     def __init__(
-        self, config: TrainConfig, world: World, run_dir: Path, state: TrainState, *, epoch_sizes: list[int]
+        self,
+        config: TrainConfig,
+        world: World,
+        run_dir: Path,
+        state: TrainState,
+        *,
+        epoch_sizes: list[int],
+        metrics_bytes: int,
     ) -> None:
-        """`epoch_sizes`: images in each global batch of an epoch."""
+        """`epoch_sizes`: images in each global batch of an epoch. `metrics_bytes`: what to keep of metrics.jsonl.
+
+        Raises: JobError on rank 0 when metrics.jsonl cannot be opened.
+        """
         self.config = config
         self.world = world
         self.epoch_sizes = epoch_sizes
@@ -40,10 +56,10 @@ class Tracker:
         self._wall_before = state.wall_seconds
         self._started = time.perf_counter()
         self._line_mark = (state.samples_seen, state.train_seconds)
-        self._file: IO[str] | None = None
+        self._file: MetricsFile | None = None
         self._bar: Any = None
         if world.is_main:
-            self._file = open(run_dir / rundir.METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            self._file = MetricsFile(run_dir / rundir.METRICS, keep=metrics_bytes)
             if config.progress and sys.stderr.isatty():
                 self._bar = tqdm(total=self.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
 
@@ -59,10 +75,18 @@ class Tracker:
     def say(self, text: str) -> None:
         """One line (or block) on the console, from the main process only."""
         if self.world.is_main:
-            if self._bar is not None:
-                self._bar.write(text)
-            else:
-                print(text, flush=True)
+            # A full disk under the log or a closed pipe is no reason to stop training.
+            with contextlib.suppress(OSError):
+                if self._bar is not None:
+                    self._bar.write(text)
+                else:
+                    print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One message on standard error, from the main process only."""
+        if self.world.is_main:
+            with contextlib.suppress(OSError):
+                (self._bar.write if self._bar is not None else print)(text, file=sys.stderr)
 
     def due(self, state: TrainState) -> bool:
         """An interval is full, and the epoch is not at its end, where `evaluated` writes the line."""
@@ -117,9 +141,12 @@ class Tracker:
             record |= {"test/loss": score.loss, "test/accuracy": score.accuracy}
         state.losses = []
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._file.append(record)
             self._show(record)
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl so far, flushed to disk; 0 on other ranks than 0. Raises: OSError."""
+        return self._file.sync() if self._file is not None else 0
 
     def wall_seconds(self) -> float:
         """Over all attempts."""
@@ -127,6 +154,7 @@ class Tracker:
 
     def _show(self, record: dict[str, Any]) -> None:
         loss, speed = record.get("train/loss", math.nan), record.get("train/images_per_second", 0.0)
+        epoch = f"epoch {record['epoch'] + 1}/{self.config.epochs}"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s", refresh=False)
             self._bar.update(record["step"] - self._bar.n)
@@ -134,12 +162,53 @@ class Tracker:
             images_left = (self.total_steps - record["step"]) * self.config.batch_size
             left = f", {images_left / speed:,.0f} s left" if speed else ""
             share = f"step {record['step']}/{self.total_steps}"
-            self.say(
-                f"epoch {record['epoch'] + 1}/{self.config.epochs} {share}: loss {loss:.4f}, {speed:,.0f} images/s{left}"
-            )
+            self.say(f"{epoch} {share}: loss {loss:.4f}, {speed:,.0f} images/s{left}")
         if "test/accuracy" in record:
             accuracy, test_loss = 100 * record["test/accuracy"], record["test/loss"]
-            self.say(
-                f"epoch {record['epoch'] + 1}/{self.config.epochs} done: train loss {loss:.4f}, "
-                f"test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %"
-            )
+            self.say(f"{epoch} done: train loss {loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %")
+
+
+class MetricsFile:
+    """metrics.jsonl: whole lines only. What a full disk refuses is kept and tried again with the next line."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        """Cuts the file to its first `keep` bytes. Raises: JobError."""
+        self.path = path
+        self._waiting = b""
+        try:
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+            self._end = min(keep, os.fstat(self._file.fileno()).st_size)
+            self._file.truncate(self._end)
+        except OSError as error:
+            raise JobError(f"{path} cannot be written: {error.strerror}.") from error
+        if self._end < keep:
+            log.warning("%s has %d bytes, expected %d: earlier lines are missing.", path, self._end, keep)
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._waiting += (json.dumps(record) + "\n").encode()
+        try:
+            self._flush()
+        except OSError as error:
+            log.warning("%s: %s; its lines are kept in memory and tried again.", self.path, error.strerror)
+
+    def sync(self) -> int:
+        """Flush to disk; returns the length. Raises: OSError."""
+        self._flush()
+        os.fsync(self._file.fileno())
+        return self._end
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        try:
+            written = self._file.write(self._waiting)
+            if written != len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(self._end)  # no half line
+            raise
+        self._end += len(self._waiting)
+        self._waiting = b""

@@ -5,26 +5,36 @@ Flags are parsed before torch is imported, so `--help` is instant and a wrong fl
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
 from ddp_mnist.config import parse, rank_from_environment, world_size_from_environment
 from ddp_mnist.errors import JobError
+from ddp_mnist.preemption import StopSignal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank's part of the job; returns its exit code (0, 1, 2 or 75)."""
+    """Run one rank's part of the job; returns its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
+    rank = rank_from_environment()
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="warning: %(message)s")
+    stop = StopSignal()
     try:
         config = parse(argv)
         config.check_world(world_size_from_environment())
+        stop.__enter__()  # for good: a signal may come as late as the exit
         from ddp_mnist.trainer import fit  # imports torch
 
-        return fit(config)["exit_code"]
+        code = fit(config, stop)["exit_code"]
+        # srun --kill-on-bad-exit ends the others with the first rank that fails, so one alone tells the news.
+        return code if rank == 0 else 0
     except JobError as error:
         # Every rank raises the same error, one tells it; except where the others cannot know.
-        if rank_from_environment() == 0 or error.local:
+        if rank == 0 or error.local:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    finally:
+        stop.ignore_from_now_on()
 
 
 if __name__ == "__main__":

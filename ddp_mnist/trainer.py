@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,49 +12,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddp_mnist import data, rundir
-from ddp_mnist.checkpoint import TrainState, load_weights, publish_weights
+from ddp_mnist.checkpoint import MODEL, Checkpoints, SaveClock, Snapshot, TrainState, load_weights, publish_weights
+from ddp_mnist.checkpoint import weights as checkpoint_weights
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Batch, TrainBatches, to_float
 from ddp_mnist.errors import JobError
 from ddp_mnist.evaluate import Score, evaluate
 from ddp_mnist.model import CNN
+from ddp_mnist.preemption import StopSignal
+from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.tracking import Tracker
-from ddp_mnist.world import World
+from ddp_mnist.world import World, is_lost_rank, lost_rank
 
 
-def fit(config: TrainConfig) -> dict[str, Any]:
+def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
     """Train as configured; every rank of the job calls it. Returns the run's summary, as in summary.json.
 
-    Raises: JobError, the same on all ranks, with the exit code it deserves. Only rank 0 writes files.
+    A run that `config.output_dir` holds is continued. Raises: JobError, the same on all ranks, with the exit code it
+    deserves. Only rank 0 writes files. `stop`: signal handlers that are installed already; else `fit` has its own.
     """
-    with World(config) as world:
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        stop.limit(config.max_minutes)
+        world = stack.enter_context(World(config))
         config.check_world(world.size)
-        run_dir, config = settle(config, world)
-        trainer = Trainer(config, world, run_dir)
+        run = stack.enter_context(open_run(config, world))
+        if run.finished:
+            if world.is_main:
+                print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
+            return run.finished
+        trainer = Trainer(run, world, stop)
         try:
             return trainer.run()
         except JobError as error:
-            trainer.summarise(error.stop_reason, exit_code=error.exit_code)
+            trainer.give_up(error)
             raise
-
-
-def settle(config: TrainConfig, world: World) -> tuple[Path, TrainConfig]:
-    """What the flags leave open, decided by rank 0 for all: the run directory and which data set `auto` is."""
-    run_dir = world.broadcast(world.agree(lambda: rundir.create(config) if world.is_main else None))
-    dataset = world.broadcast(
-        world.agree(lambda: data.resolve(config.dataset, config.data_dir) if world.is_main else "")
-    )
-    assert run_dir is not None
-    return run_dir, config.replace(output_dir=run_dir, dataset=dataset)
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            lost = lost_rank(error, world)
+            trainer.give_up(lost)
+            raise lost from error
 
 
 class Trainer:
     """One attempt at a run, on one rank."""
 
-    def __init__(self, config: TrainConfig, world: World, run_dir: Path) -> None:
-        self.config = config
+    def __init__(self, run: Run, world: World, stop: StopSignal) -> None:
+        self.run_dir, self.config = run.path, run.config
         self.world = world
-        self.run_dir = run_dir
+        self.stop = stop
+        config = self.config
         train_set, test_set = world.agree(lambda: data.load(config.dataset, config.data_dir))
         self.train_set, self.test_set = train_set.to(world.device), test_set.to(world.device)
         self.batches = TrainBatches(
@@ -66,21 +73,27 @@ class Trainer:
             seed=config.seed,
         )
         self.total_steps = len(self.batches) * config.epochs
-        self.step = TrainStep(config, world)
-        self.state = TrainState()
-        self.samples_before, self.seconds_before = self.state.samples_seen, self.state.train_seconds
+        self.step = TrainStep(config, world, run.snapshot)
+        self.state = run.snapshot.state if run.snapshot else TrainState()
+        self.resumed_from = self.state.step if run.snapshot else None
+        self.before = (self.state.samples_seen, self.state.train_seconds)
+        self.scored: tuple[int, Score] | None = None
         sizes = [self.batches.global_size(step) for step in range(len(self.batches))]
-        self.tracker = Tracker(config, world, run_dir, self.state, epoch_sizes=sizes)
+        metrics_bytes = run.snapshot.metrics_bytes if run.snapshot else 0
+        self.tracker = world.agree(
+            lambda: Tracker(config, world, run.path, self.state, epoch_sizes=sizes, metrics_bytes=metrics_bytes)
+        )
+        self.checkpoints = Checkpoints(run.path, config.keep_checkpoints)
+        self.clock = SaveClock()
 
     def run(self) -> dict[str, Any]:
-        if self.world.is_main:
-            settings = {"settings": self.config.to_dict(), **rundir.facts(self.world.size)}
-            rundir.write_json(self.run_dir / rundir.CONFIG, settings)
+        self.world.agree(self.write_config)
         self.step.settle_buckets(self.batches)
         with self.tracker:
             self.tracker.say(self.banner())
-            stop_reason = self.loop()
-            return self.finish(stop_reason)
+            reason = self.loop()
+            self.stop.close()
+            return self.finish(reason) if reason in ("finished", "max_steps") else self.leave(reason)
 
     def loop(self) -> str:
         """Train until done or stopped; returns why it ended."""
@@ -90,22 +103,99 @@ class Trainer:
             for batch in self.batches.epoch(state.epoch, start=state.step_in_epoch):
                 if config.max_steps and state.step >= config.max_steps:
                     return "max_steps"
+                if reason := self.stop.agreed(self.world, state.step):
+                    return reason
                 rate = learning_rate(config, state.step, self.total_steps)
                 loss = self.step(batch, rate)
                 state.advance(batch.global_size)
+                state.skipped_steps += self.step.optimizer.step_was_skipped
                 tracker.train(state, loss)
                 state.train_seconds += lap()
                 if tracker.due(state):
                     tracker.line(state, rate)
+                    self.save_if_due()
+                    lap()
+                elif config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                    self.save_if_due()
                     lap()
             tracker.settle(state)
             state.train_seconds += lap()
             score = self.score(self.test_set)
-            rate = learning_rate(config, state.step - 1, self.total_steps)
-            tracker.line(state, rate, score)
-            self.last_score = (state.step, score)
+            self.scored = (state.step, score)
+            tracker.line(state, learning_rate(config, state.step - 1, self.total_steps), score)
             state.end_epoch()
+            self.save_if_due(epoch_end=True)
         return "finished"
+
+    def save_if_due(self, *, epoch_end: bool = False) -> None:
+        """Called where all ranks have the same step. Training goes on when a save fails: the last one is kept."""
+        if self.config.checkpoint_every:
+            if self.state.step % self.config.checkpoint_every == 0:
+                self.tracker.settle(self.state)  # a collective, at a step that all ranks can work out
+                self.save()
+        elif self.world.is_main and self.clock.due(epoch_end=epoch_end):
+            self.save()  # an interval has just ended: nothing to collect from the other ranks, rank 0 decides alone
+
+    def save(self) -> str:
+        """Rank 0 publishes a checkpoint. Returns what went wrong, empty if nothing did."""
+        if not self.world.is_main:
+            return ""
+        lap = Stopwatch()
+        try:
+            self.state.wall_seconds = self.tracker.wall_seconds()
+            weights, optimizer, scaler = self.step.snapshot()
+            settings = self.config.to_dict()
+            metrics_bytes = self.tracker.metrics_bytes()
+            self.checkpoints.publish(Snapshot(self.state, settings, weights, optimizer, scaler, metrics_bytes))
+            return ""
+        except (OSError, JobError) as error:
+            kept = self.checkpoints.steps()
+            what = f"the checkpoint of step {self.state.step} could not be saved: {error}"
+            self.tracker.warn(f"{what} Kept: {kept[-1] if kept else 'none so far'}.")
+            return what
+        finally:
+            self.clock.saved(lap())
+
+    def save_or_fail(self) -> None:
+        """The save that must succeed, at a stop and at the end. Raises: JobError on all ranks."""
+        self.tracker.settle(self.state)
+        failure = self.world.broadcast(self.save())
+        if failure:
+            raise JobError(failure, stop_reason="save_failed")
+
+    def leave(self, reason: str) -> dict[str, Any]:
+        """Stopped early: save, say how to go on."""
+        self.save_or_fail()
+        summary = self.summarise(reason, exit_code=75)
+        self.tracker.say(
+            f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
+            f"  {continue_command(self.config, self.world)}"
+        )
+        self.world.let_others_leave()
+        return summary
+
+    def give_up(self, error: JobError) -> None:
+        """Leave a summary of a failure, and say what can be done about it. Raises nothing."""
+        if not self.world.is_main:
+            return
+        with contextlib.suppress(OSError):
+            self.summarise(error.stop_reason, exit_code=error.exit_code)
+        kept = self.checkpoints.steps()
+        if error.stop_reason == "nan":
+            again = self.config.replace(output_dir=None, lr=self.config.lr / 3)
+            if kept:
+                again = again.replace(init_from=kept[-1] / MODEL)
+            self.tracker.warn(f"a lower rate may help:\n  {continue_command(again, self.world)}")
+        elif kept:
+            self.tracker.warn(f"continue from {kept[-1].name} with\n  {continue_command(self.config, self.world)}")
+
+    def write_config(self) -> None:
+        if self.world.is_main:
+            try:
+                content = {"settings": self.config.to_dict(), **rundir.facts(self.world.size)}
+                rundir.write_json(self.run_dir / rundir.CONFIG, content)
+            except OSError as error:
+                raise JobError(f"{self.run_dir} cannot be written: {error.strerror}.") from error
 
     def score(self, split: data.Split) -> Score:
         lap = Stopwatch()
@@ -113,18 +203,20 @@ class Trainer:
         self.state.eval_seconds += lap()
         return result
 
-    def finish(self, stop_reason: str) -> dict[str, Any]:
-        """Final weights, both scores, summary."""
-        self.tracker.settle(self.state)
+    def finish(self, reason: str) -> dict[str, Any]:
+        """Done, or at --max-steps: checkpoint, final weights, both scores, summary."""
+        self.save_or_fail()
         self.world.agree(self.publish)
         train = self.score(self.train_set)
-        scored_step, test = getattr(self, "last_score", (-1, None))
-        if test is None or scored_step != self.state.step:
-            test = self.score(self.test_set)
+        if self.scored is None or self.scored[0] != self.state.step:
+            self.scored = (self.state.step, self.score(self.test_set))
+        test = self.scored[1]
         self.tracker.say(f"Checking accuracy on training data\n{train.sentence()}")
         self.tracker.say(f"Checking accuracy on test data\n{test.sentence()}")
-        summary = self.summarise(stop_reason, exit_code=0, train=train, test=test)
+        summary = self.summarise(reason, exit_code=0, train=train, test=test)
         self.tracker.say(f"wrote {self.run_dir}")
+        if reason == "max_steps":
+            self.tracker.say(f"continue with\n  {continue_command(self.config.replace(max_steps=0), self.world)}")
         return summary
 
     def publish(self) -> None:
@@ -142,7 +234,7 @@ class Trainer:
         """summary.json's content; rank 0 writes it."""
         config, state, world = self.config, self.state, self.world
         state.wall_seconds = self.tracker.wall_seconds()
-        seconds = state.train_seconds - self.seconds_before
+        samples, seconds = state.samples_seen - self.before[0], state.train_seconds - self.before[1]
         summary = {
             "finished": stop_reason == "finished",
             "stop_reason": stop_reason,
@@ -168,8 +260,8 @@ class Trainer:
             "train_seconds": round(state.train_seconds, 3),
             "eval_seconds": round(state.eval_seconds, 3),
             "wall_seconds": round(state.wall_seconds, 3),
-            "images_per_second": round((state.samples_seen - self.samples_before) / seconds, 1) if seconds else None,
-            "resumed_from": None,
+            "images_per_second": round(samples / seconds, 1) if seconds else None,
+            "resumed_from": self.resumed_from,
             "wandb_mode": config.wandb,
         }
         if world.is_main:
@@ -192,6 +284,8 @@ class Trainer:
             f"Adam {config.lr:g} {config.schedule}",
             f"  output  {self.run_dir}",
         ]
+        if self.resumed_from is not None:
+            lines.append(f"  resumed at step {self.resumed_from} of {self.total_steps}")
         if config.dataset == "synthetic":
             lines.append(data.SYNTHETIC_WARNING)
         return "\n".join(lines)
@@ -200,17 +294,45 @@ class Trainer:
 class TrainStep:
     """Network and optimizer under Accelerate: one call is one optimizer step on this rank's share of a batch."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: World, snapshot: Snapshot | None = None) -> None:
         self.config = config
         self.world = world
-        self.skipped = 0
         torch.manual_seed(config.seed)
         self.net = CNN(widths=config.widths)
-        if config.init_from is not None:
-            world.agree(lambda: load_weights(self.net, config.init_from))  # type: ignore[arg-type]
+        path = config.init_from
+        if snapshot is not None:
+            self.net.load_state_dict(snapshot.weights)
+        elif path is not None:
+            world.agree(lambda: load_weights(self.net, path))
         self.net.to(world.device).to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
         self.model, self.optimizer = world.accelerator.prepare(self.net, optimizer)
+        if snapshot is not None:
+            self.restore(optimizer, snapshot)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(weights, optimizer, scaler) as a checkpoint keeps them. Raises: JobError when a weight is not finite."""
+        state = self.optimizer.optimizer.state
+        optimizer = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.net.named_parameters()
+            for key, value in state.get(parameter, {}).items()
+        }
+        scaler = self.world.accelerator.scaler
+        return checkpoint_weights(self.net), optimizer, scaler.state_dict() if scaler is not None else {}
+
+    def restore(self, optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
+        for name, parameter in self.net.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = snapshot.optimizer.get(f"{name}.{key}")
+                if value is None:  # saved before the first step
+                    continue
+                # In the parameter's own memory layout: fused Adam walks both in storage order.
+                home = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                optimizer.state[parameter][key] = home.copy_(value)
+        scaler = self.world.accelerator.scaler
+        if scaler is not None and snapshot.scaler:
+            scaler.load_state_dict(snapshot.scaler)
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """Returns this rank's part of the global mean loss, a scalar; the sum over the ranks is the loss."""
@@ -221,7 +343,6 @@ class TrainStep:
         if self.config.grad_clip:
             self.world.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        self.skipped += self.optimizer.step_was_skipped
         return loss
 
     def gradients(self, batch: Batch) -> Tensor:

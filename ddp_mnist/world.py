@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -34,8 +36,9 @@ class World:
         if on_cpu and config.mixed_precision == "fp16":
             raise UsageError("--mixed-precision fp16 needs a GPU and there is none here: use bf16 or no.")
         self.threads = config.threads or default_threads()
-        # Launchers set OMP_NUM_THREADS=1 or leave it alone; the thread count decides speed and bits, so the job
-        # sets it itself and is the same under all of them.
+        # The thread count decides speed and bits. Launchers set OMP_NUM_THREADS=1 or leave it alone, and Accelerate
+        # obeys it or takes all cores: the job sets it itself, so that it is the same under all of them.
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)
         torch.set_num_threads(self.threads)
         try:
             self.accelerator = Accelerator(
@@ -54,6 +57,7 @@ class World:
                 "Check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start with accelerate launch or torchrun.",
                 local=True,
             ) from error
+        assert torch.get_num_threads() == self.threads
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         if self.accelerator.num_processes != self.size:
@@ -92,6 +96,31 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def let_others_leave(self, patience: float = 10.0) -> None:
+        """Returns on rank 0 when all other ranks' processes are gone, on these at once; `patience` in seconds.
+
+        srun --kill-on-bad-exit ends the other ranks with the first that fails, and the step gets their code: so rank
+        0 must be the last to leave. The kernel closes a dead process's sockets, which is what rank 0 waits for.
+        """
+        if self.size == 1:
+            return
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        server = socket.create_server(("", 0)) if self.is_main else None
+        port = self.broadcast(server.getsockname()[1] if server else 0)
+        deadline = time.monotonic() + patience
+        if server is None:
+            with contextlib.suppress(OSError):  # a firewall: rank 0 then waits for its patience to end
+                self._line_to_main = socket.create_connection((host, port), timeout=patience)
+            return
+        with server, contextlib.suppress(OSError):
+            lines = []
+            for _ in range(self.size - 1):
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                lines.append(server.accept()[0])
+            for line in lines:
+                line.settimeout(max(0.01, deadline - time.monotonic()))
+                line.recv(1)
+
     def agree(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if it fails on any, the same JobError is raised on all of them.
 
@@ -119,6 +148,21 @@ class World:
                 where = "" if rank == 0 else f"rank {rank}: "
                 raise (UsageError if code == 2 else JobError)(where + message) from failure
         return result
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """A collective that failed because another rank died or did not answer in time, not a bug of ours."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def lost_rank(error: RuntimeError, world: World) -> JobError:
+    last = str(error).strip().splitlines()[-1]
+    return JobError(
+        f"rank {world.rank} on {socket.gethostname()} lost contact with another rank, which was killed, crashed or "
+        f"did not answer within --timeout-minutes ({last}).",
+        local=True,
+        stop_reason="lost_rank",
+    )
 
 
 def default_threads() -> int:

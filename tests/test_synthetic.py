@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from ddp_mnist.synthetic import make_digits
 
@@ -126,9 +128,16 @@ def test_a_mean_image_per_digit_is_a_fair_guess_but_no_more(train, test):
     assert 0.5 < accuracy < 0.95
 
 
-def test_a_small_network_learns_the_digits_without_solving_them(train, test):
-    torch = pytest.importorskip("torch")
-    nn = torch.nn
+@pytest.fixture
+def one_thread():
+    """Layers this small gain nothing from threads, and lose much where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_small_network_learns_the_digits_without_solving_them(train, test, one_thread):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -152,5 +161,4 @@ def test_a_small_network_learns_the_digits_without_solving_them(train, test):
         with torch.no_grad():
             guesses = model(torch.from_numpy(test[0][:1000]).float().div(255).unsqueeze(1)).argmax(1)
     accuracy = np.mean(guesses.numpy() == test[1][:1000])
-    print(f"accuracy {accuracy:.3f}")
-    assert 0.85 < accuracy < 1
+    assert 0.85 < accuracy < 1  # 0.93 when this was written

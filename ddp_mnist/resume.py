@@ -1,0 +1,107 @@
+"""Which run this is: a new one, the continuation of a stopped one, or one that is finished."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ddp_mnist import data, rundir
+from ddp_mnist.checkpoint import Checkpoints, Snapshot, check_identity
+from ddp_mnist.config import TrainConfig
+from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all ranks agree on before anything is built."""
+
+    path: Path
+    config: TrainConfig
+    """With nothing left open: `auto` and the output directory are resolved."""
+    snapshot: Snapshot | None
+    """Where to go on; None: from the start."""
+    finished: dict[str, Any]
+    """The summary of a run with nothing left to do; else empty."""
+
+
+@contextmanager
+def open_run(config: TrainConfig, world: World) -> Iterator[Run]:
+    """Rank 0 finds the run and holds its directory for this job; the others hear of it. Raises: JobError."""
+    holder = None
+    try:
+        found = None
+
+        def find() -> None:
+            nonlocal holder, found
+            if world.is_main:
+                path = rundir.create(config)
+                holder = rundir.lock(path)
+                found = _find(config, path)
+
+        world.agree(find)
+        run = world.broadcast(found)
+        assert run is not None
+        yield run
+    finally:
+        if holder is not None:
+            holder.release()
+
+
+def _find(config: TrainConfig, path: Path) -> Run:
+    try:
+        if config.fresh:
+            rundir.start_over(path)
+        newest = Checkpoints(path, config.keep_checkpoints).newest()
+    except OSError as error:
+        raise JobError(f"{path} cannot be read: {error}") from error
+    config = config.replace(output_dir=path)
+    if config.init_from is not None:
+        config = config.replace(init_from=config.init_from.resolve())
+    if newest is None:
+        if rundir.read_json(path / rundir.SUMMARY).get("finished"):
+            raise UsageError(
+                f"{path} holds a finished run without its checkpoints. Choose another --output-dir, or --fresh."
+            )
+        dataset = data.resolve(config.dataset, config.data_dir)
+        return Run(path, config.replace(dataset=dataset), None, {})
+    _, snapshot = newest
+    saved = snapshot.config
+    if config.dataset == "auto":  # the run has decided
+        config = config.replace(dataset=saved["dataset"])
+    check_identity(saved, config)
+    summary = rundir.read_json(path / rundir.SUMMARY)
+    done = snapshot.state.epoch >= config.epochs
+    finished = done and summary.get("finished") and (path / rundir.WEIGHTS).exists()
+    return Run(path, config, snapshot, summary if finished else {})
+
+
+def continue_command(config: TrainConfig, world: World) -> str:
+    """What to type to go on: the launcher this attempt was started with, and its flags."""
+    flags = replace(config, fresh=False).flags()
+    return f"{_launcher(world)} {shlex.join(flags)}".strip()
+
+
+def _launcher(world: World) -> str:
+    module = "-m ddp_mnist.train"
+    if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
+        return os.environ["DDP_MNIST_LAUNCHER"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        several = f"--multi_gpu --num_processes {world.size} " if world.size > 1 else ""
+        if world.size > local:
+            several += f"--num_machines {world.size // local} --machine_rank ... --main_process_ip ... "
+        on_cpu = "ACCELERATE_USE_CPU=1 " if several and world.device.type == "cpu" else ""
+        return f"{on_cpu}accelerate launch {several}{module}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes = f"--nnodes {world.size // local} --node-rank ... --master-addr ... " if world.size > local else ""
+        return f"torchrun {nodes}--nproc-per-node {local} {module}"
+    return f"python {module}"
