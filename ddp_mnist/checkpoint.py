@@ -95,6 +95,9 @@ class Checkpoints:
         """Published checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
+    def last_step(self) -> int | None:
+        return int(self.steps()[-1].name.removeprefix("step-")) if self.steps() else None
+
     def publish(self, snapshot: Snapshot) -> Path:
         """Write, flush, rename into place, then remove the oldest beyond `keep`. Raises: OSError."""
         target = self.folder / f"step-{snapshot.state.step:08d}"

@@ -17,6 +17,10 @@ class JobError(Exception):
         if stop_reason is not None:
             self.stop_reason = stop_reason
 
+    def add(self, advice: str) -> None:
+        """Append what to do next, on a line of its own."""
+        self.args = (f"{self}\n{advice}",)
+
 
 class UsageError(JobError, ValueError):
     """Knowable from flags, recipe and saved config alone: the same command can never work."""

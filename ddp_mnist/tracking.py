@@ -82,12 +82,6 @@ class Tracker:
                 else:
                     print(text, flush=True)
 
-    def warn(self, text: str) -> None:
-        """One message on standard error, from the main process only."""
-        if self.world.is_main:
-            with contextlib.suppress(OSError):
-                (self._bar.write if self._bar is not None else print)(text, file=sys.stderr)
-
     def due(self, state: TrainState) -> bool:
         """An interval is full, and the epoch is not at its end, where `evaluated` writes the line."""
         return state.step % self.config.log_every == 0 and state.step_in_epoch < len(self.epoch_sizes)

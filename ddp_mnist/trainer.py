@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from typing import Any
@@ -23,6 +24,8 @@ from ddp_mnist.preemption import StopSignal
 from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.tracking import Tracker
 from ddp_mnist.world import World, is_lost_rank, lost_rank
+
+log = logging.getLogger(__name__)
 
 
 def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
@@ -149,9 +152,10 @@ class Trainer:
             self.checkpoints.publish(Snapshot(self.state, settings, weights, optimizer, scaler, metrics_bytes))
             return ""
         except (OSError, JobError) as error:
-            kept = self.checkpoints.steps()
-            what = f"the checkpoint of step {self.state.step} could not be saved: {error}"
-            self.tracker.warn(f"{what} Kept: {kept[-1] if kept else 'none so far'}.")
+            what = f"the checkpoint of step {self.state.step} could not be saved ({error})."
+            last = self.checkpoints.last_step()
+            kept = "There is none before it." if last is None else f"The one of step {last} is kept."
+            log.warning("%s %s", what, kept)
             return what
         finally:
             self.clock.saved(lap())
@@ -175,19 +179,21 @@ class Trainer:
         return summary
 
     def give_up(self, error: JobError) -> None:
-        """Leave a summary of a failure, and say what can be done about it. Raises nothing."""
+        """Leave a summary of a failure, and add to the error what can be done about it. Raises nothing."""
         if not self.world.is_main:
             return
         with contextlib.suppress(OSError):
             self.summarise(error.stop_reason, exit_code=error.exit_code)
         kept = self.checkpoints.steps()
         if error.stop_reason == "nan":
-            again = self.config.replace(output_dir=None, lr=self.config.lr / 3)
+            again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))
             if kept:
                 again = again.replace(init_from=kept[-1] / MODEL)
-            self.tracker.warn(f"a lower rate may help:\n  {continue_command(again, self.world)}")
+            error.add(f"A lower rate may help:\n  {continue_command(again, self.world)}")
         elif kept:
-            self.tracker.warn(f"continue from {kept[-1].name} with\n  {continue_command(self.config, self.world)}")
+            error.add(
+                f"Continue from step {self.checkpoints.last_step()} with\n  {continue_command(self.config, self.world)}"
+            )
 
     def write_config(self) -> None:
         if self.world.is_main:

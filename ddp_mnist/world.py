@@ -156,7 +156,8 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 
 def lost_rank(error: RuntimeError, world: World) -> JobError:
-    last = str(error).strip().splitlines()[-1]
+    # gloo: "[/build/path/pair.cc:561] Connection closed by peer [address]. This is typically caused ..."
+    last = str(error).strip().splitlines()[-1].split("] ", 1)[-1].split(". ")[0].rstrip(".")
     return JobError(
         f"rank {world.rank} on {socket.gethostname()} lost contact with another rank, which was killed, crashed or "
         f"did not answer within --timeout-minutes ({last}).",
