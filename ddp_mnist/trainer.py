@@ -118,8 +118,8 @@ class Trainer:
                     tracker.line(state, rate)
                     self.save_if_due()
                     lap()
-                elif config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                    self.save_if_due()
+                elif config.checkpoint_every and state.step_in_epoch < len(self.batches):
+                    self.save_if_due()  # an epoch's last step is saved when it has been scored
                     lap()
             tracker.settle(state)
             state.train_seconds += lap()
