@@ -118,7 +118,7 @@ class Trainer:
                     tracker.line(state, rate)
                     self.save_if_due()
                     lap()
-                elif config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                elif config.checkpoint_every and state.step_in_epoch < len(self.batches):  # else below, with its score
                     self.save_if_due()
                     lap()
             tracker.settle(state)
