@@ -46,6 +46,8 @@ def open_run(config: TrainConfig, world: World) -> Iterator[Run]:
                 path = rundir.create(config)
                 holder = rundir.lock(path)
                 found = _find(config, path)
+                if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
+                    rundir.remove(path / rundir.SUMMARY)
 
         world.agree(find)
         run = world.broadcast(found)

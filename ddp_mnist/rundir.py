@@ -102,6 +102,14 @@ def set_aside(path: Path, folder: Path, label: str) -> Path:
     raise FileExistsError(f"{folder} holds too many {label} copies of {path.name}")
 
 
+def remove(path: Path) -> None:
+    """Raises: JobError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise JobError(f"{path} cannot be removed: {error.strerror}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """{} where there is no such file or it is not whole."""
     try:
