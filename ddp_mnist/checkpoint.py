@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -35,6 +36,7 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"step-\d{8,}")
 TEMPORARY = ".tmp-"
 
 
@@ -92,11 +94,12 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[Path]:
-        """Published checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+        """Published checkpoints, oldest first; a user's copies of them (`step-00000050-good`) are none of ours."""
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=_step)
 
     def last_step(self) -> int | None:
-        return int(self.steps()[-1].name.removeprefix("step-")) if self.steps() else None
+        return _step(self.steps()[-1]) if self.steps() else None
 
     def publish(self, snapshot: Snapshot) -> Path:
         """Write, flush, rename into place, then remove the oldest beyond `keep`. Raises: OSError."""
@@ -236,6 +239,10 @@ def _read(path: Path) -> Snapshot:
         scaler=state["scaler"],
         metrics_bytes=state["metrics_bytes"],
     )
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _fingerprint(content: bytes) -> dict[str, Any]:
