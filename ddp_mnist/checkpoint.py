@@ -106,7 +106,9 @@ class Checkpoints:
         target = self.folder / f"step-{snapshot.state.step:08d}"
         if target.exists():  # a stop right after a resume: the very same state
             return target
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rundir.sync_directory(self.folder.parent)
         temporary = self.folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
         try:
             temporary.mkdir()
@@ -141,12 +143,15 @@ class Checkpoints:
         """The newest checkpoint that verifies. A damaged one is named and set aside. Raises: OSError."""
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for path in reversed(self.steps()):
+        paths = self.steps()
+        while paths:
+            path = paths.pop()
             try:
                 return path, _read(path)
             except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
                 aside = rundir.set_aside(path, self.folder, "damaged")
-                log.warning("%s is damaged (%s); set aside as %s, using the one before it.", path, error, aside.name)
+                next_one = f"using {paths[-1].name}" if paths else "there is none before it: starting over"
+                log.warning("%s is damaged (%s); set aside as %s, %s.", path, error, aside.name, next_one)
         return None
 
     def _remove(self, path: Path) -> None:
