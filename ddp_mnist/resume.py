@@ -44,7 +44,8 @@ def open_run(config: TrainConfig, world: World) -> Iterator[Run]:
             nonlocal holder, found
             if world.is_main:
                 path = rundir.create(config)
-                holder = rundir.lock(path)
+                # Half of the time that the other ranks, which wait for this one, have before they give it up.
+                holder = rundir.lock(path, patience=min(rundir.PATIENCE, 30 * config.timeout_minutes))
                 found = _find(config, path)
                 if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
                     rundir.remove(path / rundir.SUMMARY)
