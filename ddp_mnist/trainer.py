@@ -39,22 +39,25 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
         stop.limit(config.max_minutes)
         world = stack.enter_context(World(config))
         config.check_world(world.size)
-        run = stack.enter_context(open_run(config, world))
-        if run.finished:
-            if world.is_main:
-                print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
-            return run.finished
-        trainer = Trainer(run, world, stop)
+        trainer = None
         try:
+            run = stack.enter_context(open_run(config, world))
+            if run.finished:
+                if world.is_main:
+                    print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
+                return run.finished
+            trainer = Trainer(run, world, stop)
             return trainer.run()
         except JobError as error:
-            trainer.give_up(error)
+            if trainer is not None:
+                trainer.give_up(error)
             raise
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise
             lost = lost_rank(error, world)
-            trainer.give_up(lost)
+            if trainer is not None:
+                trainer.give_up(lost)
             raise lost from error
 
 
