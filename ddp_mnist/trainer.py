@@ -142,10 +142,10 @@ class Trainer:
         elif self.world.is_main and self.clock.due(epoch_end=epoch_end):
             self.save()  # an interval has just ended: nothing to collect from the other ranks, rank 0 decides alone
 
-    def save(self) -> str:
-        """Rank 0 publishes a checkpoint. Returns what went wrong, empty if nothing did."""
+    def save(self) -> JobError | None:
+        """Rank 0 publishes a checkpoint. Returns what went wrong, after a warning."""
         if not self.world.is_main:
-            return ""
+            return None
         lap = Stopwatch()
         try:
             self.state.wall_seconds = self.tracker.wall_seconds()
@@ -153,13 +153,13 @@ class Trainer:
             settings = self.config.to_dict()
             metrics_bytes = self.tracker.metrics_bytes()
             self.checkpoints.publish(Snapshot(self.state, settings, weights, optimizer, scaler, metrics_bytes))
-            return ""
+            return None
         except (OSError, JobError) as error:
             what = f"the checkpoint of step {self.state.step} could not be saved ({error})."
             last = self.checkpoints.last_step()
             kept = "There is none before it." if last is None else f"The one of step {last} is kept."
             log.warning("%s %s", what, kept)
-            return what
+            return JobError(what, stop_reason=error.stop_reason if isinstance(error, JobError) else "save_failed")
         finally:
             self.clock.saved(lap())
 
@@ -167,8 +167,8 @@ class Trainer:
         """The save that must succeed, at a stop and at the end. Raises: JobError on all ranks."""
         self.tracker.settle(self.state)
         failure = self.world.broadcast(self.save())
-        if failure:
-            raise JobError(failure, stop_reason="save_failed")
+        if failure is not None:
+            raise failure
 
     def leave(self, reason: str) -> dict[str, Any]:
         """Stopped early: save, say how to go on."""
