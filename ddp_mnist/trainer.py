@@ -174,6 +174,10 @@ class Trainer:
         """Stopped early: save, say how to go on."""
         self.save_or_fail()
         summary = self.summarise(reason, exit_code=75)
+        try:
+            self.write_summary(summary)
+        except JobError as error:  # the checkpoint is what counts
+            log.warning("%s", error)
         self.tracker.say(
             f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
             f"  {continue_command(self.config, self.world)}"
@@ -185,8 +189,8 @@ class Trainer:
         """Leave a summary of a failure, and add to the error what can be done about it. Raises nothing."""
         if not self.world.is_main:
             return
-        with contextlib.suppress(OSError):
-            self.summarise(error.stop_reason, exit_code=error.exit_code)
+        with contextlib.suppress(JobError):
+            self.write_summary(self.summarise(error.stop_reason, exit_code=error.exit_code))
         kept = self.checkpoints.steps()
         if error.stop_reason == "nan":
             again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))
@@ -223,6 +227,7 @@ class Trainer:
         self.tracker.say(f"Checking accuracy on training data\n{train.sentence()}")
         self.tracker.say(f"Checking accuracy on test data\n{test.sentence()}")
         summary = self.summarise(reason, exit_code=0, train=train, test=test)
+        self.world.agree(lambda: self.write_summary(summary))
         self.tracker.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
             self.tracker.say(f"continue with\n  {continue_command(self.config.replace(max_steps=0), self.world)}")
@@ -240,11 +245,11 @@ class Trainer:
     def summarise(
         self, stop_reason: str, *, exit_code: int, train: Score | None = None, test: Score | None = None
     ) -> dict[str, Any]:
-        """summary.json's content; rank 0 writes it."""
+        """summary.json's content."""
         config, state, world = self.config, self.state, self.world
         state.wall_seconds = self.tracker.wall_seconds()
         samples, seconds = state.samples_seen - self.before[0], state.train_seconds - self.before[1]
-        summary = {
+        return {
             "finished": stop_reason == "finished",
             "stop_reason": stop_reason,
             "exit_code": exit_code,
@@ -273,9 +278,14 @@ class Trainer:
             "resumed_from": self.resumed_from,
             "wandb_mode": config.wandb,
         }
-        if world.is_main:
-            rundir.write_json(self.run_dir / rundir.SUMMARY, summary)
-        return summary
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        if self.world.is_main:
+            path = self.run_dir / rundir.SUMMARY
+            try:
+                rundir.write_json(path, summary)
+            except OSError as error:
+                raise JobError(f"{path} could not be written: {error.strerror}.") from error
 
     def banner(self) -> str:
         config, world = self.config, self.world
