@@ -99,10 +99,11 @@ def _launcher(world: World) -> str:
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        several = f"--multi_gpu --num_processes {world.size} " if world.size > 1 else ""
+        several = "--multi_gpu " if world.size > 1 else ""
+        several += f"--num_processes {world.size} "  # the default is all GPUs
         if world.size > local:
             several += f"--num_machines {world.size // local} --machine_rank ... --main_process_ip ... "
-        on_cpu = "ACCELERATE_USE_CPU=1 " if several and world.device.type == "cpu" else ""
+        on_cpu = "ACCELERATE_USE_CPU=1 " if world.size > 1 and world.device.type == "cpu" else ""
         return f"{on_cpu}accelerate launch {several}{module}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = f"--nnodes {world.size // local} --node-rank ... --master-addr ... " if world.size > local else ""
