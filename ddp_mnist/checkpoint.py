@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -35,6 +36,7 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"step-\d{8,}")
 TEMPORARY = ".tmp-"
 
 
@@ -92,18 +94,21 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[Path]:
-        """Published checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+        """Published checkpoints, oldest first; a user's copies of them (`step-00000050-good`) are none of ours."""
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=_step)
 
     def last_step(self) -> int | None:
-        return int(self.steps()[-1].name.removeprefix("step-")) if self.steps() else None
+        return _step(self.steps()[-1]) if self.steps() else None
 
     def publish(self, snapshot: Snapshot) -> Path:
         """Write, flush, rename into place, then remove the oldest beyond `keep`. Raises: OSError."""
         target = self.folder / f"step-{snapshot.state.step:08d}"
         if target.exists():  # a stop right after a resume: the very same state
             return target
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rundir.sync_directory(self.folder.parent)
         temporary = self.folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
         try:
             temporary.mkdir()
@@ -138,12 +143,15 @@ class Checkpoints:
         """The newest checkpoint that verifies. A damaged one is named and set aside. Raises: OSError."""
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for path in reversed(self.steps()):
+        paths = self.steps()
+        while paths:
+            path = paths.pop()
             try:
                 return path, _read(path)
             except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
                 aside = rundir.set_aside(path, self.folder, "damaged")
-                log.warning("%s is damaged (%s); set aside as %s, using the one before it.", path, error, aside.name)
+                next_one = f"using {paths[-1].name}" if paths else "there is none before it: starting over"
+                log.warning("%s is damaged (%s); set aside as %s, %s.", path, error, aside.name, next_one)
         return None
 
     def _remove(self, path: Path) -> None:
@@ -236,6 +244,10 @@ def _read(path: Path) -> Snapshot:
         scaler=state["scaler"],
         metrics_bytes=state["metrics_bytes"],
     )
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _fingerprint(content: bytes) -> dict[str, Any]:

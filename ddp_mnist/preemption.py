@@ -6,9 +6,9 @@ ranks add up their flags at step boundaries, about every 100 ms; one rank having
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._reason: str | None = None
+        self._interrupted = False
         self._deadline = float("inf")
         self._parent = os.getppid()
         # Without a launcher (a shell, nohup, a notebook) a parent may well leave first.
@@ -110,10 +111,12 @@ class StopSignal:
         return self._reason
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._reason == "SIGINT" and self._alone:
-            os._exit(130)
         if self._reason is None:
             self._reason = signal.Signals(number).name
-            if number == signal.SIGINT and self._alone:
-                message = "\nstopping at the next step; Ctrl-C again leaves at once, without saving\n"
-                os.write(sys.stderr.fileno(), message.encode())
+        if number == signal.SIGINT and self._alone:
+            if self._interrupted:
+                os._exit(130)
+            self._interrupted = True
+            # Ctrl-C also ends the `tee` that stderr may lead to: what is raised here would end the run unsaved.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping at the next step; Ctrl-C again leaves at once, without saving\n")

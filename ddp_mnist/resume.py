@@ -44,8 +44,11 @@ def open_run(config: TrainConfig, world: World) -> Iterator[Run]:
             nonlocal holder, found
             if world.is_main:
                 path = rundir.create(config)
-                holder = rundir.lock(path)
+                # Half of the time that the other ranks, which wait for this one, have before they give it up.
+                holder = rundir.lock(path, patience=min(rundir.PATIENCE, 30 * config.timeout_minutes))
                 found = _find(config, path)
+                if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
+                    rundir.remove(path / rundir.SUMMARY)
 
         world.agree(find)
         run = world.broadcast(found)
@@ -96,10 +99,11 @@ def _launcher(world: World) -> str:
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        several = f"--multi_gpu --num_processes {world.size} " if world.size > 1 else ""
+        several = "--multi_gpu " if world.size > 1 else ""
+        several += f"--num_processes {world.size} "  # the default is all GPUs
         if world.size > local:
             several += f"--num_machines {world.size // local} --machine_rank ... --main_process_ip ... "
-        on_cpu = "ACCELERATE_USE_CPU=1 " if several and world.device.type == "cpu" else ""
+        on_cpu = "ACCELERATE_USE_CPU=1 " if world.size > 1 and world.device.type == "cpu" else ""
         return f"{on_cpu}accelerate launch {several}{module}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = f"--nnodes {world.size // local} --node-rank ... --master-addr ... " if world.size > local else ""

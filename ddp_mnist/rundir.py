@@ -28,6 +28,8 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 SUMMARY = "summary.json"
 WEIGHTS = "model.safetensors"
+PATIENCE = 60.0
+"""Seconds that a job waits for another one to leave the run directory."""
 
 
 def create(config: TrainConfig) -> Path:
@@ -59,7 +61,7 @@ def create(config: TrainConfig) -> Path:
     raise JobError(f"runs/{name} and 998 more are taken. Choose a place with --output-dir.")
 
 
-def lock(path: Path, patience: float = 60.0) -> filelock.BaseFileLock | None:
+def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None:
     """Hold the directory for this job; the kernel lets go when the process dies. A predecessor that is still saving
     gets `patience` seconds. None where the file system has no locks. Raises: JobError."""
     holder = filelock.FileLock(path / LOCK, timeout=0)
@@ -100,6 +102,14 @@ def set_aside(path: Path, folder: Path, label: str) -> Path:
             path.rename(target)
             return target
     raise FileExistsError(f"{folder} holds too many {label} copies of {path.name}")
+
+
+def remove(path: Path) -> None:
+    """Raises: JobError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise JobError(f"{path} cannot be removed: {error.strerror}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

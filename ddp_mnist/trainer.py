@@ -39,22 +39,25 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
         stop.limit(config.max_minutes)
         world = stack.enter_context(World(config))
         config.check_world(world.size)
-        run = stack.enter_context(open_run(config, world))
-        if run.finished:
-            if world.is_main:
-                print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
-            return run.finished
-        trainer = Trainer(run, world, stop)
+        trainer = None
         try:
+            run = stack.enter_context(open_run(config, world))
+            if run.finished:
+                if world.is_main:
+                    print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
+                return run.finished
+            trainer = Trainer(run, world, stop)
             return trainer.run()
         except JobError as error:
-            trainer.give_up(error)
+            if trainer is not None:
+                trainer.give_up(error)
             raise
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise
             lost = lost_rank(error, world)
-            trainer.give_up(lost)
+            if trainer is not None:
+                trainer.give_up(lost)
             raise lost from error
 
 
@@ -118,8 +121,8 @@ class Trainer:
                     tracker.line(state, rate)
                     self.save_if_due()
                     lap()
-                elif config.checkpoint_every and state.step_in_epoch < len(self.batches):
-                    self.save_if_due()  # an epoch's last step is saved when it has been scored
+                elif config.checkpoint_every and state.step_in_epoch < len(self.batches):  # else below, with its score
+                    self.save_if_due()
                     lap()
             tracker.settle(state)
             state.train_seconds += lap()
@@ -139,10 +142,10 @@ class Trainer:
         elif self.world.is_main and self.clock.due(epoch_end=epoch_end):
             self.save()  # an interval has just ended: nothing to collect from the other ranks, rank 0 decides alone
 
-    def save(self) -> str:
-        """Rank 0 publishes a checkpoint. Returns what went wrong, empty if nothing did."""
+    def save(self) -> JobError | None:
+        """Rank 0 publishes a checkpoint. Returns what went wrong, after a warning."""
         if not self.world.is_main:
-            return ""
+            return None
         lap = Stopwatch()
         try:
             self.state.wall_seconds = self.tracker.wall_seconds()
@@ -150,13 +153,13 @@ class Trainer:
             settings = self.config.to_dict()
             metrics_bytes = self.tracker.metrics_bytes()
             self.checkpoints.publish(Snapshot(self.state, settings, weights, optimizer, scaler, metrics_bytes))
-            return ""
+            return None
         except (OSError, JobError) as error:
             what = f"the checkpoint of step {self.state.step} could not be saved ({error})."
             last = self.checkpoints.last_step()
             kept = "There is none before it." if last is None else f"The one of step {last} is kept."
             log.warning("%s %s", what, kept)
-            return what
+            return JobError(what, stop_reason=error.stop_reason if isinstance(error, JobError) else "save_failed")
         finally:
             self.clock.saved(lap())
 
@@ -164,13 +167,17 @@ class Trainer:
         """The save that must succeed, at a stop and at the end. Raises: JobError on all ranks."""
         self.tracker.settle(self.state)
         failure = self.world.broadcast(self.save())
-        if failure:
-            raise JobError(failure, stop_reason="save_failed")
+        if failure is not None:
+            raise failure
 
     def leave(self, reason: str) -> dict[str, Any]:
         """Stopped early: save, say how to go on."""
         self.save_or_fail()
         summary = self.summarise(reason, exit_code=75)
+        try:
+            self.write_summary(summary)
+        except JobError as error:  # the checkpoint is what counts
+            log.warning("%s", error)
         self.tracker.say(
             f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
             f"  {continue_command(self.config, self.world)}"
@@ -182,8 +189,8 @@ class Trainer:
         """Leave a summary of a failure, and add to the error what can be done about it. Raises nothing."""
         if not self.world.is_main:
             return
-        with contextlib.suppress(OSError):
-            self.summarise(error.stop_reason, exit_code=error.exit_code)
+        with contextlib.suppress(JobError):
+            self.write_summary(self.summarise(error.stop_reason, exit_code=error.exit_code))
         kept = self.checkpoints.steps()
         if error.stop_reason == "nan":
             again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))
@@ -220,6 +227,7 @@ class Trainer:
         self.tracker.say(f"Checking accuracy on training data\n{train.sentence()}")
         self.tracker.say(f"Checking accuracy on test data\n{test.sentence()}")
         summary = self.summarise(reason, exit_code=0, train=train, test=test)
+        self.world.agree(lambda: self.write_summary(summary))
         self.tracker.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
             self.tracker.say(f"continue with\n  {continue_command(self.config.replace(max_steps=0), self.world)}")
@@ -237,11 +245,11 @@ class Trainer:
     def summarise(
         self, stop_reason: str, *, exit_code: int, train: Score | None = None, test: Score | None = None
     ) -> dict[str, Any]:
-        """summary.json's content; rank 0 writes it."""
+        """summary.json's content."""
         config, state, world = self.config, self.state, self.world
         state.wall_seconds = self.tracker.wall_seconds()
         samples, seconds = state.samples_seen - self.before[0], state.train_seconds - self.before[1]
-        summary = {
+        return {
             "finished": stop_reason == "finished",
             "stop_reason": stop_reason,
             "exit_code": exit_code,
@@ -270,9 +278,14 @@ class Trainer:
             "resumed_from": self.resumed_from,
             "wandb_mode": config.wandb,
         }
-        if world.is_main:
-            rundir.write_json(self.run_dir / rundir.SUMMARY, summary)
-        return summary
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        if self.world.is_main:
+            path = self.run_dir / rundir.SUMMARY
+            try:
+                rundir.write_json(path, summary)
+            except OSError as error:
+                raise JobError(f"{path} could not be written: {error.strerror}.") from error
 
     def banner(self) -> str:
         config, world = self.config, self.world
