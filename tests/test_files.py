@@ -216,9 +216,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def start(
-    root: Path, *urls: str, preexec: Callable[[], None] | None = None, **extra: object
-) -> subprocess.Popen[str]:
+def start(root: Path, *urls: str, preexec: Callable[[], None] | None = None, **extra: object) -> subprocess.Popen[str]:
     config = {"root": str(root), "mirrors": urls, "md5": MD5, **extra}
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, json.dumps(config)],
@@ -420,9 +418,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, kind: str, have: str) -> 
         assert answer["answer"] == TRAIN
         assert ("in memory" in answer["log"]) == (have != "raw")
     assert answer["torch"] == [] or (have, kind) == ("nothing", "full")
-    left = {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("probe", files.LOCK)
-    }
+    left = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("probe", files.LOCK)}
     assert {name: data for name, data in left.items() if name in before} == before
     if kind == "read-only":
         assert left == before
@@ -459,9 +455,7 @@ def test_eight_processes_download_once(tmp_path: Path, server: Mirrors) -> None:
     assert [answer["answer"] for answer in answers] == [TRAIN] * 8
     assert server.downloads == {f"/good/{IMAGES}.gz": 1, f"/good/{LABELS}.gz": 1}
     assert sum(bool(answer["torch"]) for answer in answers) == 1
-    assert sum(answer["log"].count("made again") for answer in answers) == 2, (
-        "the others look again and find them"
-    )
+    assert sum(answer["log"].count("made again") for answer in answers) == 2, "the others look again and find them"
     assert strays(root / "MNIST" / "raw") == []
     assert not any("%|" in answer["log"] for answer in answers), "a progress bar"
 
@@ -475,9 +469,7 @@ def test_fetch_gets_all_four(tmp_path: Path, server: Mirrors, mirrors: Callable[
     assert set(server.downloads.values()) == {1} and len(server.downloads) == 4
     assert socket.getdefaulttimeout() == before
     folder = tmp_path / "MNIST" / "raw"
-    assert {path.stat().st_mode & 0o444 for path in folder.iterdir()} == {0o444}, (
-        "others must be able to read"
-    )
+    assert {path.stat().st_mode & 0o444 for path in folder.iterdir()} == {0o444}, "others must be able to read"
 
 
 @pytest.mark.parametrize("bad", ["silent", "stall", "trickle", "cut", "reset", "busy", "wrong"])
@@ -508,9 +500,7 @@ def test_bad_mirrors(
 
 
 @pytest.mark.parametrize("moment", ["downloading", "unpacking"])
-def test_kill_leaves_nothing_bad(
-    tmp_path: Path, server: Mirrors, mirrors: Callable[..., None], moment: str
-) -> None:
+def test_kill_leaves_nothing_bad(tmp_path: Path, server: Mirrors, mirrors: Callable[..., None], moment: str) -> None:
     folder = fill(tmp_path, packed=moment == "unpacking")
     victim = start(tmp_path, server.url("stall"), hang=moment == "unpacking")
     try:
@@ -545,9 +535,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return drawn
 
 
-def test_digits_are_drawn_once_per_version(
-    tmp_path: Path, draws: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digits_are_drawn_once_per_version(tmp_path: Path, draws: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = files.read_split("synthetic", tmp_path, "train", fetch=False)
     again = files.read_split("synthetic", tmp_path, "train", fetch=False)
     assert draws == ["train"] and content(first) == content(again)

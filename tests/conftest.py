@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+
+# 25 batches of 60 and one image more: in each epoch's last step all ranks but one have nothing. The test images
+# are three chunks of an evaluation, the last one short, and neither 2 nor 3 divides them.
+TRAIN_IMAGES, TEST_IMAGES, BATCH, EPOCHS = 1501, 2303, 60, 2
+STEPS = 26 * EPOCHS
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the launcher or precision of whoever started pytest, nor leaves its own."""
+    for name in list(os.environ):
+        if jobs.is_launch_variable(name):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A torchvision root with a few generated digits under the name of a data set whose raw hashes are not known."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_digits(root, TRAIN_IMAGES, TEST_IMAGES)
+    return root
+
+
+def write_digits(root: Path, train: int, test: int) -> Path:
+    """The four raw files, written independently of the package; returns their folder."""
+    from ddp_mnist.synthetic import make_digits
+
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for prefix, (images, labels) in {
+        "train": make_digits("train", count=train),
+        "t10k": make_digits("test", count=test),
+    }.items():
+        for name, array in {"images-idx3": images, "labels-idx1": labels}.items():
+            header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (folder / f"{prefix}-{name}-ubyte").write_bytes(header + array.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(tiny: Path) -> list[str]:
+    """A job of seconds on the tiny data set."""
+    return [
+        *("--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--threads", "1"),
+        *("--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--log-every", "1"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def run_at(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The directory of the finished tiny run at a world size; each is run once, when first asked for."""
+    done: dict[int, Path] = {}
+
+    def run(world_size: int) -> Path:
+        if world_size not in done:
+            path = tmp_path_factory.mktemp("runs") / f"world-{world_size}"
+            jobs.succeeded(jobs.run_ranks(world_size, *flags, "--output-dir", str(path)))
+            done[world_size] = path
+        return done[world_size]
+
+    return run
+
+
+@pytest.fixture
+def train(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., jobs.Ended]]:
+    """Run the tiny job with more flags in this process, one rank on the CPU: what the command does, less its start."""
+    import torch
+
+    from ddp_mnist import world
+    from ddp_mnist.train import main
+
+    monkeypatch.setattr(world, "_has_accelerator", lambda world_size: False)
+    for name, value in jobs.OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+
+    def run(*arguments: Any) -> jobs.Ended:
+        capfd.readouterr()
+        try:
+            code = main([*flags, *map(str, arguments)])
+        except SystemExit as exit:
+            assert isinstance(exit.code, int)
+            code = exit.code
+        return jobs.Ended(code, *capfd.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the real MNIST; without one the test is skipped, or fails where DDP_MNIST_REQUIRE names mnist."""
+    given = os.environ.get("DDP_MNIST_DATA")
+    source = Path(given or "", "MNIST", "raw")
+    if not given or not source.is_dir():
+        found = f"DDP_MNIST_DATA is {given}: no MNIST/raw there" if given else "DDP_MNIST_DATA is not set"
+        reason = f"needs the real MNIST: {found}"
+        if "mnist" in os.environ.get("DDP_MNIST_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    root = tmp_path_factory.mktemp("mnist")
+    shutil.copytree(source, root / "MNIST" / "raw")
+    return root
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="random kill -9 of tests/test_kill.py (default: 20)")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """A job that ran in this process leaves its signals ignored, as it would on its way out: no test inherits that."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
