@@ -1,0 +1,39 @@
+"""The training command, with a disk so slow that a save lasts until a file appears.
+
+python tests/slow_save.py FILE FLAG...      FILE.saving appears when a save has begun
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from ddp_mnist import train
+from ddp_mnist.preemption import StopSignal
+
+
+def main(go: Path) -> int:
+    rename = os.rename
+
+    def slowly(source: Path, target: Path) -> None:
+        go.with_name(f"{go.name}.saving").touch()
+        while not go.exists():
+            time.sleep(0.01)
+        rename(source, target)
+
+    agreed = StopSignal.agreed
+
+    def and_then_slowly(self: StopSignal, world: object, step: int) -> str | None:
+        reason = agreed(self, world, step)  # type: ignore[arg-type]
+        if reason is not None:
+            os.rename = slowly  # type: ignore[assignment]
+        return reason
+
+    StopSignal.agreed = and_then_slowly  # type: ignore[method-assign]
+    return train.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
