@@ -6,6 +6,7 @@ Imports neither torch nor anything that does: `--help`, a wrong flag and the lau
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -252,13 +253,12 @@ def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> Tr
     default = TrainConfig(recipe=recipe if recipe in RECIPES else "tutorial", **preset)
     if quiet is None:
         quiet = rank_from_environment() != 0
-    return tyro.cli(
-        TrainConfig,
-        args=args,
-        default=default,
-        prog="python -m ddp_mnist.train",
-        console_outputs=not quiet,
-    )
+    with contextlib.ExitStack() as stack:
+        if quiet:  # tyro's console_outputs=False leaves out its help, but not its messages about values
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        return tyro.cli(TrainConfig, args=args, default=default, prog="python -m ddp_mnist.train")
 
 
 def rank_from_environment() -> int:
