@@ -134,9 +134,10 @@ class World:
             failure = error
         report = None
         if failure is not None:
-            expected = isinstance(failure, JobError)
-            report = (str(failure) if expected else repr(failure), getattr(failure, "exit_code", 1))
-        reports: list[tuple[str, int] | None] = [report]
+            message = str(failure) if isinstance(failure, JobError) else repr(failure)
+            kind = failure if isinstance(failure, JobError) else JobError
+            report = (message, kind.exit_code, kind.stop_reason)
+        reports: list[tuple[str, int, str] | None] = [report]
         if self.size > 1:
             reports = [None] * self.size
             dist.all_gather_object(reports, report)
@@ -144,9 +145,9 @@ class World:
             raise failure  # a bug keeps its traceback, on the rank that has it
         for rank, found in enumerate(reports):
             if found is not None:
-                message, code = found
+                message, code, reason = found
                 where = "" if rank == 0 else f"rank {rank}: "
-                raise (UsageError if code == 2 else JobError)(where + message) from failure
+                raise (UsageError if code == 2 else JobError)(where + message, stop_reason=reason) from failure
         return result
 
 
