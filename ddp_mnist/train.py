@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code if rank == 0 else 0
     except JobError as error:
         # Every rank raises the same error, one tells it; except where the others cannot know.
-        if rank == 0 or error.local:
+        # Asked again: where mpirun has started them, only Accelerate has learned which rank this is.
+        if rank_from_environment() == 0 or error.local:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     finally:
