@@ -53,7 +53,8 @@ def open_run(config: TrainConfig, world: World) -> Iterator[Run]:
         world.agree(find)
         run = world.broadcast(found)
         assert run is not None
-        yield run
+        # Where the files are is each node's own matter.
+        yield replace(run, config=run.config.replace(data_dir=config.data_dir))
     finally:
         if holder is not None:
             holder.release()
