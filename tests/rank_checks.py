@@ -1,0 +1,147 @@
+"""One rank of tests/test_distributed.py: looks at what only a rank can see and leaves it as JSON and tensors.
+
+python tests/rank_checks.py DATA_ROOT FOLDER      (once per rank, with a launcher's variables)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddp_mnist import data, trainer
+from ddp_mnist.config import TrainConfig
+from ddp_mnist.data import Split, TrainBatches
+from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.evaluate import evaluate
+from ddp_mnist.model import CNN
+from ddp_mnist.train import leave
+from ddp_mnist.trainer import TrainStep
+from ddp_mnist.world import World
+
+BATCH = 24
+GRADIENT_IMAGES = {"one left": 49, "two left": 50, "one too many": 25 + BATCH}  # images in the data set
+PARTS = (1, 2, 4)
+CLIP = 0.01
+
+
+def gradients(world: World, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The network's gradients of every step of an epoch, flat; also with the batch split into parts."""
+    found = {}
+    for name, count in GRADIENT_IMAGES.items():
+        split = Split(images[:count], labels[:count])
+        batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
+        for parts in PARTS:
+            step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1), world)
+            step.settle_buckets(batches)
+            for number, batch in enumerate(batches.epoch(0)):
+                step.optimizer.zero_grad()
+                loss = step.gradients(batch)
+                found[f"{name}/{parts}/{number}/loss"] = world.sum(loss.reshape(1))
+                flat = [value.grad.flatten() for value in step.net.parameters() if value.grad is not None]
+                found[f"{name}/{parts}/{number}"] = torch.cat(flat)
+    return found
+
+
+def digest(net: torch.nn.Module) -> str:
+    return hashlib.sha256(
+        b"".join(value.contiguous().numpy().tobytes() for value in net.state_dict().values())
+    ).hexdigest()
+
+
+def settling(world: World, split: Split) -> dict[str, Any]:
+    """What two uncounted passes before the first step leave behind."""
+    batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
+    step = TrainStep(TrainConfig(batch_size=BATCH, threads=1), world)
+    before = digest(step.net)
+    step.settle_buckets(batches)
+    gradient = sum(value.grad.abs().sum().item() for value in step.net.parameters() if value.grad is not None)
+    return {"before": before, "after": digest(step.net), "gradient": gradient, "optimizer": len(step.optimizer.state)}
+
+
+def clipped(world: World, split: Split) -> float:
+    """The norm of the gradient that a step with clipping used."""
+    batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
+    step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, grad_clip=CLIP), world)
+    step(next(batches.epoch(0)), 1e-3)
+    return torch.cat([value.grad.flatten() for value in step.net.parameters() if value.grad is not None]).norm().item()
+
+
+def agreement(world: World) -> dict[str, Any]:
+    """How an action ends that fails on the last rank alone."""
+
+    def failing(error: Exception) -> dict[str, Any]:
+        def action() -> str:
+            if world.rank == world.size - 1:
+                raise error
+            return "fine"
+
+        try:
+            return {"result": world.agree(action)}
+        except JobError as caught:
+            return {
+                "type": type(caught).__name__,
+                "message": str(caught),
+                "exit_code": caught.exit_code,
+                "stop_reason": caught.stop_reason,
+            }
+
+    return {
+        "fine": world.agree(lambda: world.rank),
+        "world": failing(JobError("the disk is gone", stop_reason="disk")),
+        "usage": failing(UsageError("a bad value")),
+    }
+
+
+def trained(root: Path, folder: Path, ports: Sequence[str]) -> list[dict[str, Any]]:
+    """The weights every rank holds after whole runs, the last of which stops in the middle of an epoch."""
+    nets: list[CNN] = []
+
+    class Remembered(CNN):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            nets.append(self)
+
+    trainer.CNN = Remembered  # type: ignore[misc]
+    found = []
+    jobs = {"one-left": {"batch_size": 60}, "two-parts": {"batch_size": 12, "accumulate": 2}}
+    for port, (name, changes) in zip(ports, jobs.items(), strict=True):
+        os.environ["MASTER_PORT"] = port
+        config = TrainConfig(dataset="fashion-mnist", data_dir=root, output_dir=folder / name, threads=1, epochs=1)
+        summary = trainer.fit(config.replace(max_steps=40, **changes))
+        found.append({"weights": digest(nets[-1]), "test_correct": summary["test_correct"], "steps": summary["steps"]})
+    return found
+
+
+def main(root: Path, folder: Path, ports: Sequence[str]) -> None:
+    train, test = data.load("fashion-mnist", root)
+    with World(TrainConfig(threads=2)) as world:
+        found: dict[str, Any] = {"threads": torch.get_num_threads(), "size": world.size}
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        score = evaluate(CNN(), test, world)
+        found |= {
+            "score": {"confusion": score.confusion, "loss": score.loss},
+            "sum": world.sum(torch.tensor([1.0, world.rank])).tolist(),
+            "broadcast": world.broadcast(f"from rank {world.rank}"),
+            "agree": agreement(world),
+            "settle": settling(world, train),
+            "clipped": clipped(world, train),
+        }
+        rank = world.rank
+        save_file(gradients(world, train.images, train.labels), folder / f"gradients-{rank}.safetensors")
+    found["trained"] = trained(root, folder, ports)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    leave(0)

@@ -1,0 +1,221 @@
+"""The command line and the settings: no torch, frozen names, messages that name the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+
+from ddp_mnist.config import RECIPES, TrainConfig, parse
+from ddp_mnist.errors import UsageError
+
+# The command line is a contract: whoever changes it changes this table. Flag, words after it, field, value.
+FLAGS: list[tuple[str, list[str], str, Any]] = [
+    ("--recipe", ["fast"], "recipe", "fast"),
+    ("--dataset", ["synthetic"], "dataset", "synthetic"),
+    ("--data-dir", ["d"], "data_dir", Path("d")),
+    ("--output-dir", ["o"], "output_dir", Path("o")),
+    ("--epochs", ["3"], "epochs", 3),
+    ("--batch-size", ["32"], "batch_size", 32),
+    ("--accumulate", ["2"], "accumulate", 2),
+    ("--lr", ["0.5"], "lr", 0.5),
+    ("--schedule", ["onecycle"], "schedule", "onecycle"),
+    ("--grad-clip", ["1.5"], "grad_clip", 1.5),
+    ("--widths", ["4", "6"], "widths", (4, 6)),
+    ("--seed", ["7"], "seed", 7),
+    ("--mixed-precision", ["bf16"], "mixed_precision", "bf16"),
+    ("--threads", ["2"], "threads", 2),
+    ("--init-from", ["f"], "init_from", Path("f")),
+    ("--checkpoint-every", ["25"], "checkpoint_every", 25),
+    ("--keep-checkpoints", ["3"], "keep_checkpoints", 3),
+    ("--fresh", [], "fresh", True),
+    ("--max-steps", ["9"], "max_steps", 9),
+    ("--max-minutes", ["1.5"], "max_minutes", 1.5),
+    ("--timeout-minutes", ["2.5"], "timeout_minutes", 2.5),
+    ("--log-every", ["4"], "log_every", 4),
+    ("--wandb", ["disabled"], "wandb", "disabled"),
+    ("--progress", [], "progress", True),
+    ("--no-progress", [], "progress", False),
+]
+
+
+def test_the_command_line_has_exactly_these_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        parse(["--help"])
+    assert exit.value.code == 0
+    offered = []
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # colours, where they are forced
+    for line in text.splitlines():
+        if declared := re.match(r". (-h, )?(--[a-z-]+(, --[a-z-]+)*)", line):
+            offered += declared.group(2).split(", ")
+    assert sorted(offered) == sorted(["--help", *(flag for flag, *_ in FLAGS)])
+
+
+@pytest.mark.parametrize(("flag", "words", "field", "value"), FLAGS, ids=[flag for flag, *_ in FLAGS])
+def test_a_flag_sets_its_field(flag: str, words: list[str], field: str, value: Any) -> None:
+    assert getattr(parse([flag, *words]), field) == value
+
+
+def test_the_table_of_flags_covers_every_setting() -> None:
+    assert {field for _, _, field, _ in FLAGS} == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_the_defaults_are_the_tutorials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDP_MNIST_DATA", raising=False)
+    config = parse([])
+    assert config == TrainConfig()
+    found = (config.recipe, config.batch_size, config.epochs, config.lr, config.schedule, config.widths, config.seed)
+    assert found == ("tutorial", 64, 5, 1e-3, "constant", (8, 16), 0)
+    assert (config.accumulate, config.grad_clip, config.mixed_precision) == (1, 0, "no")
+    assert (config.data_dir, config.dataset) == (Path("data"), "auto")
+
+
+def test_the_data_directory_comes_from_the_environment_unless_a_flag_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDP_MNIST_DATA", "/from/environment")
+    assert parse([]).data_dir == Path("/from/environment")
+    assert parse(["--data-dir", "/from/flag"]).data_dir == Path("/from/flag")
+
+
+def test_the_fast_recipe_presets_a_one_cycle_schedule() -> None:
+    config = parse(["--recipe", "fast"])
+    assert (config.schedule, config.lr, config.batch_size) == ("onecycle", 1e-2, 64)
+    assert config == TrainConfig(recipe="fast", **RECIPES["fast"])
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["recipe-first", "recipe-last"])
+@pytest.mark.parametrize("recipe", [["--recipe", "fast"], ["--recipe=fast"]], ids=["space", "equals"])
+def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(recipe: list[str], order: int) -> None:
+    first, second = [recipe, ["--lr", "0.001", "--schedule", "constant"]][::order]
+    config = parse(first + second)
+    assert (config.recipe, config.lr, config.schedule, config.batch_size) == ("fast", 1e-3, "constant", 64)
+
+
+def test_the_precision_is_what_accelerate_launch_was_told_unless_a_flag_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse([]).mixed_precision == "bf16"
+    assert parse(["--mixed-precision", "no"]).mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UsageError, match=r"--mixed-precision is fp8; expected one of no, fp16, bf16"):
+        parse([])
+
+
+OTHER = {field: value for _, _, field, value in FLAGS} | {"progress": False, "wandb": "disabled"}
+
+
+def test_settings_survive_json() -> None:
+    config = TrainConfig(**OTHER)
+    changed = [name for name in OTHER if getattr(config, name) != getattr(TrainConfig(), name)]
+    assert sorted(changed) == sorted(OTHER.keys() - {"wandb"})  # only one choice so far
+    for settings in (config, TrainConfig()):
+        assert TrainConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_saved_settings_with_an_unknown_field_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="momentum"):
+        TrainConfig.from_dict(TrainConfig().to_dict() | {"momentum": 0.9})
+
+
+def test_settings_cannot_be_changed_but_a_changed_copy_is_checked() -> None:
+    config = TrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0  # type: ignore[misc]
+    assert config.replace(lr=1.0).lr == 1.0
+    with pytest.raises(UsageError, match="--lr"):
+        config.replace(lr=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", -1),
+        ("epochs", 100_001),
+        ("batch_size", 0),
+        ("batch_size", -64),
+        ("batch_size", 60_001),
+        ("accumulate", 0),
+        ("lr", 0.0),
+        ("lr", -1e-3),
+        ("lr", 10.1),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("grad_clip", -1.0),
+        ("grad_clip", math.nan),
+        ("grad_clip", math.inf),
+        ("seed", -1),
+        ("threads", -1),
+        ("max_steps", -1),
+        ("max_minutes", -1.0),
+        ("max_minutes", math.inf),
+        ("checkpoint_every", -1),
+        ("keep_checkpoints", 1),
+        ("timeout_minutes", 0.0),
+        ("timeout_minutes", math.nan),
+        ("log_every", 0),
+        ("widths", (0, 16)),
+        ("widths", (8,)),
+        ("recipe", "record-breaking"),
+        ("dataset", "cifar"),
+        ("schedule", "cosine"),
+        ("mixed_precision", "fp8"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_field_value_and_what_is_expected(field: str, value: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"--{field.replace('_', '-')} is {value}; expected ")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "world_size", "advice"),
+    [(64, 1, 3, "63 or 66"), (64, 2, 3, "60 or 66"), (64, 1, 128, "128"), (2, 1, 3, "3"), (10, 4, 1, "8 or 12")],
+)
+def test_an_indivisible_batch_names_the_nearest_sizes_that_work(
+    batch_size: int, accumulate: int, world_size: int, advice: str
+) -> None:
+    config = TrainConfig(batch_size=batch_size, accumulate=accumulate)
+    with pytest.raises(UsageError, match=rf"--batch-size {batch_size} .*use --batch-size {advice}\.$"):
+        config.check_world(world_size)
+    for size in map(int, advice.split(" or ")):
+        config.replace(batch_size=size).check_world(world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16, 32, 64])
+def test_a_batch_that_divides_is_accepted(world_size: int) -> None:
+    TrainConfig(batch_size=64).check_world(world_size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["--bogus", "1"], 2), (["--epochs", "0"], 2), (["--batch-size", "63"], 2)],
+    ids=["help", "unknown", "out-of-range", "indivisible"],
+)
+def test_help_and_a_wrong_flag_are_answered_without_torch(arguments: list[str], code: int) -> None:
+    command = [jobs.TRAIN[0], "-X", "importtime", *jobs.TRAIN[1:], *arguments]
+    ended = jobs.run(command, {"WORLD_SIZE": "2", "RANK": "0"})
+    assert ended.code == code
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", ended.err, re.MULTILINE))
+    assert "ddp_mnist.config" in imported
+    assert not imported & {"torch", "torchvision", "accelerate", "wandb", "numpy", "matplotlib"}
+
+
+def test_the_package_offers_its_names_without_importing_torch() -> None:
+    code = (
+        "import sys, ddp_mnist, ddp_mnist.config as config\n"
+        "assert ddp_mnist.TrainConfig is config.TrainConfig\n"
+        "assert 'torch' not in sys.modules\n"
+        "from ddp_mnist import CNN, fit\n"
+        "assert CNN.__module__ == 'ddp_mnist.model' and fit.__module__ == 'ddp_mnist.trainer'\n"
+    )
+    ended = jobs.run([jobs.TRAIN[0], "-c", code])
+    assert ended.code == 0, ended.err

@@ -1,0 +1,245 @@
+"""Real processes over gloo: change the number of ranks, not the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import rank_checks
+import torch
+import torch.nn.functional as F
+from conftest import EPOCHS, STEPS, TEST_IMAGES, TRAIN_IMAGES
+from safetensors.torch import load_file
+from torch import Tensor
+from tutorial import TutorialCNN, count_correct, read_raw
+
+from ddp_mnist.data import ShardSampler
+
+RunAt = Callable[[int], Path]
+PROGRAM = (sys.executable, str(Path(rank_checks.__file__)))
+
+
+@pytest.fixture(scope="module")
+def ranks_at(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[list[Any], list[Any]]]:
+    """What each rank found in tests/rank_checks.py, and its gradients; one start for each world size."""
+    done: dict[int, tuple[list[Any], list[Any]]] = {}
+
+    def start(world_size: int) -> tuple[list[Any], list[Any]]:
+        if world_size not in done:
+            folder = tmp_path_factory.mktemp(f"ranks-{world_size}")
+            # OMP_NUM_THREADS is not set, as under srun; the job sets its threads itself.
+            ports = [str(jobs.free_port()) for _ in range(2)]
+            jobs.succeeded(jobs.run_ranks(world_size, str(tiny), str(folder), *ports, program=PROGRAM))
+            done[world_size] = (
+                [jobs.read_json(folder / f"rank-{rank}.json") for rank in range(world_size)],
+                [load_file(folder / f"gradients-{rank}.safetensors") for rank in range(world_size)],
+            )
+        return done[world_size]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def expected_gradients(tiny: Path) -> dict[str, Tensor]:
+    """By the tutorial's network, one process, whole batches and nothing of the package but the order."""
+    images, labels = read_raw(tiny / "FashionMNIST" / "raw", "train")
+    torch.manual_seed(0)
+    net = TutorialCNN()
+    found = {}
+    for name, count in rank_checks.GRADIENT_IMAGES.items():
+        order = torch.tensor(list(ShardSampler(count, rank=0, world_size=1, seed=0)))
+        for number, rows in enumerate(order.split(rank_checks.BATCH)):
+            loss = F.cross_entropy(net(images[rows]), labels[rows])
+            gradient = torch.autograd.grad(loss, list(net.parameters()))
+            found[f"{name}/{number}"] = torch.cat([value.flatten() for value in gradient])
+            found[f"{name}/{number}/loss"] = loss.detach().reshape(1)
+    return found
+
+
+@pytest.mark.parametrize("parts", rank_checks.PARTS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_gradient_of_every_batch_is_the_single_process_one(
+    ranks_at: Any, expected_gradients: dict[str, Tensor], world_size: int, parts: int
+) -> None:
+    _, gradients = ranks_at(world_size)
+    for name, count in rank_checks.GRADIENT_IMAGES.items():
+        for step in range(-(-count // rank_checks.BATCH)):
+            for found in gradients:
+                key = f"{name}/{parts}/{step}"
+                torch.testing.assert_close(found[key], expected_gradients[f"{name}/{step}"], rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(
+                    found[f"{key}/loss"], expected_gradients[f"{name}/{step}/loss"], rtol=1e-6, atol=0
+                )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_are_the_same_bits_on_all_ranks(ranks_at: Any, world_size: int) -> None:
+    _, gradients = ranks_at(world_size)
+    assert all(torch.equal(gradients[0][key], other[key]) for other in gradients[1:] for key in gradients[0])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_hold_the_same_weights_after_a_run(ranks_at: Any, world_size: int) -> None:
+    found, _ = ranks_at(world_size)
+    assert all(rank["trained"] == found[0]["trained"] for rank in found)
+    assert [run["steps"] for run in found[0]["trained"]] == [26, 40]
+    assert len({run["weights"] for run in found[0]["trained"]}) == 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_score_is_the_same_on_all_ranks_and_at_every_world_size(ranks_at: Any, world_size: int) -> None:
+    (alone,), _ = ranks_at(1)
+    found, _ = ranks_at(world_size)
+    for rank in found:
+        assert rank["score"]["confusion"] == alone["score"]["confusion"]
+        assert rank["score"]["loss"] == pytest.approx(alone["score"]["loss"], rel=1e-12)
+    assert sum(map(sum, alone["score"]["confusion"])) == TEST_IMAGES
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: Any, world_size: int) -> None:
+    for rank in ranks_at(world_size)[0]:
+        assert rank["settle"]["before"] == rank["settle"]["after"]
+        assert (rank["settle"]["gradient"], rank["settle"]["optimizer"]) == (0, 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_clipping_limits_the_norm_of_the_global_gradient(ranks_at: Any, world_size: int) -> None:
+    for rank in ranks_at(world_size)[0]:
+        assert rank["clipped"] == pytest.approx(rank_checks.CLIP, rel=1e-3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_sum_broadcast_and_agree(ranks_at: Any, world_size: int) -> None:
+    found, _ = ranks_at(world_size)
+    where = "" if world_size == 1 else f"rank {world_size - 1}: "
+    for number, rank in enumerate(found):
+        assert rank["size"] == world_size
+        assert rank["sum"] == [world_size, sum(range(world_size))]
+        assert rank["broadcast"] == "from rank 0"
+        assert rank["agree"]["fine"] == number
+        assert rank["agree"]["world"] == {
+            "type": "JobError",
+            "message": f"{where}the disk is gone",
+            "exit_code": 1,
+            "stop_reason": "disk",
+        }
+        assert rank["agree"]["usage"]["message"] == f"{where}a bad value"
+        assert (rank["agree"]["usage"]["type"], rank["agree"]["usage"]["exit_code"]) == ("UsageError", 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_job_has_the_threads_it_was_told_whatever_accelerate_sets(ranks_at: Any, world_size: int) -> None:
+    assert [rank["threads"] for rank in ranks_at(world_size)[0]] == [2] * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_scores_are_those_of_one_process_with_the_tutorials_network_to_the_image(
+    run_at: RunAt, tiny: Path, world_size: int
+) -> None:
+    run_dir = run_at(world_size)
+    summary = jobs.read_json(run_dir / "summary.json")
+    for split, prefix, images in (("train", "train", TRAIN_IMAGES), ("test", "t10k", TEST_IMAGES)):
+        correct, count, loss = count_correct(run_dir / "model.safetensors", tiny / "FashionMNIST" / "raw", prefix)
+        assert count == images
+        assert (summary[f"{split}_correct"], summary[f"{split}_count"]) == (correct, count)
+        assert summary[f"{split}_accuracy"] == correct / count
+        assert summary[f"{split}_loss"] == pytest.approx(loss, rel=1e-5)
+    assert summary["test_accuracy"] > 0.5  # it has learned
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_image_is_seen_once_an_epoch(run_at: RunAt, world_size: int) -> None:
+    summary = jobs.read_json(run_at(world_size) / "summary.json")
+    assert (summary["world_size"], summary["steps"]) == (world_size, STEPS)
+    assert summary["samples_seen"] == EPOCHS * TRAIN_IMAGES
+    assert (summary["train_count"], summary["test_count"]) == (TRAIN_IMAGES, TEST_IMAGES)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_curve_is_the_same_at_every_world_size(run_at: RunAt, world_size: int) -> None:
+    alone, found = jobs.read_metrics(run_at(1)), jobs.read_metrics(run_at(world_size))
+    assert [line["step"] for line in found] == [line["step"] for line in alone] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-4), ours
+        assert ours.keys() == theirs.keys()
+    assert alone[-2]["train/loss"] < alone[0]["train/loss"] - 0.3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_same_command_gives_the_same_bytes(
+    run_at: RunAt, flags: list[str], tmp_path: Path, world_size: int
+) -> None:
+    # Logging is no part of the result, and all ranks of the second run find nothing but their own machine's default.
+    jobs.succeeded(jobs.run_ranks(world_size, *flags, "--log-every", "17", "--output-dir", str(tmp_path)))
+    again, first = tmp_path / "model.safetensors", run_at(world_size) / "model.safetensors"
+    assert again.read_bytes() == first.read_bytes()
+
+
+LAUNCHERS = {
+    "accelerate launch": (1, "accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no -m", {}),
+    "torchrun, one process": (1, "torchrun --nproc-per-node 1 --master-port {port} -m", {}),
+    "torchrun": (2, "torchrun --nproc-per-node 2 --master-port {port} -m", {}),
+    "accelerate launch --multi_gpu": (
+        2,
+        "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no "
+        "--main_process_port {port} -m",
+        {"ACCELERATE_USE_CPU": "1"},
+    ),
+    "accelerate launch --config_file": (
+        2,
+        "accelerate launch --config_file {config} --main_process_port {port} -m",
+        {},
+    ),
+}
+ACCELERATE_CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+machine_rank: 0
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+use_cpu: false
+"""
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_changes_nothing_but_the_number_of_ranks(
+    run_at: RunAt, flags: list[str], tmp_path: Path, launcher: str
+) -> None:
+    world_size, line, variables = LAUNCHERS[launcher]
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(ACCELERATE_CONFIG)
+    name, *words = line.format(port=jobs.free_port(), config=config).split()
+    scripts = Path(sys.executable).parent
+    command = [sys.executable, str(scripts / name), *words, "ddp_mnist.train", *flags]
+    ended = jobs.run([*command, "--output-dir", str(tmp_path / "run")], variables)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("Checking accuracy on test data") == 1
+    found, expected = (jobs.read_json(path / "summary.json") for path in (tmp_path / "run", run_at(world_size)))
+    for key in ("world_size", "steps", "samples_seen", "train_correct", "test_correct", "threads", "mixed_precision"):
+        assert found[key] == expected[key], key
+    weights = [(path / "model.safetensors").read_bytes() for path in (tmp_path / "run", run_at(world_size))]
+    assert weights[0] == weights[1]
+
+
+def test_a_rank_takes_its_share_of_the_machine_by_default(flags: list[str], tmp_path: Path) -> None:
+    arguments = [*flags, "--threads", "0", "--max-steps", "1", "--output-dir", str(tmp_path)]
+    jobs.succeeded(jobs.run_ranks(2, *arguments, variables={"OMP_NUM_THREADS": "1"}))
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert jobs.read_json(tmp_path / "summary.json")["threads"] == share
+
+
+def test_all_ranks_agree_on_a_new_run_directory(flags: list[str], tmp_path: Path) -> None:
+    ended = jobs.run_ranks(2, *flags, "--max-steps", "1", cwd=tmp_path)
+    jobs.succeeded(ended)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.endswith("-tutorial")
+    assert {path.name for path in run_dir.iterdir()} >= {"summary.json", "config.json", "model.safetensors"}
+    assert "Checking accuracy" in ended[0].out
+    assert ended[1].out == ""

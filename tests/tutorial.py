@@ -1,0 +1,48 @@
+"""The tutorial's network and scoring, restated: the independent yardstick for this package's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+
+class TutorialCNN(nn.Module):
+    def __init__(self, in_channels=1, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels=1, out_channels=8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        self.pool = nn.MaxPool2d(kernel_size=(2, 2), stride=(2, 2))
+        self.conv2 = nn.Conv2d(in_channels=8, out_channels=16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        self.fc1 = nn.Linear(16 * 7 * 7, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        x = self.pool(x)
+        x = F.relu(self.conv2(x))
+        x = self.pool(x)
+        x = x.reshape(x.shape[0], -1)
+        x = self.fc1(x)
+
+        return x
+
+
+def read_raw(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 images (N, 1, 28, 28) in 0-1 and labels of the IDX files, read without the package."""
+    images = np.frombuffer((folder / f"{prefix}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
+    labels = np.frombuffer((folder / f"{prefix}-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
+    scaled = torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()).to(torch.float32).div(255)
+    return scaled, torch.from_numpy(labels.astype(np.int64))
+
+
+@torch.no_grad()
+def count_correct(weights: Path, folder: Path, prefix: str) -> tuple[int, int, float]:
+    """(correct, count, mean loss) of saved weights, by one process and the tutorial's network."""
+    net = TutorialCNN()
+    net.load_state_dict(load_file(weights))
+    images, labels = read_raw(folder, prefix)
+    logits = torch.cat([net(part) for part in images.split(500)])
+    return int((logits.argmax(1) == labels).sum()), len(labels), F.cross_entropy(logits, labels).item()
