@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import secrets
@@ -144,8 +145,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """null for NaN and infinity, which Python writes as words that are not JSON."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 def facts(world_size: int) -> dict[str, Any]:

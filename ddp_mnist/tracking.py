@@ -179,7 +179,7 @@ class MetricsFile:
             log.warning("%s has %d bytes, expected %d: earlier lines are missing.", path, self._end, keep)
 
     def append(self, record: dict[str, Any]) -> None:
-        self._waiting += (json.dumps(record) + "\n").encode()
+        self._waiting += (json.dumps(rundir.finite(record)) + "\n").encode()
         try:
             self._flush()
         except OSError as error:
