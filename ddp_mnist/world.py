@@ -40,8 +40,6 @@ class World:
         # obeys it or takes all cores: the job sets it itself, so that it is the same under all of them.
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         torch.set_num_threads(self.threads)
-        if self.size == 1:  # torchrun's; Accelerate would wrap the network in DDP, whose sums have other last bits
-            os.environ.pop("LOCAL_RANK", None)
         try:
             self.accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
