@@ -1,10 +1,12 @@
-"""The training command, with a disk so slow that a save lasts until a file appears.
+"""The training command on a slow machine: a stop's save lasts until a file appears, and ranks other than 0 take
+seconds to leave.
 
 python tests/slow_save.py FILE FLAG...      FILE.saving appears when a save has begun
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -31,6 +33,8 @@ def main(go: Path) -> int:
             os.rename = slowly  # type: ignore[assignment]
         return reason
 
+    if os.environ.get("RANK", "0") != "0":
+        atexit.register(time.sleep, 2)
     StopSignal.agreed = and_then_slowly  # type: ignore[method-assign]
     return train.main(sys.argv[2:])
 
