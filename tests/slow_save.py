@@ -6,17 +6,17 @@ python tests/slow_save.py FILE FLAG...      FILE.saving appears when a save has 
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from ddp_mnist import train
 from ddp_mnist.preemption import StopSignal
 
 
-def main(go: Path) -> int:
+def main(go: Path) -> NoReturn:
     rename = os.rename
 
     def slowly(source: Path, target: Path) -> None:
@@ -33,11 +33,12 @@ def main(go: Path) -> int:
             os.rename = slowly  # type: ignore[assignment]
         return reason
 
-    if os.environ.get("RANK", "0") != "0":
-        atexit.register(time.sleep, 2)
     StopSignal.agreed = and_then_slowly  # type: ignore[method-assign]
-    return train.main(sys.argv[2:])
+    code = train.main(sys.argv[2:])
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+    train.leave(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))
