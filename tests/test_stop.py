@@ -15,7 +15,8 @@ import jobs
 import pytest
 import slow_save
 
-from ddp_mnist import checkpoint
+from ddp_mnist import checkpoint, rundir
+from ddp_mnist.errors import JobError
 
 ENDLESS = ["--epochs", "100000", "--log-every", "5"]
 TWO_BY_ACCELERATE = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
@@ -153,6 +154,8 @@ def test_ranks_started_one_by_one_leave_in_order(flags: list[str], tmp_path: Pat
         faults.wait_for((tmp_path / "go.saving").exists, "the save", job)
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR2):
             job.signal(number)
+        with pytest.raises(JobError, match="held by another job"):  # the next one has to wait
+            rundir.lock(run_dir, patience=0)
         assert job.running() and not (run_dir / "summary.json").exists()
         go.touch()
         faults.wait_for(lambda: job.processes[0].poll() is not None, "the end of rank 0", job)
