@@ -110,7 +110,8 @@ class World:
         deadline = time.monotonic() + patience
         if server is None:
             with contextlib.suppress(OSError):  # a firewall: rank 0 then waits for its patience to end
-                self._line_to_main = socket.create_connection((host, port), timeout=patience)
+                # Nobody's to close but the kernel's: as an object's, it would close with it, before the process ends.
+                socket.create_connection((host, port), timeout=patience).detach()
             return
         with server, contextlib.suppress(OSError):
             lines = []

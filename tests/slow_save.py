@@ -1,4 +1,5 @@
-"""The training command, with a disk so slow that a save lasts until a file appears.
+"""The training command on a slow machine: a stop's save lasts until a file appears, and ranks other than 0 take
+seconds to leave.
 
 python tests/slow_save.py FILE FLAG...      FILE.saving appears when a save has begun
 """
@@ -9,12 +10,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from ddp_mnist import train
 from ddp_mnist.preemption import StopSignal
 
 
-def main(go: Path) -> int:
+def main(go: Path) -> NoReturn:
     rename = os.rename
 
     def slowly(source: Path, target: Path) -> None:
@@ -32,8 +34,11 @@ def main(go: Path) -> int:
         return reason
 
     StopSignal.agreed = and_then_slowly  # type: ignore[method-assign]
-    return train.main(sys.argv[2:])
+    code = train.main(sys.argv[2:])
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+    train.leave(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

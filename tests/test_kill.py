@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import pytest
 from conftest import STEPS, write_digits
 from faults import Job
 
-from ddp_mnist import checkpoint
+from ddp_mnist import checkpoint, rundir
 
 RUNS = (1, 2, 1, 2, 1)  # ranks of each
 SAVE_EVERY = 50
@@ -214,56 +213,39 @@ def test_a_rank_that_does_not_answer_is_given_up(flags: list[str], tmp_path: Pat
 
 
 def test_a_rank_that_is_killed_while_the_job_is_built_is_missed_too(flags: list[str], tmp_path: Path) -> None:
-    # The first start holds the directory, so that rank 0 of the second one waits for it and rank 1 for rank 0.
-    run_dir = tmp_path / "run"
-    with faults.start(1, *flags, *ENDLESS, "--output-dir", run_dir) as holder:
-        faults.wait_until_step(holder, run_dir, 1)
-        with faults.start(2, *flags, *ENDLESS, "--output-dir", run_dir) as job:
-            faults.wait_for(lambda: "is held by another job" in job.errors(0), "the second job's wait", job)
-            job.signal(signal.SIGKILL, 0)
-            ended = job.wait(60)
+    # Rank 0 waits for the directory, which another job holds, and rank 1 for rank 0.
+    holder = rundir.lock(tmp_path)
+    assert holder is not None
+    with holder, faults.start(2, *flags, "--output-dir", tmp_path) as job:
+        faults.wait_for(lambda: "is held by another job" in job.errors(0), "the wait", job)
+        job.signal(signal.SIGKILL, 0)
+        ended = job.wait(60)
     assert ended[1].code == 1
     assert "lost contact with another rank" in ended[1].err and "Traceback" not in ended[1].err
 
 
-def test_a_run_directory_is_held_by_one_job_until_it_dies(flags: list[str], tmp_path: Path) -> None:
+def test_a_run_directory_is_held_by_one_job_until_it_dies(
+    flags: list[str], train: Callable[..., jobs.Ended], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = tmp_path / "run"
-    flags = [*flags, *ENDLESS, "--output-dir", str(run_dir)]
-    with faults.start(1, *flags) as holder:
+    endless = [*flags, *ENDLESS, "--output-dir", str(run_dir)]
+    with faults.start(1, *endless) as holder:
         faults.wait_until_step(holder, run_dir, 30)
-        # It waits for half of what the ranks of a job have for each other, a minute at most.
-        refused = jobs.run_ranks(1, *flags, "--timeout-minutes", "0.05")
-        message = jobs.the_message(refused, 1)
+        # A job waits for half of what its ranks wait for each other, a minute at most.
+        message = jobs.the_message([train(*endless, "--timeout-minutes", 0.05)], 1)
         assert str(run_dir) in message and "held by another job that is still running" in message
-        assert "waiting up to 2 s" in refused[0].err
+        assert "waiting up to 2 s" in caplog.text
         assert holder.running() and not (run_dir / "summary.json").exists()
-        with faults.start(1, *flags, "--max-steps", 1_000_000) as waiting:
+        with faults.start(1, *endless) as waiting:
             faults.wait_for(lambda: "waiting up to 60 s" in waiting.errors(), "the wait", waiting)
             assert waiting.output() == ""
             holder.signal(signal.SIGKILL)  # a dead job holds nothing
             faults.wait_for(lambda: "resumed at step" in waiting.output(), "the start", waiting)
-            waiting.signal(signal.SIGTERM)
-            assert waiting.wait()[0].code == 75
-
-
-def test_a_job_may_come_for_a_directory_whose_holder_is_still_saving(flags: list[str], tmp_path: Path) -> None:
-    program = (*jobs.TRAIN[:1], str(Path(__file__).with_name("slow_save.py")), str(tmp_path / "go"))
-    run_dir = tmp_path / "run"
-    with faults.start(1, *flags, *ENDLESS, "--output-dir", run_dir, program=program) as holder:
-        faults.wait_until_step(holder, run_dir, 1)
-        holder.signal(signal.SIGTERM)
-        faults.wait_for((tmp_path / "go.saving").exists, "the save", holder)
-        with faults.start(1, *flags, *ENDLESS, "--output-dir", run_dir) as successor:
-            faults.wait_for(lambda: "is held by another job" in successor.errors(), "the wait", successor)
-            (tmp_path / "go").touch()
-            assert holder.wait()[0].code == 75
-            stopped_at = faults.checkpoint_steps(run_dir)[-1]
-            faults.wait_for(lambda: f"resumed at step {stopped_at} " in successor.output(), "the start", successor)
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
 def test_training_goes_on_when_nothing_can_be_saved(
-    flags: list[str], run_at: Callable[[int], Path], tmp_path: Path, how: str
+    flags: list[str], train: Callable[..., jobs.Ended], tmp_path: Path, how: str
 ) -> None:
     """A disk that fills up, or a folder that may no longer be written, under a running job; then all is well again."""
     run_dir, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
@@ -292,11 +274,9 @@ def test_training_goes_on_when_nothing_can_be_saved(
     assert (summary["stop_reason"], summary["exit_code"]) == ("save_failed", 1)
     assert [path.name for path in sorted(folder.iterdir())] == [f"step-{step:08d}" for step in kept]
     assert_checkpoints_are_whole(run_dir)
-    # The checkpoint that was kept is good for a whole run.
-    shutil.copytree(run_dir, tmp_path / "again")
-    again = jobs.run_ranks(1, *endless, "--max-steps", str(kept[-1] + 1), "--output-dir", str(tmp_path / "again"))
-    jobs.succeeded(again)
-    assert jobs.read_json(tmp_path / "again" / "summary.json")["resumed_from"] == kept[-1]
+    # The checkpoint that was kept is good.
+    assert train(*endless, "--max-steps", kept[-1] + 1).code == 0
+    assert jobs.read_json(run_dir / "summary.json")["resumed_from"] == kept[-1]
 
 
 def test_no_line_is_lost_where_the_disk_was_full_for_a_while(flags: list[str], tmp_path: Path) -> None:
