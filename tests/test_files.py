@@ -238,7 +238,7 @@ def result(process: subprocess.Popen[str]) -> dict:
     return json.loads(out) | {"log": err}
 
 
-def wait_for(condition: Callable[[], object], what: str, limit: float = 30) -> None:
+def wait_for(condition: Callable[[], object], what: str, limit: float = 120) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, f"no {what} within {limit} s"
