@@ -1,0 +1,62 @@
+"""What can be known before a job starts: are the flags good, does the world size fit, are the data files there?
+
+`python -m launch.check --world-size 4 -- --epochs 20` answers in a second, on the login node or in front of the
+ranks; exit code 0: yes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ddp_mnist.config import TrainConfig, parse
+from ddp_mnist.errors import JobError
+
+
+def check(flags: Sequence[str], world_size: int) -> TrainConfig:
+    """The configuration that these training flags give. Raises: JobError; SystemExit 2 (0 after --help), as argparse.
+
+    Data files are unpacked where only the .gz are there, but not downloaded: compute nodes seldom can.
+    """
+    config = parse(flags, quiet=False)
+    config.check_world(world_size)
+    if config.dataset not in ("auto", "synthetic"):  # others can be made on the spot
+        from ddp_mnist import files  # numpy
+
+        try:
+            for split in files.NAMES:
+                files.read_split(config.dataset, config.data_dir, split, fetch=False)
+        except files.DataError as error:
+            words = ["python -m ddp_mnist.data fetch"]
+            words += [f"--dataset {config.dataset}"] if config.dataset != "mnist" else []
+            words += [f"--data-dir {config.data_dir}"] if config.data_dir != TrainConfig().data_dir else []
+            raise JobError(
+                f"the {config.dataset} files are not staged: run `{' '.join(words)}` on the login node, compute nodes "
+                f"seldom have internet access. ({error})"
+            ) from error
+    return config
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words before and after the first `--`."""
+    words = list(argv)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own, flags = split_flags(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m launch.check", usage="%(prog)s [--world-size N] -- TRAINING_FLAGS")
+    parser.add_argument("--world-size", type=int, default=1)
+    options = parser.parse_args(own)
+    try:
+        check(flags, options.world_size)
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

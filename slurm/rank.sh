@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# One rank: SLURM's variables become torch's, then this process becomes Python, so that signals reach it directly.
+# Started by srun in slurm/train.sh, never by hand: `salloc` leaves variables of the same names in interactive shells.
+set -euo pipefail
+
+: "${SLURM_STEP_ID:?is started by srun, see slurm/train.sh}"
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
+
+# Ranks on this node, from a list such as 2(x3),1: three nodes with two tasks each, then one with one.
+node=$SLURM_NODEID
+IFS=, read -ra groups <<<"$SLURM_STEP_TASKS_PER_NODE"
+for group in "${groups[@]}"; do
+    count=${group%%(*} repeat=1
+    [[ $group != *x* ]] || repeat=${group##*x} repeat=${repeat%)}
+    ((node >= repeat)) || break
+    node=$((node - repeat))
+done
+export LOCAL_WORLD_SIZE=$count
+
+if ! command -v "$1" >/dev/null; then
+    echo "error: $1 is not on $(hostname): keep the environment on a disk that all nodes share" >&2
+    exit 127
+fi
+exec "$@"

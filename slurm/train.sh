@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Train on a cluster. From the repository's root:
+#
+#   sbatch slurm/train.sh [training flags]                                     one node, one process on CPU
+#   sbatch --gpus-per-node=8 --cpus-per-gpu=4 slurm/train.sh                   one node, 8 GPUs
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=4 slurm/train.sh --epochs 20
+#   sbatch --ntasks-per-node=4 --cpus-per-task=2 slurm/train.sh                four processes on CPUs
+#
+# The log is slurm-<job>.out in the directory of submission, the run directory runs/slurm-<job>; in an array
+# slurm-<array>_<task>. A job that stops with a checkpoint (time limit near, TERM, preemption) requeues itself and
+# goes on in the same directory. Settings from the environment of sbatch:
+#
+#   ENV_SETUP      shell commands that make Python available, such as "module load python; source ~/env/bin/activate"
+#                  (default: the environment active at submission, else .venv here)
+#   MAX_REQUEUES   how often the job may put itself back into the queue (default 20)
+#
+# Each line below is a default: an option of the sbatch command and SBATCH_* variables beat it.
+
+# The name that squeue shows.
+#SBATCH --job-name=ddp_mnist
+# One machine.
+#SBATCH --nodes=1
+# One hour: short jobs start earlier, and a longer run goes on in the requeued job.
+#SBATCH --time=01:00:00
+# Two minutes before the time limit all ranks are told to save and leave. Not B:, which would tell this shell only.
+#SBATCH --signal=USR2@120
+# The job may run again after a dead node, preemption or its own request, also where the cluster's default is no.
+#SBATCH --requeue
+# A restarted job adds to its log instead of emptying it.
+#SBATCH --open-mode=append
+
+set -euo pipefail
+
+fail() { # code, message
+    echo "error: $2" >&2
+    exit "$1"
+}
+
+[[ -n ${SLURM_JOB_ID:-} ]] || fail 2 "this is a batch script: submit it with  sbatch slurm/train.sh [training flags]"
+# SLURM runs a copy of this file from its spool directory: the repository is where sbatch was called.
+cd "$SLURM_SUBMIT_DIR"
+[[ -f slurm/rank.sh && -d ddp_mnist ]] || fail 2 "$SLURM_SUBMIT_DIR is not the repository's root: submit from there"
+
+# An array task has a name of its own: requeueing by the bare job id would take the whole array along.
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+restarts=${SLURM_RESTART_COUNT:-0}
+max_requeues=${MAX_REQUEUES:-20}
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+if [[ -n ${ENV_SETUP:-} ]]; then
+    set +eu # activation scripts are not written for strict shells
+    eval "$ENV_SETUP"
+    set -eu
+elif [[ -z ${VIRTUAL_ENV:-} && ${CONDA_DEFAULT_ENV:-base} == base && -f .venv/bin/activate ]]; then
+    # shellcheck disable=SC1091 # exists on the user's machine only
+    source .venv/bin/activate
+fi
+python=$(command -v python || command -v python3) || fail 1 "no python on $(hostname): set ENV_SETUP, see slurm/train.sh"
+modules=$("$python" -c 'from importlib.util import find_spec
+print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))')
+[[ -z $modules ]] || fail 1 "not importable on $(hostname) with $python: $modules. Set ENV_SETUP, see slurm/train.sh"
+
+# --- Tasks: one per GPU; without GPUs as many as were asked for, else one per node ------------------------------------
+nodes=$SLURM_JOB_NUM_NODES
+gpus=${SLURM_GPUS_ON_NODE:-0}
+if ((gpus)); then
+    asked=${SLURM_GPUS:-$((gpus * nodes))} # may have a type in front: a100:8
+    ((gpus * nodes == ${asked##*:})) ||
+        fail 2 "the $asked GPUs are spread unevenly over $nodes nodes: ask with --gpus-per-node instead of --gpus"
+    tasks=$((gpus * nodes))
+    layout=(--ntasks-per-node="$gpus")
+    shape=" --gpus-per-node=$gpus"
+    # With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too.
+    unset SLURM_GPUS_PER_TASK
+else
+    tasks=${SLURM_NTASKS:-$nodes}
+    layout=()
+    shape=""
+    ((tasks == nodes)) || shape=" --ntasks=$tasks"
+fi
+((nodes == 1)) || shape=" --nodes=$nodes$shape"
+on_node=$(((tasks + nodes - 1) / nodes))
+
+# srun does not take --cpus-per-task over from sbatch (SLURM 22.05 and later), and without it pins a rank to one CPU.
+cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / on_node))}
+if ((cpus * on_node > SLURM_CPUS_ON_NODE)); then
+    cpus=$((SLURM_CPUS_ON_NODE / on_node))
+fi
+if ((cpus == 0)); then
+    cpus=1
+    layout+=(--overcommit)
+    echo "hint: $on_node ranks share $SLURM_CPUS_ON_NODE CPU on each node; give each its own with --cpus-per-gpu=4"
+fi
+layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
+
+# --- Where the ranks meet ---------------------------------------------------------------------------------------------
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The address by which SLURM itself reaches the node; its name need not resolve.
+address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2) || true
+export MASTER_ADDR=${address:-$first}
+# Another one for every job and every restart, as two jobs may share a node and a closed port stays taken for a while;
+# below 32768, where the kernel deals out ports by itself.
+export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 21 + restarts % 21) % 22000))
+
+# --- Run --------------------------------------------------------------------------------------------------------------
+# The user's flags come last: they beat these.
+flags=(--dataset mnist --output-dir "runs/slurm-$job" --threads "$cpus")
+for flag in "$@"; do
+    # --fresh is for the first start; in a requeued job it would throw away what there is, every time.
+    ((restarts)) && [[ $flag == --fresh ]] || flags+=("$flag")
+done
+# What the training prints in front of its flags when it says how to go on.
+export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
+
+echo "job $job, start $((restarts + 1)): ranks: $tasks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus, GPUs per node: $gpus;" \
+    "meeting at $MASTER_ADDR:$MASTER_PORT"
+# One message in a second instead of one per rank after the imports.
+"$python" -m launch.check --world-size "$tasks" -- "${flags[@]}"
+
+code=0
+# Without --kill-on-bad-exit the ranks would wait for a dead one until the time limit.
+srun "${layout[@]}" --kill-on-bad-exit=1 --label \
+    slurm/rank.sh "$python" -m ddp_mnist.train "${flags[@]}" || code=$?
+
+why=""
+if ((code == 75)); then
+    why="stopped with a checkpoint"
+elif ((code > 2 || code == 1)) && ((nodes > 1)) &&
+    ! timeout 60 srun --nodes="$nodes" --ntasks="$nodes" --overlap --overcommit true; then
+    # The other nodes' ranks notice a dead node before SLURM does, and their failure would end the job for good.
+    why="a node does not answer"
+fi
+[[ -n $why ]] || exit "$code"
+if ((restarts >= max_requeues)); then
+    fail "$code" "$why, but not requeued: MAX_REQUEUES=$max_requeues is reached"
+fi
+echo "$why: back into the queue (requeue $((restarts + 1)) of at most $max_requeues)"
+scontrol requeue "$job" || fail "$code" "$why, but SLURM does not requeue this job"
+exit "$code" # for an accepted requeue SLURM does not look at it

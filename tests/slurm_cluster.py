@@ -1,0 +1,288 @@
+"""A real SLURM with two nodes on one machine: loopback, free ports, a temporary directory.
+
+`Cluster()` starts munged, slurmctld and two slurmd, and stops exactly what it has started (see reaper.py). It needs
+no system service, no /run/munge and no entry in /etc/hosts, and disturbs neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+REAPER = Path(__file__).with_name("reaper.py")
+PATIENCE = 120.0
+"""Seconds: a bound against hangs, never a measure. Idle machines need 5, crowded ones many more."""
+
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge.socket
+SlurmctldPort={ports[0]}
+StateSaveLocation={dir}/state
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdSpoolDir={dir}/spool-%n
+SlurmdPidFile={dir}/slurmd-%n.pid
+SlurmdLogFile={dir}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MailProg=/bin/true
+# A node may claim more CPUs than this machine has, so that several jobs fit.
+SlurmdParameters=config_overrides
+# What a cluster may have set and the scripts must not depend on: jobs are not requeued, logs are cut at a restart.
+JobRequeue=0
+JobFileAppend=0
+# A slow machine is no dead node, except where a test wants a dead node noticed.
+SlurmdTimeout={dead_after}
+BatchStartTimeout=60
+MessageTimeout=60
+ReturnToService=2
+# Look at the queue every second; keep ended jobs for the tests to ask about.
+SchedulerParameters=sched_interval=1,batch_sched_delay=1
+MinJobAge=7200
+GresTypes=gpu
+NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=16 RealMemory=16000 Gres=gpu:4
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
+"""
+# Devices that every machine has, in place of GPUs: SLURM deals them out, torch sees none and trains on the CPU.
+GRES = "NodeName=n[0-1] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
+
+
+def missing() -> str:
+    """Why SLURM cannot be started here; empty if it can."""
+    absent = [tool for tool in TOOLS if shutil.which(tool, path=_path()) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed (Debian: apt-get install slurm-wlm munge)"
+    return "" if os.getuid() == 0 else "slurmd has to be started by root"
+
+
+def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + patience
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {patience:.0f} s for {what}")
+        time.sleep(0.05)
+    return value
+
+
+class Cluster:
+    """Use as a context manager. `submit` and the like raise CalledProcessError with SLURM's message."""
+
+    def __init__(self, *, dead_after: int = 600) -> None:
+        """`dead_after`: seconds until a node that does not answer is down."""
+        # Not below pytest's own folder, which only its owner may enter: munge would refuse its socket there.
+        self.dir = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.dir.chmod(0o755)
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        conf = CONF.format(
+            host=socket.gethostname().split(".")[0],
+            user=getpass.getuser(),
+            dir=self.dir,
+            ports=_free_ports(3),
+            dead_after=dead_after,
+        )
+        (self.dir / "slurm.conf").write_text(conf)
+        (self.dir / "gres.conf").write_text(GRES)
+        (self.dir / "state").mkdir()
+        key = self.dir / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "DDP_MNIST_LAUNCHER"))
+        }
+        self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": _path()}
+
+    def __enter__(self) -> Cluster:
+        try:
+            where = {
+                name: str(self.dir / f"munge.{name}") for name in ("socket", "key", "pid", "log", "seed")
+            }
+            self._start(
+                "munged",
+                *("munged", "--foreground", "--force", f"--socket={where['socket']}", f"--key-file={where['key']}"),
+                *(f"--pid-file={where['pid']}", f"--log-file={where['log']}", f"--seed-file={where['seed']}"),
+            )
+            wait_for(lambda: self._alive() and Path(where["socket"]).exists(), "munged's socket")
+            self._start("slurmctld", "slurmctld", "-D", "-i")
+            for node in ("n0", "n1"):
+                self.start_node(node)
+            wait_for(lambda: self._alive() and self._idle() == 2, "two idle nodes")
+        except BaseException as error:
+            error.add_note(self.logs())
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "slurmctld" in self.daemons:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                cancel = ["scancel", "--signal=KILL", "--full", f"--user={getpass.getuser()}"]
+                subprocess.run(cancel, env=self.env, capture_output=True, timeout=30)
+        for name in ("n0", "n1", "slurmctld", "munged"):
+            if name in self.daemons:
+                daemon = self.daemons.pop(name)
+                assert daemon.stdin
+                daemon.stdin.close()
+                daemon.wait()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def start_node(self, name: str) -> None:
+        self._start(name, "slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """slurmd and everything under it, at once."""
+        daemon = self.daemons.pop(name)
+        daemon.send_signal(signal.SIGUSR1)
+        daemon.wait()
+
+    def run(self, *command: str, **options: Any) -> str:
+        """Output of a client command."""
+        options = {"env": self.env, "check": True, "text": True, "timeout": PATIENCE} | options
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options).stdout
+
+    def submit(self, *arguments: str, cwd: Path, **env: str) -> Job:
+        """`sbatch` in a checkout."""
+        answer = self.run("sbatch", *arguments, cwd=cwd, env=self.env | env)
+        found = re.search(r"Submitted batch job (\d+)", answer)
+        assert found, answer
+        return Job(self, found[1], cwd)
+
+    def logs(self) -> str:
+        parts = []
+        for path in sorted(self.dir.glob("*.log")):
+            parts.append(f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:]))
+        return "\n".join(parts)
+
+    def _start(self, name: str, *command: str) -> None:
+        with open(self.dir / f"{name}.out.log", "ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                [sys.executable, str(REAPER), *command],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.env, cwd=self.dir, start_new_session=True,
+            )  # fmt: skip
+
+    def _alive(self) -> bool:
+        for name, daemon in self.daemons.items():
+            if daemon.poll() is not None:
+                raise RuntimeError(f"{name} has ended")
+        return True
+
+    def _idle(self) -> int:
+        answer = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=self.env, capture_output=True, text=True)
+        return answer.stdout.split().count("idle")
+
+
+class Job:
+    """A job, or a task of an array (`id` is then 12_3)."""
+
+    def __init__(self, cluster: Cluster, id: str, cwd: Path) -> None:
+        self.cluster, self.id, self.cwd = cluster, id, cwd
+        self.run_dir = cwd / "runs" / f"slurm-{id}"
+
+    def show(self) -> dict[str, str]:
+        """What `scontrol show job` says, field by field."""
+        text = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
+        return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0]))
+
+    @property
+    def state(self) -> str:
+        return self.show()["JobState"]
+
+    @property
+    def log(self) -> str:
+        path = self.cwd / f"slurm-{self.id}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def wait(self, *states: str, patience: float = 300) -> dict[str, str]:
+        """Until the job is in one of these states; requeued jobs need not wait their two minutes."""
+        unhappy = {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "COMPLETED"}
+
+        def look() -> dict[str, str] | None:
+            found = self.show()
+            if found["JobState"] in states:
+                return found
+            if found["JobState"] in unhappy:
+                raise AssertionError(f"job {self.id} is {found['JobState']}, not {states}:\n{self.log}")
+            self.hurry(found)
+            return None
+
+        try:
+            return wait_for(look, f"job {self.id} to be {' or '.join(states)}", patience)
+        except TimeoutError as error:
+            error.add_note(f"{self.show()}\n{self.log}\n{self.cluster.logs()}")
+            raise
+
+    def hurry(self, found: dict[str, str]) -> None:
+        """SLURM lets a requeued job wait for two minutes; a test need not."""
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
+
+    def wait_restarted(self, times: int = 1) -> None:
+        def look() -> bool:
+            found = self.show()
+            self.hurry(found)
+            return int(found["Restarts"]) >= times
+
+        wait_for(look, f"restart {times} of job {self.id}")
+
+    def wait_for_log(self, text: str) -> None:
+        def look() -> bool:
+            if text in self.log:
+                return True
+            assert self.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), self.log
+            return False
+
+        wait_for(look, f"{text!r} in the log of job {self.id}", 300)
+
+
+def _path() -> str:
+    """PATH with the places where Debian keeps daemons."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/local/sbin"])
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports for slurmctld and for the two slurmd, the latter in a row."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = probe.getsockname()[1]
+        ports = list(range(first, first + count))
+        try:
+            for port in ports:
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return ports
+
+
+@contextmanager
+def running(**options: Any) -> Iterator[Cluster]:
+    with Cluster(**options) as cluster:
+        yield cluster
