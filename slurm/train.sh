@@ -113,8 +113,8 @@ done
 # What the training prints in front of its flags when it says how to go on.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
 
-echo "job $job, start $((restarts + 1)): ranks: $tasks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus, GPUs per node: $gpus;" \
-    "meeting at $MASTER_ADDR:$MASTER_PORT"
+echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
+    "GPUs per node: $gpus, meeting at $MASTER_ADDR:$MASTER_PORT"
 # One message in a second instead of one per rank after the imports.
 "$python" -m launch.check --world-size "$tasks" -- "${flags[@]}"
 

@@ -121,9 +121,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
-            where = {
-                name: str(self.dir / f"munge.{name}") for name in ("socket", "key", "pid", "log", "seed")
-            }
+            where = {name: str(self.dir / f"munge.{name}") for name in ("socket", "key", "pid", "log", "seed")}
             self._start(
                 "munged",
                 *("munged", "--foreground", "--force", f"--socket={where['socket']}", f"--key-file={where['key']}"),
