@@ -31,9 +31,10 @@ def check(flags: Sequence[str], world_size: int) -> TrainConfig:
             words = ["python -m ddp_mnist.data fetch"]
             words += [f"--dataset {config.dataset}"] if config.dataset != "mnist" else []
             words += [f"--data-dir {config.data_dir}"] if config.data_dir != TrainConfig().data_dir else []
+            found = next(each for each in files.verify(config.dataset, config.data_dir) if each.status != "ok")
             raise JobError(
-                f"the {config.dataset} files are not staged: run `{' '.join(words)}` on the login node, compute nodes "
-                f"seldom have internet access. ({error})"
+                f"the {config.dataset} files are not staged, {found.path} is {found.status}: run "
+                f"`{' '.join(words)}` on the login node, compute nodes seldom have internet access."
             ) from error
     return config
 

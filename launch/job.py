@@ -1,0 +1,110 @@
+"""What a submitit job runs, once per rank. Imports nothing heavy before the job runs.
+
+submitit installs a handler that requeues the job as soon as the signal comes, in the middle of a step. While training,
+our own stop flag takes the signal instead; when all ranks have saved, submitit's handlers are back and rank 0 raises
+the signal again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.helpers import TorchDistributedEnvironment
+
+from ddp_mnist.config import TrainConfig, parse
+from ddp_mnist.errors import JobError
+from ddp_mnist.preemption import StopSignal
+
+STOPPED = 75
+"""Exit code: stopped with a checkpoint, run me again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pickled at submission, called on every rank of every attempt. Returns the run's summary."""
+
+    flags: tuple[str, ...]
+    """Training flags, checked before submission."""
+    launcher: str
+    """What the training prints in front of its flags when it says how to go on."""
+    attempt: int = 0
+
+    def __call__(self) -> dict[str, Any]:
+        env = submitit.JobEnvironment()
+        main = env.global_rank == 0
+        self.join(env)
+        logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="warning: %(message)s")
+        logging.getLogger("submitit").propagate = False  # it prints by itself
+        try:
+            config = self.config(env)
+            with StopSignal() as stop:
+                from ddp_mnist.trainer import fit  # imports torch
+
+                summary = fit(config, stop)
+        except JobError as error:
+            if main or error.local:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+        if main and summary["exit_code"] == STOPPED:
+            # Not after TERM: scancel sends it too, and a requeue would bring a cancelled job back to life.
+            if env.cluster != "debug" and summary["stop_reason"] in ("SIGUSR2", "max_minutes"):
+                signal.raise_signal(env._usr_sig())  # does not return
+            sys.exit(STOPPED)
+        return summary
+
+    def checkpoint(self, *_: object, **__: object) -> submitit.helpers.DelayedSubmission:
+        """The next attempt; submitit calls it in its signal handler, on rank 0 alone: no collective, no save."""
+        return submitit.helpers.DelayedSubmission(replace(self, attempt=self.attempt + 1))
+
+    __submitit_checkpoint__ = checkpoint  # submitit asks for one name before a requeue and calls the other
+
+    def join(self, env: submitit.JobEnvironment) -> None:
+        """Set torch's variables, RANK and so on."""
+        # Below the ports that the kernel deals out by itself, another one for every job and attempt.
+        port = 10_000 + (zlib.crc32(env.job_id.encode()) + self.attempt) % 22_000
+        os.environ["MASTER_PORT"] = str(port)
+        # SLURM has dealt out the GPUs: with one visible GPU per rank they could not see each other's.
+        distributed = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ["MASTER_ADDR"] = _address(distributed.master_addr)
+        os.environ["DDP_MNIST_LAUNCHER"] = self.launcher
+
+    def config(self, env: submitit.JobEnvironment) -> TrainConfig:
+        """Raises: JobError."""
+        config = parse(self.flags)
+        if config.output_dir is None:  # as in slurm/train.sh: the same after a requeue
+            config = config.replace(output_dir=Path("runs") / f"{env.cluster}-{env.job_id}")
+        config.check_world(env.num_tasks)
+        if env.global_rank == 0:
+            folder = env.paths.folder
+            for leftover in folder.glob("*.save_tmp"):  # of a kill in mid-write; submitit would not requeue again
+                leftover.unlink(missing_ok=True)
+            started = folder / f"{env.job_id}_started"
+            if started.exists():  # --fresh is for the first start, else a requeue would throw away what there is
+                config = config.replace(fresh=False)
+            folder.mkdir(parents=True, exist_ok=True)
+            started.touch()
+        return config
+
+
+def _address(host: str) -> str:
+    """`host`, or where its name does not resolve the address by which SLURM itself reaches it."""
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except OSError:
+        try:
+            answer = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return host
+        found = [word.partition("=")[2] for word in answer.stdout.split() if word.startswith("NodeAddr=")]
+        return found[0] if found else host
