@@ -7,6 +7,7 @@ the signal again.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import submitit
 from submitit.helpers import TorchDistributedEnvironment
@@ -24,6 +25,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from ddp_mnist.config import TrainConfig, parse
 from ddp_mnist.errors import JobError
 from ddp_mnist.preemption import StopSignal
+from ddp_mnist.train import leave
 
 STOPPED = 75
 """Exit code: stopped with a checkpoint, run me again."""
@@ -54,13 +56,24 @@ class Job:
         except JobError as error:
             if main or error.local:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code)
+            self.leave(env, error.exit_code)
         if main and summary["exit_code"] == STOPPED:
             # Not after TERM: scancel sends it too, and a requeue would bring a cancelled job back to life.
             if env.cluster != "debug" and summary["stop_reason"] in ("SIGUSR2", "max_minutes"):
-                signal.raise_signal(env._usr_sig())  # does not return
-            sys.exit(STOPPED)
+                try:
+                    signal.raise_signal(env._usr_sig())
+                except SystemExit as requeued:
+                    self.leave(env, requeued.code)
+            self.leave(env, STOPPED)
+        if env.cluster != "debug":
+            # submitit has yet to write the result; what follows it must not take Python down, see `leave`.
+            atexit.register(lambda: leave(1 if hasattr(sys, "last_type") else 0))
         return summary
+
+    def leave(self, env: submitit.JobEnvironment, code: Any) -> NoReturn:
+        if env.cluster == "debug":  # not our process
+            sys.exit(code)
+        leave(int(code) & 0xFF)
 
     def checkpoint(self, *_: object, **__: object) -> submitit.helpers.DelayedSubmission:
         """The next attempt; submitit calls it in its signal handler, on rank 0 alone: no collective, no save."""
@@ -81,9 +94,11 @@ class Job:
     def config(self, env: submitit.JobEnvironment) -> TrainConfig:
         """Raises: JobError."""
         config = parse(self.flags)
+        config.check_world(env.num_tasks)
+        if env.cluster == "debug":  # one attempt, and none of submitit's files
+            return config
         if config.output_dir is None:  # as in slurm/train.sh: the same after a requeue
             config = config.replace(output_dir=Path("runs") / f"{env.cluster}-{env.job_id}")
-        config.check_world(env.num_tasks)
         if env.global_rank == 0:
             folder = env.paths.folder
             for leftover in folder.glob("*.save_tmp"):  # of a kill in mid-write; submitit would not requeue again
@@ -91,7 +106,6 @@ class Job:
             started = folder / f"{env.job_id}_started"
             if started.exists():  # --fresh is for the first start, else a requeue would throw away what there is
                 config = config.replace(fresh=False)
-            folder.mkdir(parents=True, exist_ok=True)
             started.touch()
         return config
 

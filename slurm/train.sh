@@ -56,7 +56,8 @@ elif [[ -z ${VIRTUAL_ENV:-} && ${CONDA_DEFAULT_ENV:-base} == base && -f .venv/bi
     # shellcheck disable=SC1091 # exists on the user's machine only
     source .venv/bin/activate
 fi
-python=$(command -v python || command -v python3) || fail 1 "no python on $(hostname): set ENV_SETUP, see slurm/train.sh"
+python=$(command -v python || command -v python3) ||
+    fail 1 "no python on $(hostname): set ENV_SETUP, see slurm/train.sh"
 modules=$("$python" -c 'from importlib.util import find_spec
 print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))')
 [[ -z $modules ]] || fail 1 "not importable on $(hostname) with $python: $modules. Set ENV_SETUP, see slurm/train.sh"
@@ -119,22 +120,16 @@ echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CP
 "$python" -m launch.check --world-size "$tasks" -- "${flags[@]}"
 
 code=0
-# Without --kill-on-bad-exit the ranks would wait for a dead one until the time limit.
+# Without --kill-on-bad-exit the ranks would wait for a dead one until the time limit. Where a whole node died, srun
+# waits until SLURM has noticed it, and SLURM requeues.
 srun "${layout[@]}" --kill-on-bad-exit=1 --label \
     slurm/rank.sh "$python" -m ddp_mnist.train "${flags[@]}" || code=$?
 
-why=""
-if ((code == 75)); then
-    why="stopped with a checkpoint"
-elif ((code > 2 || code == 1)) && ((nodes > 1)) &&
-    ! timeout 60 srun --nodes="$nodes" --ntasks="$nodes" --overlap --overcommit true; then
-    # The other nodes' ranks notice a dead node before SLURM does, and their failure would end the job for good.
-    why="a node does not answer"
-fi
-[[ -n $why ]] || exit "$code"
+((code != 140)) || echo "hint: USR2 came before training could start; it needs more than these two minutes" >&2
+((code == 75)) || exit "$code"
 if ((restarts >= max_requeues)); then
-    fail "$code" "$why, but not requeued: MAX_REQUEUES=$max_requeues is reached"
+    fail "$code" "stopped with a checkpoint, but not requeued: MAX_REQUEUES=$max_requeues is reached"
 fi
-echo "$why: back into the queue (requeue $((restarts + 1)) of at most $max_requeues)"
-scontrol requeue "$job" || fail "$code" "$why, but SLURM does not requeue this job"
+echo "stopped with a checkpoint: back into the queue (requeue $((restarts + 1)) of at most $max_requeues)"
+scontrol requeue "$job" || fail "$code" "SLURM does not requeue this job"
 exit "$code" # for an accepted requeue SLURM does not look at it
