@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={dir}/munge.socket
+# A requeued job waits until its old credentials have expired, by default two minutes. Not for less than it takes a
+# busy machine to start a step; and StartTime=now in place of waiting gets jobs killed, their credential revoked.
+AuthInfo=socket={dir}/munge.socket,cred_expire=20
 SlurmctldPort={ports[0]}
 StateSaveLocation={dir}/state
 SlurmctldPidFile={dir}/slurmctld.pid
@@ -64,6 +65,8 @@ ReturnToService=2
 # Look at the queue every second; keep ended jobs for the tests to ask about.
 SchedulerParameters=sched_interval=1,batch_sched_delay=1
 MinJobAge=7200
+# Another one in each cluster: ranks meet at a port that follows from the job's number.
+FirstJobId={ports[0]}
 GresTypes=gpu
 NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=16 RealMemory=16000 Gres=gpu:4
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
@@ -80,13 +83,13 @@ def missing() -> str:
     return "" if os.getuid() == 0 else "slurmd has to be started by root"
 
 
-def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE, interval: float = 0.2) -> Any:
     """The first true value of `condition()`."""
     deadline = time.monotonic() + patience
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {patience:.0f} s for {what}")
-        time.sleep(0.05)
+        time.sleep(interval)
     return value
 
 
@@ -115,9 +118,10 @@ class Cluster:
         self.env = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("SLURM_", "SBATCH_", "DDP_MNIST_LAUNCHER"))
+            # A job that these tests run in, and what would make another checkout's package importable.
+            if not name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_", "DDP_MNIST_LAUNCHER", "PYTHONPATH"))
         }
-        self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": _path()}
+        self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": _path(), "VIRTUAL_ENV": sys.prefix}
 
     def __enter__(self) -> Cluster:
         try:
@@ -163,7 +167,7 @@ class Cluster:
     def run(self, *command: str, **options: Any) -> str:
         """Output of a client command."""
         options = {"env": self.env, "check": True, "text": True, "timeout": PATIENCE} | options
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options).stdout
+        return subprocess.run(command, capture_output=True, **options).stdout
 
     def submit(self, *arguments: str, cwd: Path, **env: str) -> Job:
         """`sbatch` in a checkout."""
@@ -202,6 +206,7 @@ class Job:
     def __init__(self, cluster: Cluster, id: str, cwd: Path) -> None:
         self.cluster, self.id, self.cwd = cluster, id, cwd
         self.run_dir = cwd / "runs" / f"slurm-{id}"
+        self.log_path = cwd / f"slurm-{id}.out"
 
     def show(self) -> dict[str, str]:
         """What `scontrol show job` says, field by field."""
@@ -214,11 +219,10 @@ class Job:
 
     @property
     def log(self) -> str:
-        path = self.cwd / f"slurm-{self.id}.out"
-        return path.read_text(errors="replace") if path.exists() else ""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def wait(self, *states: str, patience: float = 300) -> dict[str, str]:
-        """Until the job is in one of these states; requeued jobs need not wait their two minutes."""
+        """Until the job is in one of these states."""
         unhappy = {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "COMPLETED"}
 
         def look() -> dict[str, str] | None:
@@ -227,7 +231,6 @@ class Job:
                 return found
             if found["JobState"] in unhappy:
                 raise AssertionError(f"job {self.id} is {found['JobState']}, not {states}:\n{self.log}")
-            self.hurry(found)
             return None
 
         try:
@@ -236,32 +239,85 @@ class Job:
             error.add_note(f"{self.show()}\n{self.log}\n{self.cluster.logs()}")
             raise
 
-    def hurry(self, found: dict[str, str]) -> None:
-        """SLURM lets a requeued job wait for two minutes; a test need not."""
-        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-            self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
-
     def wait_restarted(self, times: int = 1) -> None:
         def look() -> bool:
             found = self.show()
-            self.hurry(found)
+            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
+                f"job {self.id} is {found['JobState']}:\n{self.log}"
+            )
             return int(found["Restarts"]) >= times
 
-        wait_for(look, f"restart {times} of job {self.id}")
+        try:
+            wait_for(look, f"restart {times} of job {self.id}", 300)
+        except TimeoutError as error:
+            error.add_note(f"{self.show()}\n{self.log}\n{self.cluster.logs()}")
+            raise
 
-    def wait_for_log(self, text: str) -> None:
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks that are running on this machine, by rank."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if not {b"ddp_mnist.train", b"submitit.core._submit"} & set(words) or words[0].endswith(b"srun"):
+                    continue
+                env = dict(
+                    pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair
+                )
+                array = [env.get(name, b"").decode() for name in (b"SLURM_ARRAY_JOB_ID", b"SLURM_ARRAY_TASK_ID")]
+                mine = self.id == ("_".join(array) if array[0] else env.get(b"SLURM_JOB_ID", b"").decode())
+                if mine and env.get(b"SLURM_CONF", b"").decode() == self.cluster.env["SLURM_CONF"]:
+                    found[int(env[b"SLURM_PROCID"])] = int(entry.name)
+        return [found[rank] for rank in sorted(found)]
+
+    def train_until(self, condition: Callable[[], Any]) -> None:
+        """Wait for `condition()` while the job trains."""
+
         def look() -> bool:
-            if text in self.log:
+            if condition():
                 return True
-            assert self.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), self.log
+            assert self.state in ("PENDING", "RUNNING", "CONFIGURING"), f"job {self.id} is {self.state}:\n{self.log}"
             return False
 
-        wait_for(look, f"{text!r} in the log of job {self.id}", 300)
+        wait_for(look, f"job {self.id} to train", 300)
+
+    def freeze(self) -> list[int]:
+        """Stop all ranks in the middle of training, so that what comes next does not race with its end."""
+        self.train_until(lambda: (self.run_dir / "metrics.jsonl").exists() and self._lines())
+        pids = self.ranks()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        assert pids and not (self.run_dir / "summary.json").exists(), "the run is too short for this test"
+        return pids
+
+    def _lines(self) -> int:
+        return len((self.run_dir / "metrics.jsonl").read_text().splitlines())
+
+
+def thaw(pids: list[int], *, after: signal.Signals | None = None) -> None:
+    """Let frozen ranks go on, once the signal has reached them all; some SLURM signals do that by themselves."""
+    for pid in pids:
+        if after:
+            wait_for(lambda pid=pid: _reached(pid, after), after.name)  # type: ignore[misc]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _reached(pid: int, number: int) -> bool:
+    """The signal waits for the frozen process, or the process is frozen no more."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    masks = re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", status, re.MULTILINE)
+    return "\nState:\tT" not in status or any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 def _path() -> str:
-    """PATH with the places where Debian keeps daemons."""
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/local/sbin"])
+    """PATH with this Python in front and the places where Debian keeps daemons."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"]
+    return os.pathsep.join(folders)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -278,9 +334,3 @@ def _free_ports(count: int) -> list[int]:
         except OSError:
             continue
         return ports
-
-
-@contextmanager
-def running(**options: Any) -> Iterator[Cluster]:
-    with Cluster(**options) as cluster:
-        yield cluster
