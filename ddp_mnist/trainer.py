@@ -39,7 +39,7 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
         stop.limit(config.max_minutes)
         world = stack.enter_context(World(config))
         config.check_world(world.size)
-        trainer = None
+        run = trainer = None
         try:
             run = stack.enter_context(open_run(config, world))
             if run.finished:
@@ -51,6 +51,11 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
         except JobError as error:
             if trainer is not None:
                 trainer.give_up(error)
+            elif run is not None and world.is_main:  # the data, say: nothing is built yet
+                state = run.snapshot.state if run.snapshot else TrainState()
+                summary = summary_of(run.config, world, state, stop_reason=error.stop_reason, exit_code=error.exit_code)
+                with contextlib.suppress(OSError):
+                    rundir.write_json(run.path / rundir.SUMMARY, summary)
             raise
         except RuntimeError as error:
             if not is_lost_rank(error):
@@ -246,38 +251,21 @@ class Trainer:
         self, stop_reason: str, *, exit_code: int, train: Score | None = None, test: Score | None = None
     ) -> dict[str, Any]:
         """summary.json's content."""
-        config, state, world = self.config, self.state, self.world
+        state = self.state
         state.wall_seconds = self.tracker.wall_seconds()
         samples, seconds = state.samples_seen - self.before[0], state.train_seconds - self.before[1]
-        return {
-            "finished": stop_reason == "finished",
-            "stop_reason": stop_reason,
-            "exit_code": exit_code,
-            "dataset": config.dataset,
-            "recipe": config.recipe,
-            "epochs": config.epochs,
-            "steps": state.step,
-            "samples_seen": state.samples_seen,
-            "world_size": world.size,
-            "device": world.device.type,
-            "mixed_precision": config.mixed_precision,
-            "threads": world.threads,
-            "skipped_steps": state.skipped_steps,
-            "train_correct": train and train.correct,
-            "train_count": train and train.count,
-            "train_accuracy": train and train.accuracy,
-            "train_loss": train and train.loss,
-            "test_correct": test and test.correct,
-            "test_count": test and test.count,
-            "test_accuracy": test and test.accuracy,
-            "test_loss": test and test.loss,
-            "train_seconds": round(state.train_seconds, 3),
-            "eval_seconds": round(state.eval_seconds, 3),
-            "wall_seconds": round(state.wall_seconds, 3),
-            "images_per_second": round(samples / seconds, 1) if seconds else None,
-            "resumed_from": self.resumed_from,
-            "wandb_mode": config.wandb,
-        }
+        speed = round(samples / seconds, 1) if seconds else None
+        return summary_of(
+            self.config,
+            self.world,
+            state,
+            stop_reason=stop_reason,
+            exit_code=exit_code,
+            train=train,
+            test=test,
+            images_per_second=speed,
+            resumed_from=self.resumed_from,
+        )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if self.world.is_main:
@@ -392,6 +380,50 @@ class TrainStep:
         for _ in range(2):
             self.gradients(batch)
         self.optimizer.zero_grad()
+
+
+def summary_of(
+    config: TrainConfig,
+    world: World,
+    state: TrainState,
+    *,
+    stop_reason: str,
+    exit_code: int,
+    train: Score | None = None,
+    test: Score | None = None,
+    images_per_second: float | None = None,
+    resumed_from: int | None = None,
+) -> dict[str, Any]:
+    """summary.json's content; null for what is not known."""
+    return {
+        "finished": stop_reason == "finished",
+        "stop_reason": stop_reason,
+        "exit_code": exit_code,
+        "dataset": config.dataset,
+        "recipe": config.recipe,
+        "epochs": config.epochs,
+        "steps": state.step,
+        "samples_seen": state.samples_seen,
+        "world_size": world.size,
+        "device": world.device.type,
+        "mixed_precision": config.mixed_precision,
+        "threads": world.threads,
+        "skipped_steps": state.skipped_steps,
+        "train_correct": train and train.correct,
+        "train_count": train and train.count,
+        "train_accuracy": train and train.accuracy,
+        "train_loss": train and train.loss,
+        "test_correct": test and test.correct,
+        "test_count": test and test.count,
+        "test_accuracy": test and test.accuracy,
+        "test_loss": test and test.loss,
+        "train_seconds": round(state.train_seconds, 3),
+        "eval_seconds": round(state.eval_seconds, 3),
+        "wall_seconds": round(state.wall_seconds, 3),
+        "images_per_second": images_per_second,
+        "resumed_from": resumed_from,
+        "wandb_mode": config.wandb,
+    }
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

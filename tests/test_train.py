@@ -426,6 +426,9 @@ def test_a_bad_data_file_is_named_with_what_is_wrong_and_what_to_do(train: Train
     ended = train("--data-dir", data_dir, "--output-dir", tmp_path / "run")
     says_what_to_do_about(jobs.the_message([ended], 1), tmp_path, why)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    summary = jobs.read_json(tmp_path / "run" / "summary.json")
+    assert (summary["finished"], summary["exit_code"], summary["steps"]) == (False, 1, 0)
+    assert summary["dataset"] == "fashion-mnist" and summary["test_count"] is None
 
 
 @pytest.mark.parametrize("kind", ["short", "magic", "hash"])
