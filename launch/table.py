@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddp_mnist.rundir import read_json
+
 HIDDEN = ("output_dir", "data_dir", "threads", "wandb", "progress", "log_every")
 """Settings that are no result's cause."""
 
@@ -22,7 +24,7 @@ def rows(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
     """Best test accuracy first; runs without one last."""
     found = []
     for path in run_dirs:
-        summary, settings = _read(path / "summary.json"), _read(path / "config.json").get("settings", {})
+        summary, settings = read_json(path / "summary.json"), read_json(path / "config.json").get("settings", {})
         found.append({"run": path.name, "settings": settings, "state": _state(summary, settings), **_scores(summary)})
     return sorted(found, key=lambda row: (row["accuracy"] is None, -(row["accuracy"] or 0), row["run"]))
 
@@ -61,14 +63,6 @@ def _state(summary: dict[str, Any], settings: dict[str, Any]) -> str:
     if not summary:
         return "no summary yet" if settings else "not started"
     return "finished" if summary.get("finished") else f"stopped: {summary.get('stop_reason')}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _words(value: Any) -> str:
