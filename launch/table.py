@@ -31,8 +31,9 @@ def rows(run_dirs: Sequence[Path]) -> list[dict[str, Any]]:
 
 def table(run_dirs: Sequence[Path]) -> str:
     found = rows(run_dirs)
-    names = dict.fromkeys(name for row in found for name in row["settings"] if name not in HIDDEN)
-    differing = [name for name in names if len({json.dumps(row["settings"].get(name)) for row in found}) > 1]
+    known = [row["settings"] for row in found if row["settings"]]
+    names = dict.fromkeys(name for settings in known for name in settings if name not in HIDDEN)
+    differing = [name for name in names if len({json.dumps(settings.get(name)) for settings in known}) > 1]
     head = ["run", "test accuracy", "test loss", "steps", *(name.replace("_", "-") for name in differing), "state"]
     cells = [head]
     for row in found:

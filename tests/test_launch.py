@@ -311,14 +311,13 @@ def test_the_table_has_one_row_per_run_and_the_best_first(tmp_path: Path) -> Non
     empty = tmp_path / "e"
     empty.mkdir()
     assert table([*runs, empty]).splitlines() == [
-        "run  test accuracy  test loss  steps  seed  lr   state",
-        "b    95.00%         0.2100     8      0     0.2  finished",
-        "a    90.00%         0.3000     8      0     0.1  finished",
-        "c    -              -          -      0     0.3  no summary yet",
-        "d    -              -          3      0     0.4  stopped: SIGUSR2",
-        "e    -              -          -      -     -    not started",
+        "run  test accuracy  test loss  steps  lr   state",
+        "b    95.00%         0.2100     8      0.2  finished",
+        "a    90.00%         0.3000     8      0.1  finished",
+        "c    -              -          -      0.3  no summary yet",
+        "d    -              -          3      0.4  stopped: SIGUSR2",
+        "e    -              -          -      -    not started",
     ]
-    assert "seed" not in table(runs)
 
 
 def test_the_table_of_runs_that_are_not_there(tmp_path: Path) -> None:
