@@ -232,7 +232,7 @@ def test_a_run_directory_is_held_by_one_job_until_it_dies(
     with faults.start(1, *endless) as holder:
         faults.wait_until_step(holder, run_dir, 30)
         # A job waits for half of what its ranks wait for each other, a minute at most.
-        message = jobs.the_message([train(*endless, "--timeout-minutes", 0.05)], 1)
+        message = jobs.the_message([train(*endless, "--max-steps", 1, "--timeout-minutes", 0.05)], 1)
         assert str(run_dir) in message and "held by another job that is still running" in message
         assert "waiting up to 2 s" in caplog.text
         assert holder.running() and not (run_dir / "summary.json").exists()
