@@ -221,7 +221,9 @@ def test_a_rank_that_is_killed_while_the_job_is_built_is_missed_too(flags: list[
         job.signal(signal.SIGKILL, 0)
         ended = job.wait(60)
     assert ended[1].code == 1
-    assert "lost contact with another rank" in ended[1].err and "Traceback" not in ended[1].err
+    # Rank 1 may still be saying hello to rank 0 when that one dies.
+    told = ("lost contact with another rank", "could not be brought together")
+    assert any(words in ended[1].err for words in told) and "Traceback" not in ended[1].err
 
 
 def test_a_run_directory_is_held_by_one_job_until_it_dies(
