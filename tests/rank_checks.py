@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddp_mnist import data, trainer
+from ddp_mnist import data, step, trainer
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Split, TrainBatches
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import evaluate
 from ddp_mnist.model import CNN
+from ddp_mnist.step import TrainStep
 from ddp_mnist.train import leave
-from ddp_mnist.trainer import TrainStep
 from ddp_mnist.world import World
 
 BATCH = 24
@@ -110,7 +110,7 @@ def trained(root: Path, folder: Path, ports: Sequence[str]) -> list[dict[str, An
             super().__init__(*arguments, **options)
             nets.append(self)
 
-    trainer.CNN = Remembered  # type: ignore[misc]
+    step.CNN = Remembered  # type: ignore[misc]
     found = []
     jobs = {"one-left": {"batch_size": 60}, "two-parts": {"batch_size": 12, "accumulate": 2}}
     for port, (name, changes) in zip(ports, jobs.items(), strict=True):

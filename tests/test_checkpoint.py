@@ -17,7 +17,7 @@ from ddp_mnist import checkpoint, rundir
 from ddp_mnist.checkpoint import Checkpoints, SaveClock, Snapshot, TrainState
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.model import CNN
-from ddp_mnist.trainer import TrainStep
+from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
 
 Train = Callable[..., jobs.Ended]

@@ -20,6 +20,7 @@ from conftest import STEPS
 
 from ddp_mnist import preemption, trainer
 from ddp_mnist.preemption import StopSignal
+from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR2")
@@ -87,6 +88,7 @@ def test_ctrl_c_twice_leaves_at_once_whatever_began_the_stop(first: str) -> None
     script = f"""
 import os, signal
 from ddp_mnist.preemption import StopSignal
+from ddp_mnist.step import TrainStep
 with StopSignal():
     os.kill(os.getpid(), signal.{first})
     os.kill(os.getpid(), signal.SIGINT)
@@ -168,9 +170,9 @@ def test_they_ask_about_every_100_ms_whatever_a_step_takes(answers: list[dict[st
 def test_a_signal_ends_in_a_checkpoint_and_a_command_that_continues(
     train: Train, run_at: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int
 ) -> None:
-    call = trainer.TrainStep.__call__
+    call = TrainStep.__call__
 
-    def signalled(self: trainer.TrainStep, batch: Any, rate: float) -> Any:
+    def signalled(self: TrainStep, batch: Any, rate: float) -> Any:
         if state["left"] == 0:
             send(name)
             send("SIGTERM")
@@ -180,7 +182,7 @@ def test_a_signal_ends_in_a_checkpoint_and_a_command_that_continues(
     state = {"left": at}
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.TrainStep, "__call__", signalled)
+        patch.setattr(TrainStep, "__call__", signalled)
         ended = train("--output-dir", run_dir)
     assert ended.code == 75
     assert f"stopped by {name} after step {at + 1} of {STEPS}" in ended.out

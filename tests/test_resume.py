@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from ddp_mnist import data, trainer
 from ddp_mnist.config import IDENTITY
 from ddp_mnist.model import CNN
+from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
 EPOCH_STEPS = STEPS // EPOCHS
@@ -193,7 +194,7 @@ def test_a_run_that_was_killed_after_its_last_step_is_completed_without_training
     shutil.copytree(expected, run_dir)
     summary = jobs.read_json(run_dir / "summary.json")
     (run_dir / lost).unlink()
-    monkeypatch.delattr(trainer.TrainStep, "__call__")
+    monkeypatch.delattr(TrainStep, "__call__")
     assert train("--output-dir", run_dir).code == 0
     faults.assert_same_result(run_dir, expected)
     again = jobs.read_json(run_dir / "summary.json")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tutorial import TutorialCNN, count_correct
 
 from ddp_mnist import TrainConfig, fit, rundir
-from ddp_mnist.trainer import learning_rate
+from ddp_mnist.step import learning_rate
 
 Train = Callable[..., jobs.Ended]
 RunAt = Callable[[int], Path]

@@ -1,0 +1,116 @@
+"""One optimizer step: network and Adam under Accelerate, and the learning rate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddp_mnist.checkpoint import Snapshot, load_weights
+from ddp_mnist.checkpoint import weights as checkpoint_weights
+from ddp_mnist.config import TrainConfig
+from ddp_mnist.data import Batch, TrainBatches, to_float
+from ddp_mnist.model import CNN
+from ddp_mnist.world import World
+
+
+class TrainStep:
+    """Network and optimizer under Accelerate: one call is one optimizer step on this rank's share of a batch."""
+
+    def __init__(self, config: TrainConfig, world: World, snapshot: Snapshot | None = None) -> None:
+        self.config = config
+        self.world = world
+        torch.manual_seed(config.seed)
+        self.net = CNN(widths=config.widths)
+        path = config.init_from
+        if snapshot is not None:
+            self.net.load_state_dict(snapshot.weights)
+        elif path is not None:
+            world.agree(lambda: load_weights(self.net, path))
+        self.net.to(world.device).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
+        self.model, self.optimizer = world.accelerator.prepare(self.net, optimizer)
+        if snapshot is not None:
+            self.restore(optimizer, snapshot)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(weights, optimizer, scaler) as a checkpoint keeps them. Raises: JobError when a weight is not finite."""
+        state = self.optimizer.optimizer.state
+        optimizer = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.net.named_parameters()
+            for key, value in state.get(parameter, {}).items()
+        }
+        scaler = self.world.accelerator.scaler
+        return checkpoint_weights(self.net), optimizer, scaler.state_dict() if scaler is not None else {}
+
+    def restore(self, optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
+        for name, parameter in self.net.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = snapshot.optimizer.get(f"{name}.{key}")
+                if value is None:  # saved before the first step
+                    continue
+                # In the parameter's own memory layout: fused Adam walks both in storage order.
+                home = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                optimizer.state[parameter][key] = home.copy_(value)
+        scaler = self.world.accelerator.scaler
+        if scaler is not None and snapshot.scaler:
+            scaler.load_state_dict(snapshot.scaler)
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """Returns this rank's part of the global mean loss, a scalar; the sum over the ranks is the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = self.gradients(batch)
+        if self.config.grad_clip:
+            self.world.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        return loss
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Forward and backward of a share, in `accumulate` parts; the ranks exchange gradients in the last one.
+
+        DDP averages over the ranks, so a rank's loss is its sum / images in the global batch x world size: the
+        average is then the true mean, also when the shares are uneven or one of them is empty.
+        """
+        accelerator = self.world.accelerator
+        parts = self.config.accumulate
+        total = torch.zeros((), device=self.world.device)
+        shares = zip(batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True)
+        for part, (images, labels) in enumerate(shares, start=1):
+            exchange = contextlib.nullcontext() if part == parts else accelerator.no_sync(self.model)
+            with exchange:
+                logits = self.model(to_float(images))
+                loss = F.cross_entropy(logits, labels, reduction="sum") / batch.global_size
+                accelerator.backward(loss * self.world.size)
+            total += loss.detach()
+        return total
+
+    def settle_buckets(self, batches: TrainBatches) -> None:
+        """Two uncounted passes: DDP regroups its gradients after the first backward, which would change the order
+        of sums between the first step of a run and the first step after a resume."""
+        if self.world.size == 1:
+            return
+        batch = next(batches.epoch(0))
+        for _ in range(2):
+            self.gradients(batch)
+        self.optimizer.zero_grad()
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The rate of optimizer step `step` (from 0): a function of the step alone, so resuming needs no state.
+
+    onecycle is torch's OneCycleLR with linear warm-up over the first quarter and a cosine down.
+    """
+    if config.schedule == "constant":
+        return config.lr
+    start, end, warm = config.lr / 25, config.lr / 250_000, 0.25 * total_steps - 1
+    if step < warm:
+        return start + (config.lr - start) * step / warm
+    done = (step - warm) / (total_steps - 1 - warm)
+    return end + (config.lr - end) * (1 + math.cos(math.pi * done)) / 2
