@@ -59,6 +59,8 @@ class TrainState:
     """Over all attempts."""
     losses: list[float] = field(default_factory=list)
     """Global mean loss of each step since the last line of metrics.jsonl."""
+    correct: int = 0
+    """Training images recognised since that line, each as it was trained on."""
 
     def advance(self, global_size: int) -> None:
         self.step += 1

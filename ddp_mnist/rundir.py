@@ -146,7 +146,15 @@ def sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomic(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+    write_atomic(path, (_pretty(finite(value)) + "\n").encode())
+
+
+def _pretty(value: Any, indent: str = "  ") -> str:
+    """JSON with a line for each entry of an object, and one for a whole list: a confusion matrix has 100 numbers."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    lines = (f"{indent}{json.dumps(key)}: {_pretty(entry, indent + '  ')}" for key, entry in value.items())
+    return "{\n" + ",\n".join(lines) + "\n" + indent[2:] + "}"
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

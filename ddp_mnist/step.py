@@ -24,6 +24,7 @@ class TrainStep:
     def __init__(self, config: TrainConfig, world: World, snapshot: Snapshot | None = None) -> None:
         self.config = config
         self.world = world
+        self.clipped_from: Tensor | None = None
         torch.manual_seed(config.seed)
         self.net = CNN(widths=config.widths)
         path = config.init_from
@@ -61,18 +62,26 @@ class TrainStep:
         if scaler is not None and snapshot.scaler:
             scaler.load_state_dict(snapshot.scaler)
 
-    def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """Returns this rank's part of the global mean loss, a scalar; the sum over the ranks is the loss."""
+    def __call__(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
+        """Returns this rank's part of the global mean loss, and how many of its images were recognised: two scalars
+        whose sums over the ranks are the loss and the count."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = self.gradients(batch)
+        result = self.gradients(batch)
         if self.config.grad_clip:
-            self.world.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            self.clipped_from = self.world.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        return loss
+        return result
 
-    def gradients(self, batch: Batch) -> Tensor:
+    def gradient_norm(self) -> float:
+        """Of the last step's gradient over all ranks, before clipping; NaN before the first step."""
+        if self.clipped_from is not None:
+            return float(self.clipped_from)
+        gradients = [value.grad for value in self.net.parameters() if value.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item() if gradients else math.nan
+
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward and backward of a share, in `accumulate` parts; the ranks exchange gradients in the last one.
 
         DDP averages over the ranks, so a rank's loss is its sum / images in the global batch x world size: the
@@ -81,6 +90,7 @@ class TrainStep:
         accelerator = self.world.accelerator
         parts = self.config.accumulate
         total = torch.zeros((), device=self.world.device)
+        correct = torch.zeros((), device=self.world.device)
         shares = zip(batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True)
         for part, (images, labels) in enumerate(shares, start=1):
             exchange = contextlib.nullcontext() if part == parts else accelerator.no_sync(self.model)
@@ -89,7 +99,8 @@ class TrainStep:
                 loss = F.cross_entropy(logits, labels, reduction="sum") / batch.global_size
                 accelerator.backward(loss * self.world.size)
             total += loss.detach()
-        return total
+            correct += (logits.detach().argmax(1) == labels).sum()
+        return total, correct
 
     def settle_buckets(self, batches: TrainBatches) -> None:
         """Two uncounted passes: DDP regroups its gradients after the first backward, which would change the order

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ class Tracker:
         self.world = world
         self.epoch_sizes = epoch_sizes
         self.total_steps = len(epoch_sizes) * config.epochs
-        self._buffer = torch.zeros(config.log_every, device=world.device)
+        self._buffer = torch.zeros(2, config.log_every, device=world.device)  # losses, recognised images
         self._filled = 0
         self._wall_before = state.wall_seconds
         self._started = time.perf_counter()
-        self._line_mark = (state.samples_seen, state.train_seconds)
+        self._line_mark = (state.step, state.samples_seen, state.train_seconds)
         self._file: MetricsFile | None = None
         self._bar: Any = None
         if world.is_main:
@@ -86,29 +87,31 @@ class Tracker:
         """An interval is full, and the epoch is not at its end, where `evaluated` writes the line."""
         return state.step % self.config.log_every == 0 and state.step_in_epoch < len(self.epoch_sizes)
 
-    def train(self, state: TrainState, loss: Tensor) -> None:
-        """Take this rank's part of the global mean loss, a scalar tensor, after `state.advance`."""
-        self._buffer[self._filled] = loss
+    def train(self, state: TrainState, loss: Tensor, correct: Tensor) -> None:
+        """Take this rank's part of the global mean loss and of the images recognised, after `state.advance`."""
+        self._buffer[0, self._filled] = loss
+        self._buffer[1, self._filled] = correct
         self._filled += 1
-        if self._filled == len(self._buffer):
+        if self._filled == self._buffer.shape[1]:
             self.settle(state)
 
     def settle(self, state: TrainState) -> None:
-        """Move the losses not read so far into `state.losses`; a collective.
+        """Move what was not read so far into `state.losses` and `state.correct`; a collective.
 
-        Raises: JobError, on all ranks, when one of them is not finite.
+        Raises: JobError, on all ranks, when a loss is not finite.
         """
         if not self._filled:
             return
-        losses = self.world.sum(self._buffer[: self._filled]).tolist()
+        losses, correct = self.world.sum(self._buffer[:, : self._filled].contiguous()).tolist()
         first = state.step - self._filled + 1
         self._filled = 0
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
                 raise JobError(f"the loss became {loss} at step {step}.", stop_reason="nan")
         state.losses += losses
+        state.correct += int(sum(correct))
 
-    def line(self, state: TrainState, rate: float, score: Score | None = None) -> None:
+    def line(self, state: TrainState, rate: float, gradient_norm: float, score: Score | None = None) -> None:
         """One line for the steps since the last, with the test score where there is one; a collective."""
         self.settle(state)
         state.wall_seconds = self.wall_seconds()
@@ -123,20 +126,43 @@ class Tracker:
             sizes = self.epoch_sizes[end - len(state.losses) : end]
             total = sum(loss * size for loss, size in zip(state.losses, sizes, strict=True))
             record["train/loss"] = total / sum(sizes)
-        samples, seconds = self._line_mark
-        if state.train_seconds > seconds:
-            record["train/images_per_second"] = round(
-                (state.samples_seen - samples) / (state.train_seconds - seconds), 1
-            )
-        self._line_mark = (state.samples_seen, state.train_seconds)
+            record["train/accuracy"] = state.correct / sum(sizes)
+            record["train/gradient_norm"] = gradient_norm
+        record |= self._speed(state)
         if state.skipped_steps:
             record["train/skipped_steps"] = state.skipped_steps
         if score is not None:
-            record |= {"test/loss": score.loss, "test/accuracy": score.accuracy}
-        state.losses = []
+            record |= {
+                "test/loss": score.loss,
+                "test/accuracy": score.accuracy,
+                "test/class_accuracy": score.class_accuracy(),
+                "test/confusion": score.confusion,
+                "test/mistakes": [asdict(mistake) for mistake in score.mistakes],
+            }
+        state.losses, state.correct = [], 0
         if self._file is not None:
             self._file.append(record)
             self._show(record)
+
+    def _speed(self, state: TrainState) -> dict[str, Any]:
+        """This attempt's figures since the last line: global images per second, seconds a step takes on each rank."""
+        step, samples, seconds = self._line_mark
+        self._line_mark = (state.step, state.samples_seen, state.train_seconds)
+        steps, passed = state.step - step, state.train_seconds - seconds
+        own = torch.zeros(self.world.size, device=self.world.device)
+        own[self.world.rank] = passed / max(steps, 1)
+        each = self.world.sum(own).tolist()
+        if not steps or not passed:
+            return {}
+        figures: dict[str, Any] = {
+            "train/images_per_second": round((state.samples_seen - samples) / passed, 1),
+            "train/step_seconds_min": min(each),
+            "train/step_seconds_mean": sum(each) / len(each),
+            "train/step_seconds_max": max(each),
+        }
+        if self.world.device.type == "cuda":
+            figures["gpu/memory_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
+        return figures
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl so far, flushed to disk; 0 on other ranks than 0. Raises: OSError."""

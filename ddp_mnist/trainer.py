@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -113,13 +114,13 @@ class Trainer:
                 if reason := self.stop.agreed(self.world, state.step):
                     return reason
                 rate = learning_rate(config, state.step, self.total_steps)
-                loss = self.step(batch, rate)
+                loss, correct = self.step(batch, rate)
                 state.advance(batch.global_size)
                 state.skipped_steps += self.step.optimizer.step_was_skipped
-                tracker.train(state, loss)
+                tracker.train(state, loss, correct)
                 state.train_seconds += lap()
                 if tracker.due(state):
-                    tracker.line(state, rate)
+                    self.line()
                     self.save_if_due()
                     lap()
                 elif config.checkpoint_every and state.step_in_epoch < len(self.batches):  # else below, with its score
@@ -129,10 +130,14 @@ class Trainer:
             state.train_seconds += lap()
             score = self.score(self.test_set)
             self.scored = (state.step, score)
-            tracker.line(state, learning_rate(config, state.step - 1, self.total_steps), score)
+            self.line(score)
             state.end_epoch()
             self.save_if_due(epoch_end=True)
         return "finished"
+
+    def line(self, score: Score | None = None) -> None:
+        rate = learning_rate(self.config, self.state.step - 1, self.total_steps)
+        self.tracker.line(self.state, rate, self.step.gradient_norm(), score)
 
     def save_if_due(self, *, epoch_end: bool = False) -> None:
         """Called where all ranks have the same step. Training goes on when a save fails: the last one is kept."""
@@ -335,6 +340,8 @@ def summary_of(
         "images_per_second": images_per_second,
         "resumed_from": resumed_from,
         "wandb_mode": config.wandb,
+        "test_confusion": test and [list(row) for row in test.confusion],
+        "test_mistakes": test and [asdict(mistake) for mistake in test.mistakes],
     }
 
 

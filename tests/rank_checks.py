@@ -44,7 +44,7 @@ def gradients(world: World, images: Tensor, labels: Tensor) -> dict[str, Tensor]
             step.settle_buckets(batches)
             for number, batch in enumerate(batches.epoch(0)):
                 step.optimizer.zero_grad()
-                loss = step.gradients(batch)
+                loss, _ = step.gradients(batch)
                 found[f"{name}/{parts}/{number}/loss"] = world.sum(loss.reshape(1))
                 flat = [value.grad.flatten() for value in step.net.parameters() if value.grad is not None]
                 found[f"{name}/{parts}/{number}"] = torch.cat(flat)
