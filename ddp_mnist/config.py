@@ -24,6 +24,7 @@ Recipe = Literal["tutorial", "fast"]
 Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
 Schedule = Literal["constant", "onecycle"]
 Precision = Literal["no", "fp16", "bf16"]
+Wandb = Literal["auto", "online", "offline", "disabled"]
 
 # What a run is. A continued run must agree on all of these; everything else (world size, device, precision,
 # threads, logging) may differ between attempts.
@@ -133,8 +134,27 @@ class TrainConfig:
     log_every: int = 50
     """Steps between two lines of metrics.jsonl and of the log."""
 
-    wandb: Literal["disabled"] = "disabled"
-    """Mirror to Weights & Biases."""
+    wandb: Wandb = "auto"
+    """Mirror to Weights & Biases. auto: as WANDB_MODE says, else online where there is a key and the server
+    answers, else offline."""
+
+    wandb_project: Annotated[str | None, arg(help_behavior_hint="(default: $WANDB_PROJECT, else ddp_mnist)")] = None
+    """The run's project."""
+
+    wandb_entity: Annotated[str | None, arg(help_behavior_hint="(default: the key's own)")] = None
+    """The user or team that the project belongs to."""
+
+    wandb_group: Annotated[str | None, arg(help_behavior_hint="(default: none)")] = None
+    """Runs of a group are shown together."""
+
+    wandb_name: Annotated[str | None, arg(help_behavior_hint="(default: the run directory's)")] = None
+    """The run's name."""
+
+    wandb_tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+
+    wandb_model: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Send the final model too, as an artifact."""
 
     progress: bool = True
     """Show a bar where the output is a terminal."""
@@ -169,6 +189,7 @@ class TrainConfig:
             ("dataset", Dataset),
             ("schedule", Schedule),
             ("mixed_precision", Precision),
+            ("wandb", Wandb),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise _bad(name, getattr(self, name), "one of " + ", ".join(get_args(kind)))
@@ -225,8 +246,9 @@ class TrainConfig:
         for name in ("data_dir", "output_dir", "init_from"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
-        if "widths" in values:
-            values["widths"] = tuple(values["widths"])
+        for name in ("widths", "wandb_tags"):
+            if name in values:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 

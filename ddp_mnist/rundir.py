@@ -29,6 +29,8 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 SUMMARY = "summary.json"
 WEIGHTS = "model.safetensors"
+WANDB = "wandb"
+WANDB_STATE = "wandb.json"
 PATIENCE = 60.0
 """Seconds that a job waits for another one to leave the run directory."""
 
@@ -86,7 +88,7 @@ def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None
 
 def start_over(path: Path) -> None:
     """Set aside what a run has left in the directory; nothing is deleted. Raises: OSError."""
-    names = (CHECKPOINTS, METRICS, SUMMARY, WEIGHTS, CONFIG)
+    names = (CHECKPOINTS, METRICS, SUMMARY, WEIGHTS, CONFIG, WANDB, WANDB_STATE)
     present = [path / name for name in names if (path / name).exists()]
     if present:
         aside = path / f"old-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -166,7 +168,7 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 
 def facts(world_size: int) -> dict[str, Any]:
     """Versions, git commit and how this attempt was launched, for config.json."""
-    packages = ("ddp_mnist", "torch", "torchvision", "accelerate", "numpy", "safetensors")
+    packages = ("ddp_mnist", "torch", "torchvision", "accelerate", "numpy", "safetensors", "wandb")
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
         "git": _git(),
@@ -174,6 +176,10 @@ def facts(world_size: int) -> dict[str, Any]:
             "command": sys.argv,
             "host": socket.gethostname(),
             "world_size": world_size,
+            "nodes": world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            # What starts the job on a cluster says so.
+            "job_id": os.environ.get("DDP_MNIST_JOB_ID"),
+            "restart_count": int(os.environ.get("DDP_MNIST_RESTARTS", "0")),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     }

@@ -1,4 +1,4 @@
-"""Showing a run: console lines, a bar on a terminal, `metrics.jsonl`.
+"""Showing a run: console lines, a bar on a terminal, `metrics.jsonl` and its mirror.
 
 Every rank owns a Tracker and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
 """
@@ -26,6 +26,7 @@ from ddp_mnist.checkpoint import TrainState
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError
 from ddp_mnist.evaluate import Score
+from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mirror, Mode
 from ddp_mnist.world import World
 
 log = logging.getLogger(__name__)
@@ -41,15 +42,19 @@ class Tracker:
         run_dir: Path,
         state: TrainState,
         *,
+        mode: Mode,
         epoch_sizes: list[int],
         metrics_bytes: int,
     ) -> None:
-        """`epoch_sizes`: images in each global batch of an epoch. `metrics_bytes`: what to keep of metrics.jsonl.
+        """`mode`: where to mirror to. `epoch_sizes`: images in each global batch of an epoch. `metrics_bytes`: what to
+        keep of metrics.jsonl.
 
         Raises: JobError on rank 0 when metrics.jsonl cannot be opened.
         """
         self.config = config
         self.world = world
+        self.run_dir = run_dir
+        self.mode = mode
         self.epoch_sizes = epoch_sizes
         self.total_steps = len(epoch_sizes) * config.epochs
         self._buffer = torch.zeros(2, config.log_every, device=world.device)  # losses, recognised images
@@ -59,15 +64,23 @@ class Tracker:
         self._line_mark = (state.step, state.samples_seen, state.train_seconds)
         self._file: MetricsFile | None = None
         self._bar: Any = None
+        self._mirror: Mirror | None = None
         if world.is_main:
             self._file = MetricsFile(run_dir / rundir.METRICS, keep=metrics_bytes)
             if config.progress and sys.stderr.isatty():
                 self._bar = tqdm(total=self.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Tracker:
+        """Starts the mirror; config.json is written by now."""
+        if self.world.is_main:
+            self._mirror = Mirror(self.run_dir, self.mode, self.config)
+            if greeting := self._mirror.greeting():
+                (log.warning if self.mode.surprising else self.say)(greeting)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end(preempted=False, exit_code=1)  # an error, if nobody has said how it ended
+        self.wait(HASTY_PATIENCE)
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
@@ -82,6 +95,19 @@ class Tracker:
                     self._bar.write(text)
                 else:
                     print(text, flush=True)
+
+    def end(self, *, preempted: bool, exit_code: int) -> None:
+        """The summary is written and nothing more comes; `wait` then waits for the mirror."""
+        if self._mirror is not None:
+            self._mirror.end(preempted=preempted, exit_code=exit_code)
+
+    def wait(self, patience: float = PATIENCE) -> None:
+        """Until the mirror has sent everything, at most `patience` seconds."""
+        if self._mirror is not None and (news := self._mirror.wait(patience)):
+            self.say(news)
+
+    def wandb_mode(self) -> str:
+        return self._mirror.actual() if self._mirror is not None else self.mode.name
 
     def due(self, state: TrainState) -> bool:
         """An interval is full, and the epoch is not at its end, where `evaluated` writes the line."""

@@ -12,10 +12,11 @@ import torch
 
 from ddp_mnist import data, rundir
 from ddp_mnist.checkpoint import MODEL, Checkpoints, SaveClock, Snapshot, TrainState, publish_weights
-from ddp_mnist.config import TrainConfig
+from ddp_mnist.config import TrainConfig, rank_from_environment
 from ddp_mnist.data import TrainBatches
 from ddp_mnist.errors import JobError
 from ddp_mnist.evaluate import Score, evaluate
+from ddp_mnist.mirror import HASTY_PATIENCE, Mode, decide
 from ddp_mnist.preemption import StopSignal
 from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.step import TrainStep, learning_rate
@@ -34,6 +35,8 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
+        # Before any rank waits for another: it may take seconds.
+        mode = decide(config) if rank_from_environment() == 0 else Mode("disabled")
         world = stack.enter_context(World(config))
         config.check_world(world.size)
         run = trainer = None
@@ -43,7 +46,7 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
                 if world.is_main:
                     print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
                 return run.finished
-            trainer = Trainer(run, world, stop)
+            trainer = Trainer(run, world, stop, mode)
             return trainer.run()
         except JobError as error:
             if trainer is not None:
@@ -66,7 +69,7 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
 class Trainer:
     """One attempt at a run, on one rank."""
 
-    def __init__(self, run: Run, world: World, stop: StopSignal) -> None:
+    def __init__(self, run: Run, world: World, stop: StopSignal, mode: Mode) -> None:
         self.run_dir, self.config = run.path, run.config
         self.world = world
         self.stop = stop
@@ -89,7 +92,9 @@ class Trainer:
         sizes = [self.batches.global_size(step) for step in range(len(self.batches))]
         metrics_bytes = run.snapshot.metrics_bytes if run.snapshot else 0
         self.tracker = world.agree(
-            lambda: Tracker(config, world, run.path, self.state, epoch_sizes=sizes, metrics_bytes=metrics_bytes)
+            lambda: Tracker(
+                config, world, run.path, self.state, mode=mode, epoch_sizes=sizes, metrics_bytes=metrics_bytes
+            )
         )
         self.checkpoints = Checkpoints(run.path, config.keep_checkpoints)
         self.clock = SaveClock()
@@ -97,8 +102,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         self.world.agree(self.write_config)
         self.step.settle_buckets(self.batches)
+        self.tracker.say(self.banner())
         with self.tracker:
-            self.tracker.say(self.banner())
             reason = self.loop()
             self.stop.close()
             return self.finish(reason) if reason in ("finished", "max_steps") else self.leave(reason)
@@ -188,7 +193,9 @@ class Trainer:
             f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
             f"  {continue_command(self.config, self.world)}"
         )
+        self.tracker.end(preempted=True, exit_code=75)
         self.world.let_others_leave()
+        self.tracker.wait(HASTY_PATIENCE)
         return summary
 
     def give_up(self, error: JobError) -> None:
@@ -197,6 +204,7 @@ class Trainer:
             return
         with contextlib.suppress(JobError):
             self.write_summary(self.summarise(error.stop_reason, exit_code=error.exit_code))
+        self.tracker.end(preempted=False, exit_code=error.exit_code)
         kept = self.checkpoints.steps()
         if error.stop_reason == "nan":
             again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))
@@ -234,9 +242,11 @@ class Trainer:
         self.tracker.say(f"Checking accuracy on test data\n{test.sentence()}")
         summary = self.summarise(reason, exit_code=0, train=train, test=test)
         self.world.agree(lambda: self.write_summary(summary))
+        self.tracker.end(preempted=False, exit_code=0)
         self.tracker.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
             self.tracker.say(f"continue with\n  {continue_command(self.config.replace(max_steps=0), self.world)}")
+        self.tracker.wait()
         return summary
 
     def publish(self) -> None:
@@ -266,6 +276,7 @@ class Trainer:
             test=test,
             images_per_second=speed,
             resumed_from=self.resumed_from,
+            wandb_mode=self.tracker.wandb_mode(),
         )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -310,6 +321,7 @@ def summary_of(
     test: Score | None = None,
     images_per_second: float | None = None,
     resumed_from: int | None = None,
+    wandb_mode: str = "disabled",
 ) -> dict[str, Any]:
     """summary.json's content; null for what is not known."""
     return {
@@ -339,7 +351,7 @@ def summary_of(
         "wall_seconds": round(state.wall_seconds, 3),
         "images_per_second": images_per_second,
         "resumed_from": resumed_from,
-        "wandb_mode": config.wandb,
+        "wandb_mode": wandb_mode,
         "test_confusion": test and [list(row) for row in test.confusion],
         "test_mistakes": test and [asdict(mistake) for mistake in test.mistakes],
     }

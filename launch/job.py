@@ -90,6 +90,8 @@ class Job:
         distributed = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ["MASTER_ADDR"] = _address(distributed.master_addr)
         os.environ["DDP_MNIST_LAUNCHER"] = self.launcher
+        os.environ["DDP_MNIST_JOB_ID"] = env.job_id
+        os.environ["DDP_MNIST_RESTARTS"] = str(self.attempt)
 
     def config(self, env: submitit.JobEnvironment) -> TrainConfig:
         """Raises: JobError."""

@@ -113,6 +113,8 @@ for flag in "$@"; do
 done
 # What the training prints in front of its flags when it says how to go on.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
+# What config.json and the dashboard say of the launch.
+export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts
 
 echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
     "GPUs per node: $gpus, meeting at $MASTER_ADDR:$MASTER_PORT"

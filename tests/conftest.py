@@ -22,6 +22,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if jobs.is_launch_variable(name):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # as for `jobs.environment`
 
 
 @pytest.fixture(scope="session")

@@ -42,11 +42,17 @@ def is_launch_variable(name: str) -> bool:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The caller's, without launcher, network or GPU; with the package these tests belong to."""
+    """The caller's, without launcher, network, GPU or W&B; with the package these tests belong to."""
     kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
     kept.pop("DDP_MNIST_DATA", None)
     path = [str(Path(__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
-    kept |= {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": "", "no_proxy": "", "NO_PROXY": ""}
+    kept |= {
+        "PYTHONPATH": os.pathsep.join(path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "disabled",
+        "no_proxy": "",
+        "NO_PROXY": "",
+    }
     return kept | OFFLINE | dict(extra or {})
 
 

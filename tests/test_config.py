@@ -40,6 +40,12 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--timeout-minutes", ["2.5"], "timeout_minutes", 2.5),
     ("--log-every", ["4"], "log_every", 4),
     ("--wandb", ["disabled"], "wandb", "disabled"),
+    ("--wandb-project", ["p"], "wandb_project", "p"),
+    ("--wandb-entity", ["e"], "wandb_entity", "e"),
+    ("--wandb-group", ["g"], "wandb_group", "g"),
+    ("--wandb-name", ["n"], "wandb_name", "n"),
+    ("--wandb-tags", ["a", "b"], "wandb_tags", ("a", "b")),
+    ("--wandb-model", [], "wandb_model", True),
     ("--progress", [], "progress", True),
     ("--no-progress", [], "progress", False),
 ]
@@ -107,13 +113,13 @@ def test_the_precision_is_what_accelerate_launch_was_told_unless_a_flag_says_oth
         parse([])
 
 
-OTHER = {field: value for _, _, field, value in FLAGS} | {"progress": False, "wandb": "disabled"}
+OTHER = {field: value for _, _, field, value in FLAGS} | {"progress": False, "wandb_model": True}
 
 
 def test_settings_survive_json() -> None:
     config = TrainConfig(**OTHER)
     changed = [name for name in OTHER if getattr(config, name) != getattr(TrainConfig(), name)]
-    assert sorted(changed) == sorted(OTHER.keys() - {"wandb"})  # only one choice so far
+    assert sorted(changed) == sorted(OTHER)
     for settings in (config, TrainConfig()):
         assert TrainConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
