@@ -1,9 +1,10 @@
 """The tutorial's MNIST network as a distributed job that is right: change the machine, not the result.
 
     from ddp_mnist import TrainConfig, fit
-    summary = fit(TrainConfig(dataset="synthetic", epochs=1))
+    result = fit(TrainConfig(dataset="synthetic", epochs=1))
 
-Nothing heavy is imported before a name is used.
+`fit` also trains a network and tensors of your own; `run` does so as a whole command with all flags. Nothing heavy is
+imported before a name is used.
 """
 
 from importlib import import_module
@@ -12,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.model import CNN
-    from ddp_mnist.trainer import fit
+    from ddp_mnist.train import run
+    from ddp_mnist.trainer import Result, fit
 
-__all__ = ["CNN", "TrainConfig", "fit"]
+__all__ = ["CNN", "Result", "TrainConfig", "fit", "run"]
 
-_HOMES = {"CNN": "ddp_mnist.model", "TrainConfig": "ddp_mnist.config", "fit": "ddp_mnist.trainer"}
+_HOMES = {
+    "CNN": "ddp_mnist.model",
+    "Result": "ddp_mnist.trainer",
+    "TrainConfig": "ddp_mnist.config",
+    "fit": "ddp_mnist.trainer",
+    "run": "ddp_mnist.train",
+}
 
 
 def __getattr__(name: str) -> Any:

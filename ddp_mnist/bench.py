@@ -64,7 +64,7 @@ def our_epoch(data_dir: Path) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(dataset="mnist", data_dir=data_dir, epochs=1, output_dir=Path(folder), progress=False)
-        return fit(config)["train_seconds"]
+        return fit(config).summary["train_seconds"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

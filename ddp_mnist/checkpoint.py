@@ -23,12 +23,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddp_mnist import rundir
 from ddp_mnist.config import IDENTITY, TrainConfig
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.model import CNN
 
 log = logging.getLogger(__name__)
 
@@ -197,21 +196,24 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
             )
 
 
-def weights(net: CNN) -> dict[str, Tensor]:
-    """The network's state dict, fp32 on the CPU in plain layout. Raises: JobError when a value is not finite."""
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in net.state_dict().items()}
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    """The network's state dict on the CPU in plain layout, floats as fp32. Raises: JobError for one not finite."""
+    tensors = {
+        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous()
+        for name, value in net.state_dict().items()
+    }
     for name, value in tensors.items():
         if not math.isfinite(value.double().abs().sum().item()):
             raise JobError(f"the weights of {name} are not finite; they are not saved.", stop_reason="nan")
     return tensors
 
 
-def publish_weights(net: CNN, path: Path) -> None:
+def publish_weights(net: nn.Module, path: Path) -> None:
     """Write `model.safetensors`: no metadata, so that equal weights are equal files. Raises: JobError, OSError."""
     rundir.write_atomic(path, safetensors.torch.save(weights(net)))
 
 
-def load_weights(net: CNN, path: Path) -> None:
+def load_weights(net: nn.Module, path: Path) -> None:
     """Weights of a `model.safetensors` → `net`. Raises: JobError for the file, UsageError for other shapes."""
     try:
         tensors = safetensors.torch.load_file(path)

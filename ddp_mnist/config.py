@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,6 +26,7 @@ Schedule = Literal["constant", "onecycle"]
 Precision = Literal["no", "fp16", "bf16"]
 Wandb = Literal["auto", "online", "offline", "disabled"]
 
+OWN = "own-"
 # What a run is. A continued run must agree on all of these; everything else (world size, device, precision,
 # threads, logging) may differ between attempts.
 IDENTITY = (
@@ -160,6 +161,11 @@ class TrainConfig:
     """Show a bar where the output is a terminal."""
 
     def __post_init__(self) -> None:
+        types: dict[str, Callable[[Any], Any]] = dict.fromkeys(("data_dir", "output_dir", "init_from"), Path)
+        types |= dict.fromkeys(("widths", "wandb_tags"), tuple)
+        for name, convert in types.items():  # strings and lists, as scripts and JSON have them
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, convert(getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -191,8 +197,13 @@ class TrainConfig:
             ("mixed_precision", Precision),
             ("wandb", Wandb),
         ):
-            if getattr(self, name) not in get_args(kind):
+            if getattr(self, name) not in get_args(kind) and not (name == "dataset" and self.own_data):
                 raise _bad(name, getattr(self, name), "one of " + ", ".join(get_args(kind)))
+
+    @property
+    def own_data(self) -> bool:
+        """The dataset is a caller's tensors, see `fit`: its name has a hash of them."""
+        return self.dataset.startswith(OWN)
 
     def check_world(self, world_size: int) -> None:
         """Refuse a world size that does not divide the global batch, naming the nearest batches that work.
@@ -216,7 +227,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             default = plain.get(name, RECIPES[self.recipe].get(name, field.default))
-            if name == "recipe" or value == default:
+            if name == "recipe" or value == default or (name == "dataset" and self.own_data):
                 continue
             flag = f"--{name.replace('_', '-')}"
             if isinstance(value, bool):
@@ -242,13 +253,6 @@ class TrainConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise UsageError(f"unknown setting {', '.join(unknown)} in a saved configuration")
-        values = dict(values)
-        for name in ("data_dir", "output_dir", "init_from"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
-        for name in ("widths", "wandb_tags"):
-            if name in values:
-                values[name] = tuple(values[name])
         return cls(**values)
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, TensorDataset
 
 from ddp_mnist import files
-from ddp_mnist.config import default_data_dir
-from ddp_mnist.errors import JobError
+from ddp_mnist.config import OWN, default_data_dir
+from ddp_mnist.errors import JobError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,15 @@ SYNTHETIC_WARNING = """\
   *** Stage the real files with `python -m ddp_mnist.data fetch`, then use --dataset mnist.              ***"""
 
 
+Set = TensorDataset | tuple[Tensor, Tensor]
+"""Images (N, ...) and their labels, integers (N,) from 0."""
+Pair = tuple[Set, Set]
+"""The training set and the test set."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """images uint8 (N, 1, 28, 28), labels int64 (N,), both on one device."""
+    """images (N, ...), of MNIST uint8 (N, 1, 28, 28), and labels int64 (N,), both on one device."""
 
     images: Tensor
     labels: Tensor
@@ -67,9 +73,33 @@ def _split(dataset: str, root: Path, name: files.SplitName) -> Split:
     return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long())
 
 
+def own(pair: Pair) -> tuple[str, tuple[Split, Split]]:
+    """A caller's data → the name that stands for exactly these, and (train, test). Raises: UsageError."""
+    names = ("training", "test")
+    train, test = (_own_split(name, one) for name, one in zip(names, pair, strict=True))
+    digest = hashlib.sha256()
+    for tensor in (train.images, train.labels, test.images, test.labels):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return OWN + digest.hexdigest()[:12], (train, test)
+
+
+def _own_split(name: str, one: Set) -> Split:
+    images, labels = (one.tensors if isinstance(one, TensorDataset) else one)[:2]
+    found = f"{labels.dtype} labels {tuple(labels.shape)} for images {tuple(images.shape)}"
+    if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(images) or not len(labels):
+        raise UsageError(f"the {name} set has {found}; expected at least one image, and an integer label for each.")
+    if labels.min() < 0:
+        raise UsageError(f"the {name} set has a label {int(labels.min())}; expected 0, 1, 2 and so on.")
+    return Split(images.detach().cpu(), labels.detach().cpu().long())
+
+
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0-255 → fp32 0-1 by the very division ToTensor does (multiplying by 1/255 gives other bits)."""
-    return images.to(torch.float32).div_(255)
+    """uint8 0-255 → fp32 0-1 by the very division ToTensor does (multiplying by 1/255 gives other bits).
+
+    Images of other types are taken as they are.
+    """
+    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.to(torch.float32)
 
 
 class ShardSampler(DistributedSampler):
@@ -112,6 +142,8 @@ class Batch:
     """int64 (n,)"""
     global_size: int
     """Images in the global batch, over all ranks."""
+    seed: int
+    """What is drawn at random in this share's forward pass follows from it: another one for each step and rank."""
 
 
 class TrainBatches:
@@ -144,7 +176,19 @@ class TrainBatches:
                 self.split.images.index_select(0, rows),
                 self.split.labels.index_select(0, rows),
                 self.global_size(step),
+                _mix(self.sampler.seed, epoch, step, self.sampler.rank),
             )
+
+
+def _mix(*numbers: int) -> int:
+    """0 ... 2^63 - 1, all over the place also for neighbours: cheap, as it is done for every step (splitmix64)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed >> 1
 
 
 def evaluation_batches(

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddp_mnist.data import Split, evaluation_batches, to_float
-from ddp_mnist.model import CNN
+from ddp_mnist.errors import UsageError
 from ddp_mnist.world import World
 
-CLASSES = 10
 WORST = 25
 """Mistakes that a Score remembers."""
 
@@ -58,17 +57,45 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(net: CNN, split: Split, world: World) -> Score:
-    """Score the unwrapped network in fp32; a collective: every rank calls it and gets the same Score."""
+def evaluate(net: nn.Module, split: Split, world: World) -> Score:
+    """Score the unwrapped network in fp32; a collective: every rank calls it and gets the same Score.
+
+    Its buffers, such as batch norm's averages, are rank 0's from here on: the ranks have each seen other images.
+    """
+    classes = class_count(net, split)
+    world.share(net.buffers())
+    training = net.training
+    net.eval()
+    try:
+        return _evaluate(net, split, world, classes)
+    finally:
+        net.train(training)
+
+
+@torch.no_grad()
+def class_count(net: nn.Module, split: Split) -> int:
+    """Classes that the network tells apart. Raises: UsageError when labels or output do not fit each other."""
+    training = net.training
+    logits = type(net.eval()).forward(net, to_float(split.images[:1]))
+    net.train(training)
+    if logits.dim() != 2:
+        raise UsageError(f"for one image the network gives {tuple(logits.shape)}; expected logits (1, classes).")
+    if split.labels.max() >= logits.shape[1]:
+        highest = int(split.labels.max())
+        raise UsageError(f"the network tells {logits.shape[1]} classes apart; there is a label {highest}.")
+    return logits.shape[1]
+
+
+def _evaluate(net: nn.Module, split: Split, world: World, classes: int) -> Score:
     # float64 holds the counts exactly and makes the loss the same at every world size; MPS has no float64.
     home = torch.device("cpu") if world.device.type == "mps" else world.device
-    totals = torch.zeros(1 + CLASSES * CLASSES, dtype=torch.float64, device=home)
+    totals = torch.zeros(1 + classes * classes, dtype=torch.float64, device=home)
     worst = torch.zeros(0, 4, dtype=torch.float64, device=home)
     size = 1000 if world.device.type == "cpu" else 10_000
     first = world.rank * size
     for images, labels in evaluation_batches(split, rank=world.rank, world_size=world.size, size=size):
         # Accelerate replaces the instance's forward by one that autocasts; the class's own is fp32.
-        logits = CNN.forward(net, to_float(images))
+        logits = type(net).forward(net, to_float(images))
         totals += _counts(logits, labels).to(home)
         worst = _worst(torch.cat([worst, _mistakes(logits, labels, first, home)]))
         first += world.size * size
@@ -78,7 +105,7 @@ def evaluate(net: CNN, split: Split, world: World) -> Score:
     everything = world.sum(torch.cat([totals, places.flatten()]))
     loss_sum, *cells = everything[: len(totals)].tolist()
     confusion = tuple(
-        tuple(int(cell) for cell in cells[start : start + CLASSES]) for start in range(0, len(cells), CLASSES)
+        tuple(int(cell) for cell in cells[start : start + classes]) for start in range(0, len(cells), classes)
     )
     found = _worst(everything[len(totals) :].view(-1, 4))
     mistakes = tuple(Mistake(int(row), int(label), int(said), sure) for sure, row, label, said in found.tolist())
@@ -88,8 +115,9 @@ def evaluate(net: CNN, split: Split, world: World) -> Score:
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """(1 + 100,): summed loss, then the flattened confusion counts of one chunk."""
-    cells = torch.bincount(labels * CLASSES + logits.argmax(1), minlength=CLASSES * CLASSES)
+    """(1 + classes²,): summed loss, then the flattened confusion counts of one chunk."""
+    classes = logits.shape[1]
+    cells = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
     return torch.cat([F.cross_entropy(logits, labels, reduction="sum").view(1), cells])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,14 +89,17 @@ def _find(config: TrainConfig, path: Path) -> Run:
     return Run(path, config, snapshot, summary if finished else {})
 
 
-def continue_command(config: TrainConfig, world: World) -> str:
-    """What to type to go on: the launcher this attempt was started with, and its flags."""
-    flags = replace(config, fresh=False).flags()
-    return f"{_launcher(world)} {shlex.join(flags)}".strip()
+def continue_command(config: TrainConfig, world: World, *, script: bool = False, takes_flags: bool = True) -> str:
+    """What to type to go on: the launcher this attempt was started with, the program and its flags.
+
+    `script`: the program is not ours. `takes_flags`: it has the flags of TrainConfig, not arguments of its own.
+    """
+    flags = replace(config, fresh=False).flags() if takes_flags else sys.argv[1:]
+    program = shlex.quote(sys.argv[0]) if script else "-m ddp_mnist.train"
+    return f"{_launcher(world, program)} {shlex.join(flags)}".strip()
 
 
-def _launcher(world: World) -> str:
-    module = "-m ddp_mnist.train"
+def _launcher(world: World, module: str) -> str:
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddp_mnist.checkpoint import Snapshot, load_weights
 from ddp_mnist.checkpoint import weights as checkpoint_weights
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Batch, TrainBatches, to_float
+from ddp_mnist.errors import UsageError
 from ddp_mnist.model import CNN
 from ddp_mnist.world import World
 
@@ -21,15 +23,27 @@ from ddp_mnist.world import World
 class TrainStep:
     """Network and optimizer under Accelerate: one call is one optimizer step on this rank's share of a batch."""
 
-    def __init__(self, config: TrainConfig, world: World, snapshot: Snapshot | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        snapshot: Snapshot | None = None,
+        model: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """`model`: makes a network of the caller's own. Raises: UsageError when the snapshot is of another one."""
         self.config = config
         self.world = world
         self.clipped_from: Tensor | None = None
         torch.manual_seed(config.seed)
-        self.net = CNN(widths=config.widths)
+        self.net = model() if model else CNN(widths=config.widths)
+        # Our network draws nothing at random; of others we cannot know.
+        self.draws = model is not None
         path = config.init_from
         if snapshot is not None:
-            self.net.load_state_dict(snapshot.weights)
+            try:
+                self.net.load_state_dict(snapshot.weights)
+            except RuntimeError as error:
+                raise UsageError(f"{config.output_dir} holds a run of another network: {error}") from error
         elif path is not None:
             world.agree(lambda: load_weights(self.net, path))
         self.net.to(world.device).to(memory_format=torch.channels_last)
@@ -88,6 +102,8 @@ class TrainStep:
         average is then the true mean, also when the shares are uneven or one of them is empty.
         """
         accelerator = self.world.accelerator
+        if self.draws:
+            torch.manual_seed(batch.seed)
         parts = self.config.accumulate
         total = torch.zeros((), device=self.world.device)
         correct = torch.zeros((), device=self.world.device)
@@ -108,8 +124,11 @@ class TrainStep:
         if self.world.size == 1:
             return
         batch = next(batches.epoch(0))
+        buffers = [buffer.clone() for buffer in self.net.buffers()]
         for _ in range(2):
             self.gradients(batch)
+        for buffer, before in zip(self.net.buffers(), buffers, strict=True):
+            buffer.copy_(before)
         self.optimizer.zero_grad()
 
 

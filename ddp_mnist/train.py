@@ -5,19 +5,40 @@ Flags are parsed before torch is imported, so `--help` is instant and a wrong fl
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from ddp_mnist.config import parse, rank_from_environment, world_size_from_environment
 from ddp_mnist.errors import JobError
 from ddp_mnist.preemption import StopSignal
+from ddp_mnist.process import code_of, leave, tell
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ddp_mnist.data import Pair
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(
+    *,
+    model: Callable[[], nn.Module] | None = None,
+    data: Callable[[], Pair] | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """The whole command, flags, messages and exit codes included, for a network and data of the caller's own.
+
+    As `fit`, but `data` is a function that makes the pair, called when the flags are known to be right.
+    """
+    leave(main(argv, model=model, data=data))
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    model: Callable[[], nn.Module] | None = None,
+    data: Callable[[], Pair] | None = None,
+) -> int:
     """Run one rank's part of the job; returns its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
     rank = rank_from_environment()
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="warning: %(message)s")
@@ -28,30 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop.__enter__()  # for good: a signal may come as late as the exit
         from ddp_mnist.trainer import fit  # imports torch
 
-        code = fit(config, stop)["exit_code"]
-        # srun --kill-on-bad-exit ends the others with the first rank that fails, so one alone tells the news.
-        return code if rank == 0 else 0
+        return code_of(fit(config, model=model, data=data() if data else None, stop=stop, takes_flags=True).exit_code)
     except JobError as error:
-        # Every rank raises the same error, one tells it; except where the others cannot know.
-        # Asked again: where mpirun has started them, only Accelerate has learned which rank this is.
-        if rank_from_environment() == 0 or error.local:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return tell(error)
     finally:
         stop.ignore_from_now_on()
 
 
-def leave(code: int) -> NoReturn:
-    """End the process without taking Python down, which gloo's threads do not survive.
-
-    They outlive the process group that DDP has used, and one that lets go of a tensor while Python ends aborts the
-    process (pytorch#179291, #190489): exit code 134 after a good run, in 7 of 25 runs of 4 ranks on a busy machine.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    leave(main())
+    run()

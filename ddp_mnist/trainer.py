@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
-from ddp_mnist import data, rundir
+from ddp_mnist import rundir
 from ddp_mnist.checkpoint import MODEL, Checkpoints, SaveClock, Snapshot, TrainState, publish_weights
 from ddp_mnist.config import TrainConfig, rank_from_environment
-from ddp_mnist.data import TrainBatches
+from ddp_mnist.data import SYNTHETIC_WARNING, Pair, Split, TrainBatches, load
+from ddp_mnist.data import own as own_data
 from ddp_mnist.errors import JobError
-from ddp_mnist.evaluate import Score, evaluate
+from ddp_mnist.evaluate import Score, class_count, evaluate
 from ddp_mnist.mirror import HASTY_PATIENCE, Mode, decide
 from ddp_mnist.preemption import StopSignal
+from ddp_mnist.process import code_of, leave
 from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.tracking import Tracker
@@ -26,12 +31,48 @@ from ddp_mnist.world import World, is_lost_rank, lost_rank
 log = logging.getLogger(__name__)
 
 
-def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
-    """Train as configured; every rank of the job calls it. Returns the run's summary, as in summary.json.
+@dataclass(frozen=True)
+class Result:
+    """What became of a run, on this rank."""
+
+    run_dir: Path
+    summary: dict[str, Any]
+    """As in summary.json."""
+    model: nn.Module
+    """The trained network, unwrapped, on this rank's device."""
+
+    @property
+    def exit_code(self) -> int:
+        """Of the job: 0 finished (or at `max_steps`), 75 stopped with a checkpoint: run it again."""
+        return self.summary["exit_code"]
+
+    def exit(self) -> NoReturn:
+        """End this process as launchers and SLURM expect it of a rank of this job."""
+        leave(code_of(self.exit_code))
+
+
+def fit(
+    config: TrainConfig,
+    *,
+    model: Callable[[], nn.Module] | None = None,
+    data: Pair | None = None,
+    stop: StopSignal | None = None,
+    takes_flags: bool = False,
+) -> Result:
+    """Train as configured; every rank of the job calls it, with the same arguments. Only rank 0 writes files.
+
+    `model` makes a network of the caller's own, images (n, ...) → logits (n, classes); default: the tutorial's CNN.
+    `data`: a (training, test) pair of the caller's own tensors; default: `config.dataset`. uint8 images are scaled to
+    0-1, others taken as they are. `stop`: signal handlers that are installed already; else `fit` has its own.
+    `takes_flags`: the program that calls has the flags of TrainConfig, for the command that continues the run.
 
     A run that `config.output_dir` holds is continued. Raises: JobError, the same on all ranks, with the exit code it
-    deserves. Only rank 0 writes files. `stop`: signal handlers that are installed already; else `fit` has its own.
+    deserves.
     """
+    own: tuple[Split, Split] | None = None
+    if data is not None:
+        name, own = own_data(data)
+        config = config.replace(dataset=name)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
@@ -45,9 +86,10 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
             if run.finished:
                 if world.is_main:
                     print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
-                return run.finished
-            trainer = Trainer(run, world, stop, mode)
-            return trainer.run()
+                return Result(run.path, run.finished, TrainStep(run.config, world, run.snapshot, model).net)
+            trainer = Trainer(run, world, stop, mode, model, own)
+            trainer.program = {"script": not takes_flags or bool(model or own), "takes_flags": takes_flags}
+            return Result(run.path, trainer.run(), trainer.step.net)
         except JobError as error:
             if trainer is not None:
                 trainer.give_up(error)
@@ -69,12 +111,22 @@ def fit(config: TrainConfig, stop: StopSignal | None = None) -> dict[str, Any]:
 class Trainer:
     """One attempt at a run, on one rank."""
 
-    def __init__(self, run: Run, world: World, stop: StopSignal, mode: Mode) -> None:
+    def __init__(
+        self,
+        run: Run,
+        world: World,
+        stop: StopSignal,
+        mode: Mode,
+        model: Callable[[], nn.Module] | None,
+        own: tuple[Split, Split] | None,
+    ) -> None:
         self.run_dir, self.config = run.path, run.config
         self.world = world
         self.stop = stop
+        self.program: dict[str, bool] = {}
+        """What was started, for `continue_command`."""
         config = self.config
-        train_set, test_set = world.agree(lambda: data.load(config.dataset, config.data_dir))
+        train_set, test_set = own or world.agree(lambda: load(config.dataset, config.data_dir))
         self.train_set, self.test_set = train_set.to(world.device), test_set.to(world.device)
         self.batches = TrainBatches(
             self.train_set,
@@ -84,7 +136,9 @@ class Trainer:
             seed=config.seed,
         )
         self.total_steps = len(self.batches) * config.epochs
-        self.step = TrainStep(config, world, run.snapshot)
+        self.step = TrainStep(config, world, run.snapshot, model)
+        for split in (self.train_set, self.test_set):
+            class_count(self.step.net, split)
         self.state = run.snapshot.state if run.snapshot else TrainState()
         self.resumed_from = self.state.step if run.snapshot else None
         self.before = (self.state.samples_seen, self.state.train_seconds)
@@ -191,7 +245,7 @@ class Trainer:
             log.warning("%s", error)
         self.tracker.say(
             f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
-            f"  {continue_command(self.config, self.world)}"
+            f"  {self.continue_command(self.config)}"
         )
         self.tracker.end(preempted=True, exit_code=75)
         self.world.let_others_leave()
@@ -210,11 +264,12 @@ class Trainer:
             again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))
             if kept:
                 again = again.replace(init_from=kept[-1] / MODEL)
-            error.add(f"A lower rate may help:\n  {continue_command(again, self.world)}")
+            error.add(f"A lower rate may help:\n  {self.continue_command(again)}")
         elif kept:
-            error.add(
-                f"Continue from step {self.checkpoints.last_step()} with\n  {continue_command(self.config, self.world)}"
-            )
+            error.add(f"Continue from step {self.checkpoints.last_step()} with\n  {self.continue_command(self.config)}")
+
+    def continue_command(self, config: TrainConfig) -> str:
+        return continue_command(config, self.world, **self.program)
 
     def write_config(self) -> None:
         if self.world.is_main:
@@ -224,7 +279,7 @@ class Trainer:
             except OSError as error:
                 raise JobError(f"{self.run_dir} cannot be written: {error.strerror}.") from error
 
-    def score(self, split: data.Split) -> Score:
+    def score(self, split: Split) -> Score:
         lap = Stopwatch()
         result = evaluate(self.step.net, split, self.world)
         self.state.eval_seconds += lap()
@@ -245,7 +300,7 @@ class Trainer:
         self.tracker.end(preempted=False, exit_code=0)
         self.tracker.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
-            self.tracker.say(f"continue with\n  {continue_command(self.config.replace(max_steps=0), self.world)}")
+            self.tracker.say(f"continue with\n  {self.continue_command(self.config.replace(max_steps=0))}")
         self.tracker.wait()
         return summary
 
@@ -306,7 +361,7 @@ class Trainer:
         if self.resumed_from is not None:
             lines.append(f"  resumed at step {self.resumed_from} of {self.total_steps}")
         if config.dataset == "synthetic":
-            lines.append(data.SYNTHETIC_WARNING)
+            lines.append(SYNTHETIC_WARNING)
         return "\n".join(lines)
 
 

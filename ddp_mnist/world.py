@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -88,6 +88,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's values, on every rank, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""

@@ -25,7 +25,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from ddp_mnist.config import TrainConfig, parse
 from ddp_mnist.errors import JobError
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.train import leave
+from ddp_mnist.process import leave, tell
 
 STOPPED = 75
 """Exit code: stopped with a checkpoint, run me again."""
@@ -52,11 +52,9 @@ class Job:
             with StopSignal() as stop:
                 from ddp_mnist.trainer import fit  # imports torch
 
-                summary = fit(config, stop)
+                summary = fit(config, stop=stop, takes_flags=True).summary
         except JobError as error:
-            if main or error.local:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            self.leave(env, error.exit_code)
+            self.leave(env, tell(error))
         if main and summary["exit_code"] == STOPPED:
             # Not after TERM: scancel sends it too, and a requeue would bring a cancelled job back to life.
             if env.cluster != "debug" and summary["stop_reason"] in ("SIGUSR2", "max_minutes"):

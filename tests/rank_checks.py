@@ -23,8 +23,8 @@ from ddp_mnist.data import Split, TrainBatches
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import evaluate
 from ddp_mnist.model import CNN
+from ddp_mnist.process import leave
 from ddp_mnist.step import TrainStep
-from ddp_mnist.train import leave
 from ddp_mnist.world import World
 
 BATCH = 24
@@ -116,7 +116,7 @@ def trained(root: Path, folder: Path, ports: Sequence[str]) -> list[dict[str, An
     for port, (name, changes) in zip(ports, jobs.items(), strict=True):
         os.environ["MASTER_PORT"] = port
         config = TrainConfig(dataset="fashion-mnist", data_dir=root, output_dir=folder / name, threads=1, epochs=1)
-        summary = trainer.fit(config.replace(max_steps=40, **changes))
+        summary = trainer.fit(config.replace(max_steps=40, **changes)).summary
         found.append({"weights": digest(nets[-1]), "test_correct": summary["test_correct"], "steps": summary["steps"]})
     return found
 

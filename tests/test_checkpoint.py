@@ -69,7 +69,7 @@ def test_a_step_restored_from_its_snapshot_is_the_same_step(precision: Any) -> N
     images = torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8)
     from ddp_mnist.data import Batch
 
-    batch = Batch(images, torch.arange(12) % 10, 12)
+    batch = Batch(images, torch.arange(12) % 10, 12, seed=0)
     config = TrainConfig(mixed_precision=precision, threads=1)
     with World(config) as world:
         step = TrainStep(config, world)

@@ -170,7 +170,7 @@ def test_fit_returns_the_summary_it_writes(tiny: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr("ddp_mnist.world._has_accelerator", lambda world_size: False)
     config = TrainConfig(dataset="fashion-mnist", data_dir=tiny, output_dir=tmp_path, max_steps=2, threads=1)
     threads = torch.get_num_threads()
-    summary = fit(config)
+    summary = fit(config).summary
     torch.set_num_threads(threads)
     assert summary == jobs.read_json(tmp_path / "summary.json")
     assert summary["steps"] == 2

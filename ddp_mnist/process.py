@@ -1,0 +1,40 @@
+"""How a rank's process ends: one message from one rank, an exit code, and no interpreter shutdown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import NoReturn
+
+from ddp_mnist.config import rank_from_environment
+from ddp_mnist.errors import JobError
+
+
+def tell(error: JobError) -> int:
+    """Print the error where it is due; returns its exit code."""
+    # Every rank raises the same error, one tells it; except where the others cannot know.
+    # Asked now: where mpirun has started the ranks, only Accelerate has learned which one this is.
+    if rank_from_environment() == 0 or error.local:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def code_of(summary_code: int) -> int:
+    """The exit code of this rank when the job's is `summary_code`.
+
+    srun --kill-on-bad-exit ends the others with the first rank that fails, so one alone tells the news.
+    """
+    return summary_code if rank_from_environment() == 0 else 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without taking Python down, which gloo's threads do not survive.
+
+    They outlive the process group that DDP has used, and one that lets go of a tensor while Python ends aborts the
+    process (pytorch#179291, #190489): exit code 134 after a good run, in 7 of 25 runs of 4 ranks on a busy machine.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
