@@ -32,7 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.world import World
 
-TOPICS = ("packages", "launch", "device", "precision", "cpu", "data", "output", "wandb", "slurm", "ranks")
+TOPICS = ("packages", "launch", "batch", "device", "precision", "cpu", "data", "output", "wandb", "slurm", "ranks")
 PROBE = 3.0
 """Seconds to wait for a connection."""
 IMPORT_LIMIT = 120.0
@@ -59,6 +59,13 @@ LITTLE_SPACE = 200e6
 """Bytes: unpacked MNIST takes 66 MB, a run less than 1."""
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+LOCAL_RANKS = (
+    "LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
 MIRRORS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com",
     "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
@@ -101,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, flags = parser.parse_known_args(argv)
     speaks = number(os.environ, *RANKS, default=0) == 0
     logging.basicConfig(level=logging.ERROR, format="warning: %(message)s")
+    # A rank that waits in vain would print 60 lines of C++ frames around its one message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         findings = examine(flags, options.timeout)
     except JobError as error:
@@ -126,24 +135,25 @@ def examine(flags: Sequence[str], timeout: float) -> list[Finding]:
     if not 3 <= timeout <= 86_400:
         raise UsageError(f"--timeout is {timeout:g}; expected seconds from 3 to 86400.")
     mine = packages(requirements(), versions())
-    try:
-        from ddp_mnist.config import parse
+    if failure := import_failure_here("ddp_mnist.config"):
+        return [*mine, failure]
+    from ddp_mnist.config import parse
 
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            if not os.environ.get(name, "0").isdecimal():
-                raise JobError(f"{name} is {os.environ[name]!r}; expected a whole number, as launchers set it.")
-        config = parse(flags).replace(timeout_minutes=timeout / 60)
-        import ddp_mnist.world  # torch and Accelerate  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # OSError: a CUDA library that torch does not find
-        text = f"the job cannot be imported: {one_line(error)}"
-        return [*mine, Finding("problem", "packages", text, "make install, or pip install --editable .")]
+    check_variables(os.environ)
+    config = parse(flags).replace(timeout_minutes=timeout / 60)
+    if failure := import_failure_here("ddp_mnist.world"):  # torch and Accelerate: after the flags, it takes seconds
+        return [*mine, failure]
     mine += own_findings(config)
-    if any(each.status == "problem" and each.topic in ("launch", "device", "precision") for each in mine):
-        return in_order(mine)  # the ranks would not find each other: to wait for it tells nothing
+    first, first_here = number(os.environ, *RANKS, default=0) == 0, number(os.environ, *LOCAL_RANKS, default=0) == 0
+    for each in mine:  # would the ranks not find each other, then waiting for it tells nothing
+        if each.status == "problem" and each.topic in ("launch", "device", "precision"):
+            if first_here and not first:  # rank 0 is on another machine and will not hear of it
+                raise JobError(f"{socket.gethostname()}: {each.text}", local=True)
+            return in_order(mine)
     try:
         return in_order(meet(config, mine))
     except JobError as error:
-        if number(os.environ, *RANKS, default=0):
+        if not first:
             raise
         text = one_line(error).replace("--timeout-minutes", f"--timeout {timeout:g}")
         return in_order([*mine, Finding("problem", "ranks", text)])
@@ -152,12 +162,12 @@ def examine(flags: Sequence[str], timeout: float) -> list[Finding]:
 def own_findings(config: TrainConfig) -> list[Finding]:
     """What this rank finds without the others. Files are looked at once a machine, the rest of the world once."""
     env = os.environ
-    found = launch(env, parent_command(), config)
+    found = [*launch(env, parent_command()), batch(config, number(env, "WORLD_SIZE", default=1))]
     devices = look_for_devices(number(env, "LOCAL_RANK", default=0))
-    found += device(devices, env) + precision(config.mixed_precision, devices)
-    found += cpu(len(allowed_cpus()), os.cpu_count() or 1, cpu_quota(), config.threads, env)
+    found += [device(devices, env), precision(config.mixed_precision, devices)]
+    found.append(cpu(len(allowed_cpus()), os.cpu_count() or 1, cpu_quota(), config.threads, env))
     staged = True
-    if number(env, "LOCAL_RANK", default=0) == 0:
+    if number(env, *LOCAL_RANKS, default=0) == 0:
         data = dataset(config.dataset, config.data_dir)
         staged = data.status == "ok"
         found.append(data)
@@ -218,6 +228,15 @@ def packages(needed: Sequence[str], installed: Mapping[str, str]) -> list[Findin
     return bad or [Finding("ok", "packages", ", ".join(f"{name} {installed[name]}" for name in names))]
 
 
+def import_failure_here(module: str) -> Finding | None:
+    try:
+        import_module(module)
+    except Exception as error:  # a broken installation may raise anything
+        text = f"{module} cannot be imported with {sys.executable}: {one_line(error)}"
+        return Finding("problem", "packages", text, "make install, or pip install --editable .")
+    return None
+
+
 def torchvision(staged: bool) -> list[Finding]:
     """Does it fit torch? Only the download needs it. Importing takes seconds, so only with a reason to doubt."""
     doubt = mismatch(build("torch"), build("torchvision"))
@@ -259,7 +278,7 @@ def import_failure(module: str, limit: float) -> str:
 # --- Launch and machine -----------------------------------------------------------------------------------------------
 
 
-def launch(env: Mapping[str, str], parent: Sequence[str], config: TrainConfig) -> list[Finding]:
+def launch(env: Mapping[str, str], parent: Sequence[str]) -> list[Finding]:
     """How many ranks, and who says so. `parent`: the command line of the process that started this one."""
     size = number(env, "WORLD_SIZE", default=1)
     tasks, mpi = number(env, "SLURM_STEP_NUM_TASKS", default=1), number(env, *MPI_SIZES, default=1)
@@ -275,11 +294,24 @@ def launch(env: Mapping[str, str], parent: Sequence[str], config: TrainConfig) -
         text = f"accelerate launch was asked for {asked} processes and has started {size}"
         advice = f"accelerate launch --config_file launch/cpu.yaml, or torchrun --nproc-per-node {asked}"
         found.append(Finding("warning", "launch", text, advice))
-    try:
-        config.check_world(size)
-    except UsageError as error:
-        found.append(Finding("problem", "launch", str(error)))
     return found
+
+
+def batch(config: TrainConfig, world_size: int) -> Finding:
+    try:
+        config.check_world(world_size)
+    except UsageError as error:
+        return Finding("problem", "batch", str(error))
+    share = config.batch_size // world_size
+    return Finding("ok", "batch", f"{count(config.batch_size, 'image')} a step, {share} of them on each rank")
+
+
+def check_variables(env: Mapping[str, str]) -> None:
+    """Raises: JobError where a variable of the launchers holds something else than they set."""
+    for name, least in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
+        value = env.get(name, "1")
+        if not value.isdecimal() or int(value) < least:
+            raise JobError(f"{name} is {value!r}; expected a whole number of at least {least}: `unset {name}`?")
 
 
 def who_says(env: Mapping[str, str]) -> str:
@@ -328,7 +360,9 @@ class Devices(NamedTuple):
     bf16: bool = False
     mps: bool = False
     complaint: str = ""
-    """What torch said while looking, or while computing something on this rank's GPU."""
+    """What torch warned of while looking."""
+    failure: str = ""
+    """Of computing something on this rank's GPU."""
 
 
 def look_for_devices(local_rank: int) -> Devices:
@@ -337,92 +371,79 @@ def look_for_devices(local_rank: int) -> Devices:
     version: Any = torch.version
     kind = f"CUDA {version.cuda}" if version.cuda else f"ROCm {version.hip}" if version.hip else ""
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-    complaint = ""
+    failure = ""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        number_of_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        properties = [torch.cuda.get_device_properties(index) for index in range(number_of_gpus)]
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        properties = [torch.cuda.get_device_properties(index) for index in range(visible)]
         bf16 = bool(properties) and torch.cuda.is_bf16_supported(including_emulation=False)
-        if local_rank < number_of_gpus:
-            try:  # a GPU for which this torch has no kernels is listed, and fails in the first step
-                torch.ones(8, 8, device=f"cuda:{local_rank}").matmul(
-                    torch.ones(8, 8, device=f"cuda:{local_rank}")
-                ).sum().item()
+        if local_rank < visible:
+            try:  # a GPU for which this torch has no kernels is listed all the same, and fails in the first step
+                torch.ones(8, device=f"cuda:{local_rank}").sum().item()
             except RuntimeError as error:
-                complaint = one_line(error)
-    complaint = complaint or "; ".join(one_line(each.message) for each in said)
+                failure = one_line(error)
+    complaint = "; ".join(one_line(each.message) for each in said)
     gpus = [(each.name, each.total_memory) for each in properties]
-    return Devices(kind, driver, gpus, bf16, torch.backends.mps.is_available(), complaint)
+    return Devices(kind, driver, gpus, bf16, torch.backends.mps.is_available(), complaint, failure)
 
 
-def device(found: Devices, env: Mapping[str, str]) -> list[Finding]:
+def device(found: Devices, env: Mapping[str, str]) -> Finding:
     here, hidden = number(env, "LOCAL_WORLD_SIZE", default=1), env.get("CUDA_VISIBLE_DEVICES")
     if found.gpus:
-        kinds = Counter(f"{name}, {memory / 2**30:.0f} GiB" for name, memory in found.gpus)
-        text = "; ".join(f"{count(number, 'GPU')}: {kind}" for kind, number in kinds.items()) + f" ({found.build})"
-        if here > len(found.gpus):
-            text = f"{count(here, 'rank')} on this machine for {text}"
-            advice = f"one rank per GPU: --nproc-per-node {len(found.gpus)}, or CUDA_VISIBLE_DEVICES= to use the CPU"
-            return [Finding("problem", "device", text, advice)]
-        if found.complaint:
-            return [
-                Finding(
-                    "problem", "device", f"{text}: {found.complaint}", "a torch built for this GPU, or a newer driver"
-                )
-            ]
-        return [Finding("ok", "device", text)]
+        return gpu(found, here)
     if found.mps and here == 1:
-        return [Finding("ok", "device", "an Apple GPU (MPS); several ranks would use the CPU")]
-    if not found.build and found.driver:
-        text = "CPU: there is an NVIDIA driver, but this torch is built without CUDA"
-        return [Finding("warning", "device", text, "pip install --force-reinstall torch torchvision, with CUDA")]
-    if found.driver and hidden is None:
+        return Finding("ok", "device", "an Apple GPU (MPS); several ranks would use the CPU")
+    if not found.driver:
+        return Finding("ok", "device", f"CPU: no NVIDIA driver here (torch is built for {found.build or 'the CPU'})")
+    if not found.build:
+        text = "CPU: there is an NVIDIA driver, but this torch is built for the CPU"
+        return Finding("warning", "device", text, "pip install --force-reinstall torch torchvision, with CUDA")
+    if hidden is None:
         text = f"CPU: there is an NVIDIA driver, but torch sees no GPU ({found.complaint or 'it does not say why'})"
-        return [
-            Finding("warning", "device", text, f"nvidia-smi: does it list a GPU, and is it made for {found.build}?")
-        ]
-    if found.driver:
-        return [Finding("ok", "device", f"CPU: CUDA_VISIBLE_DEVICES={hidden} hides the GPUs")]
-    return [
-        Finding(
-            "ok",
-            "device",
-            f"CPU: no GPU driver here (torch is built {f'for {found.build}' if found.build else 'without CUDA'})",
+        return Finding("warning", "device", text, f"nvidia-smi: is there a GPU, and a driver for {found.build}?")
+    return Finding("ok", "device", f"CPU: CUDA_VISIBLE_DEVICES={hidden} hides the GPUs")
+
+
+def gpu(found: Devices, here: int) -> Finding:
+    """`here`: ranks on this machine."""
+    kinds = Counter(f"{name}, {memory / 2**30:.0f} GiB" for name, memory in found.gpus)
+    text = "; ".join(f"{count(many, 'GPU')}: {kind}" for kind, many in kinds.items()) + f" ({found.build})"
+    if here > len(found.gpus):
+        advice = f"one rank per GPU: --nproc-per-node {len(found.gpus)}; or CUDA_VISIBLE_DEVICES= for the CPU"
+        return Finding("problem", "device", f"{count(here, 'rank')} on this machine for {text}", advice)
+    if found.failure:
+        advice = "a torch that is built for this GPU, or a newer driver"
+        return Finding("problem", "device", f"{text} cannot compute: {found.failure}", advice)
+    if found.complaint:
+        return Finding(
+            "warning", "device", f"{text}: {found.complaint}", "a torch that is built for this GPU and driver"
         )
-    ]
+    return Finding("ok", "device", text)
 
 
-def precision(asked: str, found: Devices) -> list[Finding]:
+def precision(asked: str, found: Devices) -> Finding:
     if asked == "fp16" and not found.gpus and not found.mps:
-        return [Finding("problem", "precision", "fp16 needs a GPU and there is none", "--mixed-precision no")]
+        return Finding("problem", "precision", "fp16 needs a GPU and there is none", "--mixed-precision no, or bf16")
     if asked == "bf16" and not found.bf16:
         where = "this GPU has no" if found.gpus else "few CPUs have"
         text = f"bf16, but {where} arithmetic for it: slower than fp32 (measured on a CPU: 3 times)"
-        return [Finding("warning", "precision", text, "--mixed-precision no")]
+        return Finding("warning", "precision", text, "--mixed-precision no")
     if asked != "no":
-        return [Finding("ok", "precision", f"{asked} in training, fp32 in evaluation")]
-    possible = "bf16 and fp16" if found.bf16 else "fp16" if found.gpus else "neither bf16 nor fp16"
-    return [
-        Finding(
-            "ok",
-            "precision",
-            f"fp32; {possible} would be faster on this machine's {'GPU' if found.gpus else 'CPU'}"
-            if found.gpus
-            else "fp32, as suits a CPU",
-        )
-    ]
+        return Finding("ok", "precision", f"{asked} in training, fp32 in evaluation")
+    possible = "; bf16 and fp16 are possible" if found.bf16 else "; fp16 is possible" if found.gpus else ""
+    return Finding("ok", "precision", f"fp32{possible}")
 
 
-def cpu(allowed: int, present: int, quota: float | None, threads: int, env: Mapping[str, str]) -> list[Finding]:
+def cpu(allowed: int, present: int, quota: float | None, threads: int, env: Mapping[str, str]) -> Finding:
     """`allowed`: CPUs by affinity; `quota`: CPUs' worth of time that the container may use; `threads` 0: default."""
     here = number(env, "LOCAL_WORLD_SIZE", default=1)
     each = threads or max(1, allowed // here)
     text = f"{allowed} of {present} CPUs allowed; {count(here, 'rank')} here with {count(each, 'thread')} each"
-    found = [Finding("ok", "cpu", text)]
     if quota is not None and each * here > quota + 0.5:
-        fits = max(1, int(quota / here))
-        found = [Finding("warning", "cpu", f"{text}, but a quota of {quota:g} CPUs", f"--threads {fits}")]
-    return found
+        return Finding(
+            "warning", "cpu", f"{text}, but a quota of {quota:g} CPUs", f"--threads {max(1, int(quota / here))}"
+        )
+    return Finding("ok", "cpu", text)
 
 
 def allowed_cpus() -> frozenset[int]:
@@ -433,7 +454,7 @@ def allowed_cpus() -> frozenset[int]:
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
     """CPUs' worth of time that this process's control groups (version 2 or 1) allow; None: no limit known."""
-    limits = []
+    limits: list[float] = []
     with suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
