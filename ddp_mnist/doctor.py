@@ -135,13 +135,13 @@ def examine(flags: Sequence[str], timeout: float) -> list[Finding]:
     if not 3 <= timeout <= 86_400:
         raise UsageError(f"--timeout is {timeout:g}; expected seconds from 3 to 86400.")
     mine = packages(requirements(), versions())
-    if failure := import_failure_here("ddp_mnist.config"):
+    if failure := cannot_import("ddp_mnist.config"):
         return [*mine, failure]
     from ddp_mnist.config import parse
 
     check_variables(os.environ)
     config = parse(flags).replace(timeout_minutes=timeout / 60)
-    if failure := import_failure_here("ddp_mnist.world"):  # torch and Accelerate: after the flags, it takes seconds
+    if failure := cannot_import("ddp_mnist.world"):  # torch and Accelerate: after the flags, it takes seconds
         return [*mine, failure]
     mine += own_findings(config)
     first, first_here = number(os.environ, *RANKS, default=0) == 0, number(os.environ, *LOCAL_RANKS, default=0) == 0
@@ -228,7 +228,7 @@ def packages(needed: Sequence[str], installed: Mapping[str, str]) -> list[Findin
     return bad or [Finding("ok", "packages", ", ".join(f"{name} {installed[name]}" for name in names))]
 
 
-def import_failure_here(module: str) -> Finding | None:
+def cannot_import(module: str) -> Finding | None:
     try:
         import_module(module)
     except Exception as error:  # a broken installation may raise anything
