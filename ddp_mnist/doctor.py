@@ -106,18 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="wait so long for the other ranks")
     options, flags = parser.parse_known_args(argv)
-    speaks = number(os.environ, *RANKS, default=0) == 0
     logging.basicConfig(level=logging.ERROR, format="warning: %(message)s")
     # A rank that waits in vain would print 60 lines of C++ frames around its one message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         findings = examine(flags, options.timeout)
     except JobError as error:
-        if speaks or error.local:
+        if is_first() or error.local:
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return error.exit_code
     # As in training: a launcher ends the others with the first rank that fails, so one alone tells.
-    if not speaks:
+    if not is_first():
         return 0
     code = int(any(finding.status == "problem" for finding in findings))
     if options.json:
@@ -144,16 +143,15 @@ def examine(flags: Sequence[str], timeout: float) -> list[Finding]:
     if failure := cannot_import("ddp_mnist.world"):  # torch and Accelerate: after the flags, it takes seconds
         return [*mine, failure]
     mine += own_findings(config)
-    first, first_here = number(os.environ, *RANKS, default=0) == 0, number(os.environ, *LOCAL_RANKS, default=0) == 0
-    for each in mine:  # would the ranks not find each other, then waiting for it tells nothing
+    for each in mine:  # where the ranks cannot meet, waiting for it tells nothing
         if each.status == "problem" and each.topic in ("launch", "device", "precision"):
-            if first_here and not first:  # rank 0 is on another machine and will not hear of it
+            if is_first_here() and not is_first():  # rank 0 is on another machine and will not hear of it
                 raise JobError(f"{socket.gethostname()}: {each.text}", local=True)
             return in_order(mine)
     try:
         return in_order(meet(config, mine))
     except JobError as error:
-        if not first:
+        if not is_first():
             raise
         text = one_line(error).replace("--timeout-minutes", f"--timeout {timeout:g}")
         return in_order([*mine, Finding("problem", "ranks", text)])
@@ -167,11 +165,11 @@ def own_findings(config: TrainConfig) -> list[Finding]:
     found += [device(devices, env), precision(config.mixed_precision, devices)]
     found.append(cpu(len(allowed_cpus()), os.cpu_count() or 1, cpu_quota(), config.threads, env))
     staged = True
-    if number(env, *LOCAL_RANKS, default=0) == 0:
+    if is_first_here():
         data = dataset(config.dataset, config.data_dir)
         staged = data.status == "ok"
         found.append(data)
-    if number(env, *RANKS, default=0) == 0:
+    if is_first():
         found += torchvision(staged)
         found.append(output(config.output_dir or Path("runs")))
         found.append(_wandb(env))
@@ -179,19 +177,25 @@ def own_findings(config: TrainConfig) -> list[Finding]:
     return found
 
 
+def is_first() -> bool:
+    """Rank 0, also where the job would not notice that there are others."""
+    return number(os.environ, *RANKS, default=0) == 0
+
+
+def is_first_here() -> bool:
+    """The first rank on its machine."""
+    return number(os.environ, *LOCAL_RANKS, default=0) == 0
+
+
 # --- Packages ---------------------------------------------------------------------------------------------------------
 
 
 def requirements() -> list[str]:
     """What pyproject.toml asks for, Python first: from the installed package, else from the checkout."""
-    try:
-        needs = metadata.requires("ddp_mnist") or []
-        return [
-            f"python{metadata.metadata('ddp_mnist')['Requires-Python']}",
-            *(x for x in needs if "extra ==" not in x),
-        ]
-    except metadata.PackageNotFoundError:
-        pass
+    with suppress(metadata.PackageNotFoundError):
+        python = metadata.metadata("ddp_mnist")["Requires-Python"]
+        needed = metadata.requires("ddp_mnist") or []
+        return [f"python{python}", *(each for each in needed if "extra ==" not in each)]
     try:
         project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
         return [f"python{project['requires-python']}", *project["dependencies"]]
@@ -377,9 +381,9 @@ def look_for_devices(local_rank: int) -> Devices:
         visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
         properties = [torch.cuda.get_device_properties(index) for index in range(visible)]
         bf16 = bool(properties) and torch.cuda.is_bf16_supported(including_emulation=False)
-        if local_rank < visible:
+        if visible:
             try:  # a GPU for which this torch has no kernels is listed all the same, and fails in the first step
-                torch.ones(8, device=f"cuda:{local_rank}").sum().item()
+                torch.ones(8, device=f"cuda:{local_rank % visible}").sum().item()
             except RuntimeError as error:
                 failure = one_line(error)
     complaint = "; ".join(one_line(each.message) for each in said)
@@ -390,7 +394,7 @@ def look_for_devices(local_rank: int) -> Devices:
 def device(found: Devices, env: Mapping[str, str]) -> Finding:
     here, hidden = number(env, "LOCAL_WORLD_SIZE", default=1), env.get("CUDA_VISIBLE_DEVICES")
     if found.gpus:
-        return gpu(found, here)
+        return gpu(found, here, alone="SLURM_STEP_ID" in env and len(found.gpus) == 1)
     if found.mps and here == 1:
         return Finding("ok", "device", "an Apple GPU (MPS); several ranks would use the CPU")
     if not found.driver:
@@ -404,10 +408,13 @@ def device(found: Devices, env: Mapping[str, str]) -> Finding:
     return Finding("ok", "device", f"CPU: CUDA_VISIBLE_DEVICES={hidden} hides the GPUs")
 
 
-def gpu(found: Devices, here: int) -> Finding:
-    """`here`: ranks on this machine."""
+def gpu(found: Devices, here: int, *, alone: bool) -> Finding:
+    """`here`: ranks on this machine; `alone`: SLURM may show each of them another GPU."""
     kinds = Counter(f"{name}, {memory / 2**30:.0f} GiB" for name, memory in found.gpus)
     text = "; ".join(f"{count(many, 'GPU')}: {kind}" for kind, many in kinds.items()) + f" ({found.build})"
+    if here > len(found.gpus) and alone:
+        text = f"{count(here, 'rank')} on this machine, and this one sees {text}: --gpus-per-task calls each GPU 0"
+        return Finding("warning", "device", text, "--gpus-per-node in its place")
     if here > len(found.gpus):
         advice = f"one rank per GPU: --nproc-per-node {len(found.gpus)}; or CUDA_VISIBLE_DEVICES= for the CPU"
         return Finding("problem", "device", f"{count(here, 'rank')} on this machine for {text}", advice)
@@ -658,7 +665,7 @@ def meet(config: TrainConfig, mine: list[Finding]) -> list[Finding]:
             if not is_lost_rank(error):
                 raise
             raise lost_rank(error, world) from error
-        backend = backend_name() if world.size > 1 else ""
+        backend = world.accelerator.state.backend
     return merge(everyone) + together(everyone, backend, milliseconds)
 
 
@@ -669,12 +676,6 @@ def gather(world: World, mine: Rank) -> list[Rank]:
     if world.size > 1:
         dist.all_gather_object(everyone, mine)
     return everyone
-
-
-def backend_name() -> str:
-    import torch.distributed as dist
-
-    return dist.get_backend()
 
 
 def all_reduce_milliseconds(world: World, length: int) -> float:
@@ -703,7 +704,7 @@ def merge(everyone: Sequence[Rank]) -> list[Finding]:
     return merged
 
 
-def together(everyone: Sequence[Rank], backend: str, milliseconds: Sequence[float]) -> list[Finding]:
+def together(everyone: Sequence[Rank], backend: str | None, milliseconds: Sequence[float]) -> list[Finding]:
     """What only shows when the ranks are compared. `milliseconds`: of an all-reduce of 1 number, of the gradients."""
     if len(everyone) == 1:
         return [Finding("ok", "ranks", "1 rank, nothing to exchange")]

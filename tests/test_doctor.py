@@ -355,6 +355,12 @@ H100 = ("NVIDIA H100", 80 * 2**30)
         (Devices("", False, [], mps=True), {"LOCAL_WORLD_SIZE": "2"}, "ok", "CPU: no"),
         (Devices("CUDA 13.2", True, [H100] * 2), {"LOCAL_WORLD_SIZE": "2"}, "ok", "2 GPUs: NVIDIA H100, 80 GiB"),
         (Devices("CUDA 13.2", True, [H100]), {"LOCAL_WORLD_SIZE": "2"}, "problem", "2 ranks on this machine for 1 GPU"),
+        (
+            Devices("CUDA 13.2", True, [H100]),
+            {"LOCAL_WORLD_SIZE": "2", "SLURM_STEP_ID": "0"},
+            "warning",
+            "calls each GPU 0",
+        ),
         (Devices("CUDA 13.2", True, [H100], failure="no kernel image"), {}, "problem", "compute: no kernel image"),
         (Devices("CUDA 13.2", True, [H100], complaint="capability"), {}, "warning", "capability"),
     ],
