@@ -20,6 +20,7 @@ import netrc
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import statistics
@@ -504,8 +505,8 @@ def dataset(name: str, root: Path) -> Finding:
     text = f"{wanted} is not staged, {bad[0].path} is {bad[0].status}"
     if bad[0].status == "damaged":
         text += f" ({bad[0].reason})"
-    advice = "python -m ddp_mnist.data fetch, where there is internet"
-    advice = advice.replace("fetch", f"fetch{f' --dataset {wanted}' if wanted != 'mnist' else ''} --data-dir {root}")
+    which = "" if wanted == "mnist" else f" --dataset {wanted}"
+    advice = f"python -m ddp_mnist.data fetch{which} --data-dir {shlex.quote(str(root))}, where there is internet"
     if os.access(existing(root), os.W_OK) and reachable(MIRRORS[wanted]):
         return Finding("warning", "data", f"{text}: the job would download it at its start", advice)
     if name == "auto":
