@@ -135,6 +135,9 @@ class TrainConfig:
     log_every: int = 50
     """Steps between two lines of metrics.jsonl and of the log."""
 
+    pictures: bool = True
+    """Draw curves, confusion matrix, worst mistakes and report.html at the end."""
+
     wandb: Wandb = "auto"
     """Mirror to Weights & Biases. auto: as WANDB_MODE says, else online where there is a key and the server
     answers, else offline."""

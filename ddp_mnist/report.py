@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_mnist import files, rundir
-from ddp_mnist.config import default_data_dir
+from ddp_mnist.config import OWN, default_data_dir
 from ddp_mnist.errors import JobError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CURVES, CONFUSION, MISTAKES, PAGE = "curves.png", "confusion.png", "mistakes.png", "report.html"
-HIDDEN = ("output_dir", "data_dir", "threads", "wandb", "progress", "log_every")
+HIDDEN = ("output_dir", "data_dir", "threads", "wandb", "progress", "pictures", "log_every")
 """Settings that are no result's cause; names that begin with one of these, such as wandb_name, are none either."""
 DRAWN = ("test_confusion", "test_mistakes")
 """Numbers in the summary that are pictures on the page."""
@@ -538,6 +538,8 @@ def _test_images(run: RunLog, mistakes: Sequence[Mapping[str, Any]], data_dir: P
         from ddp_mnist.synthetic import make_digits
 
         images, truth = make_digits("test")  # the same on every machine: 0.6 s, and no folder comes into being
+    elif run.dataset.startswith(OWN):
+        raise JobError("They are of the data of a script of its own.")
     else:
         own = Path(run.settings.get("data_dir", default_data_dir()))
         images, truth = _first_readable(run.dataset, [data_dir] if data_dir else [own, default_data_dir()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -298,6 +299,8 @@ class Trainer:
         summary = self.summarise(reason, exit_code=0, train=train, test=test)
         self.world.agree(lambda: self.write_summary(summary))
         self.tracker.end(preempted=False, exit_code=0)
+        if self.config.pictures and self.world.is_main:
+            self.draw()
         self.tracker.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
             self.tracker.say(f"continue with\n  {self.continue_command(self.config.replace(max_steps=0))}")
@@ -312,6 +315,15 @@ class Trainer:
             publish_weights(self.step.net, path)
         except OSError as error:
             raise JobError(f"{path} could not be written: {error.strerror}.") from error
+
+    def draw(self) -> None:
+        try:
+            from ddp_mnist import report  # matplotlib: half a second
+
+            report.draw(self.run_dir, data_dir=self.config.data_dir)
+        except Exception as error:  # the run is done and saved: no picture is worth its exit code
+            command = f"python -m ddp_mnist.report {shlex.quote(str(self.run_dir))}"
+            log.warning("the pictures could not be drawn (%s: %s); try  %s", type(error).__name__, error, command)
 
     def summarise(
         self, stop_reason: str, *, exit_code: int, train: Score | None = None, test: Score | None = None

@@ -54,6 +54,7 @@ def flags(tiny: Path) -> list[str]:
     """A job of seconds on the tiny data set."""
     return [
         *("--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--threads", "1"),
+        "--no-pictures",
         *("--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--log-every", "1"),
     ]
 

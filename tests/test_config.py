@@ -39,6 +39,8 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--max-minutes", ["1.5"], "max_minutes", 1.5),
     ("--timeout-minutes", ["2.5"], "timeout_minutes", 2.5),
     ("--log-every", ["4"], "log_every", 4),
+    ("--pictures", [], "pictures", True),
+    ("--no-pictures", [], "pictures", False),
     ("--wandb", ["disabled"], "wandb", "disabled"),
     ("--wandb-project", ["p"], "wandb_project", "p"),
     ("--wandb-entity", ["e"], "wandb_entity", "e"),
@@ -113,7 +115,7 @@ def test_the_precision_is_what_accelerate_launch_was_told_unless_a_flag_says_oth
         parse([])
 
 
-OTHER = {field: value for _, _, field, value in FLAGS} | {"progress": False, "wandb_model": True}
+OTHER = {field: value for _, _, field, value in FLAGS} | {"wandb_model": True}
 
 
 def test_settings_survive_json() -> None:

@@ -30,7 +30,17 @@ SAVE_EVERY = 50
 @pytest.fixture(scope="session")
 def kill_flags(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of a few seconds that saves every 50 steps."""
-    flags = ["--wandb", "disabled", "--threads", "1", "--checkpoint-every", str(SAVE_EVERY), "--log-every", "20"]
+    flags = [
+        "--wandb",
+        "disabled",
+        "--no-pictures",
+        "--threads",
+        "1",
+        "--checkpoint-every",
+        str(SAVE_EVERY),
+        "--log-every",
+        "20",
+    ]
     if Path(os.environ.get("DDP_MNIST_DATA", "."), "MNIST", "raw").is_dir():
         root = request.getfixturevalue("mnist")
         return [*flags, "--dataset", "mnist", "--data-dir", str(root), "--epochs", "1"]

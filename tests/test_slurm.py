@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 4
 """Tests that run at once; most wait for imports, which two cores do not do faster in parallel."""
 
-SHORT = ("--dataset", "fashion-mnist", "--epochs", "3", "--log-every", "5")
-LONG = ("--dataset", "fashion-mnist", "--epochs", "40", "--log-every", "5")
+SHORT = ("--dataset", "fashion-mnist", "--epochs", "3", "--log-every", "5", "--no-pictures")
+LONG = ("--dataset", "fashion-mnist", "--epochs", "40", "--log-every", "5", "--no-pictures")
 """640 steps: enough that a job is still training when a test that has seen its first line acts."""
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]

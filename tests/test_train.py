@@ -82,6 +82,7 @@ def test_the_saved_configuration_is_resolved_and_says_how_it_was_started(
         log_every=1,
         threads=1,
         wandb="disabled",
+        pictures=False,
     )
     assert saved["versions"]["torch"] == metadata.version("torch")
     assert saved["versions"].keys() >= {"python", "torch", "torchvision", "accelerate", "ddp_mnist"}
