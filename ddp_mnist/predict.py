@@ -32,7 +32,7 @@ CENTRE = 14.5
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 MAX_PIXELS = 64_000_000
 """A photo of today's cameras; 256 MB when decoded."""
-WORKING_SIZE = 560
+WORKING_SIZE = 1120
 """Longest side that is worked on; larger pictures are averaged down first, which also takes out noise."""
 CONTRAST = 1 / 16
 """Least distance of ink and background, of the range of a colour channel."""
@@ -146,7 +146,8 @@ def _ink(level: Floats) -> Floats:
 
 def _unevenness(level: Floats) -> float:
     """Standard deviation of the background, from the median so that the rims of the ink do not count."""
-    return 1.4826 * float(np.median(np.abs(level[level < 0.5])))
+    background = level[level < 0.5]
+    return 1.4826 * float(np.median(np.abs(background))) if background.size else 0.0
 
 
 def _shading(level: Floats) -> Floats:
