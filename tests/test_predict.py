@@ -180,6 +180,20 @@ def test_the_size_makes_no_difference(save: Callable[..., Path], size: int) -> N
         assert_alike(image, prepare(save(stroke(digit)), "mnist"), limit=6)
 
 
+def test_a_tight_crop_whose_border_is_mostly_ink_is_not_turned_inside_out(save: Callable[..., Path]) -> None:
+    one = np.zeros((60, 30), dtype=np.uint8)
+    one[:, 20:] = one[:6, 6:] = 255
+    expected = prepare(save(Image.fromarray(np.pad(one, 30))), "mnist")
+    for image in (one, 255 - one):
+        assert_alike(prepare(save(Image.fromarray(image)), "mnist"), expected)
+
+
+def test_noise_of_the_paper_is_no_ink(save: Callable[..., Path]) -> None:
+    for digit in (0, 2, 5):
+        clean, found = (prepare(save(make(stroke(digit))), "mnist") for make in (lambda ink: ink, noisy))
+        assert found[clean == 0].mean() < 1, digit
+
+
 def test_the_margins_need_not_be_equal(save: Callable[..., Path]) -> None:
     ink = stroke(3, margin=0)
     sheet = Image.new("L", (900, 500))
