@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ddp_mnist import rundir
 from ddp_mnist.config import IDENTITY, TrainConfig
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.model import CNN
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ STATE = "state.json"
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-\d{8,}")
 TEMPORARY = ".tmp-"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
+"""What reading a checkpoint raises when anything but the very bytes that were written is there."""
 
 
 @dataclass
@@ -149,7 +152,7 @@ class Checkpoints:
             path = paths.pop()
             try:
                 return path, _read(path)
-            except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            except DAMAGE as error:
                 aside = rundir.set_aside(path, self.folder, "damaged")
                 next_one = f"using {paths[-1].name}" if paths else "there is none before it: starting over"
                 log.warning("%s is damaged (%s); set aside as %s, %s.", path, error, aside.name, next_one)
@@ -213,25 +216,89 @@ def publish_weights(net: nn.Module, path: Path) -> None:
     rundir.write_atomic(path, safetensors.torch.save(weights(net)))
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Weights of a `model.safetensors` → `net`. Raises: JobError for the file, UsageError for other shapes."""
+def load_weights(net: nn.Module, path: Path, *, flag: str = "--init-from") -> None:
+    """Weights of a `model.safetensors` → `net`; `flag`: what named the file, for the messages; "": a run directory.
+
+    Raises: JobError for the file, UsageError for weights of other shapes behind a flag.
+    """
+    named = f"{flag} {path}".strip()
     try:
         tensors = safetensors.torch.load_file(path)
     except FileNotFoundError as error:
-        raise JobError(f"--init-from {path} does not exist.") from error
+        raise JobError(f"{named} does not exist.") from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise JobError(f"--init-from {path} is not a whole safetensors file: {error}") from error
+        raise JobError(f"{named} is not a whole safetensors file: {error}") from error
+    try:
+        _fill(net, tensors)
+    except ValueError as error:
+        if flag:
+            raise UsageError(f"{named} does not fit this network: {error}. Do the --widths agree?") from error
+        raise JobError(f"{named} does not fit the network of {rundir.CONFIG} beside it: {error}.") from error
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
+        raise JobError(f"{named} holds weights that are not finite; use another file.")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The weights that a run directory holds, and what they belong to."""
+
+    config: TrainConfig
+    net: CNN
+    source: Path
+    """The file or checkpoint that they are from."""
+    step: int | None
+    """None where nothing says which."""
+    summary: dict[str, Any]
+    """summary.json, where it is about these weights; else empty."""
+
+
+def open_saved(run_dir: Path) -> Saved:
+    """The final weights of a run, or the newest that verify of one that goes on; changes nothing. Raises: JobError.
+
+    A `model.safetensors` without its counts in summary.json may be of an earlier stop of a run that goes on: then the
+    newest checkpoint is ahead of it, or equal.
+    """
+    config = rundir.read_settings(run_dir)
+    if config.own_data:
+        raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
+    summary = rundir.read_json(run_dir / rundir.SUMMARY)
+    scored = summary.get("test_count") is not None
+    net = CNN(widths=config.widths)
+    path = run_dir / rundir.WEIGHTS
+    if scored and path.exists():
+        load_weights(net, path, flag="")
+        return Saved(config, net, path, summary.get("steps"), summary)
+    for checkpoint in reversed(Checkpoints(run_dir, config.keep_checkpoints).steps()):
+        try:
+            snapshot = _read(checkpoint)
+            _fill(net, snapshot.weights)
+        except DAMAGE as error:
+            log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
+            continue
+        step = snapshot.state.step
+        return Saved(config, net, checkpoint, step, summary if scored and summary.get("steps") == step else {})
+    if path.exists():
+        load_weights(net, path, flag="")
+        return Saved(config, net, path, None, {})
+    raise JobError(
+        f"{run_dir} holds no weights yet: neither {rundir.WEIGHTS} nor a checkpoint that verifies. Wait for its first "
+        "checkpoint, or continue the run."
+    )
+
+
+def _fill(net: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises: ValueError naming the tensors that do not fit."""
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != expected:
-        raise UsageError(f"{path} holds {found}; this network has {expected}. Do the --widths agree?")
-    if not all(torch.isfinite(value).all() for value in tensors.values()):
-        raise JobError(f"{path} holds weights that are not finite; use another file.")
+    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if differing:  # of a foreign file there may be hundreds
+        named = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in differing]
+        raise ValueError("; ".join(named[:3]) + (f"; and {len(named) - 3} more" if len(named) > 3 else ""))
     net.load_state_dict(tensors)
 
 
 def _read(path: Path) -> Snapshot:
-    """Raises: ValueError and others when anything but the very bytes that were written is there."""
+    """Raises: DAMAGE."""
     manifest = json.loads((path / MANIFEST).read_bytes())
     contents = {}
     for name in (MODEL, OPTIMIZER, STATE):

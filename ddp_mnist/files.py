@@ -74,6 +74,15 @@ SOURCES: dict[str, Source] = {
     "fashion-mnist": Source("FashionMNIST", _FASHION_MNIST),
     "synthetic": Source("Synthetic", {}),
 }
+_FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+def class_names(dataset: str, count: int = 10) -> tuple[str, ...]:
+    """What the labels from 0 to `count` - 1 are called."""
+    return _FASHION_CLASSES if dataset == "fashion-mnist" else tuple(map(str, range(count)))
 
 
 class DataError(JobError):

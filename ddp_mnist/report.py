@@ -45,13 +45,6 @@ TITLES = {
     "fashion-mnist": "Fashion-MNIST",
     "synthetic": "GENERATED DIGITS (NOT MNIST)",
 }
-DIGITS = tuple("0123456789")
-CLASS_NAMES = {
-    "fashion-mnist": (
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-    )
-}
 # Okabe and Ito's colours, which the colour-blind tell apart, less yellow, which is faint on white. Seven colours and
 # four styles have no common divisor: the first 28 runs look different.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -346,7 +339,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]], dataset: str, name: str
     totals, right = counts.sum(1), counts.diagonal()
     share = counts / np.maximum(totals, 1)[:, None]
     diagonal = np.eye(classes, dtype=bool)
-    norm = PowerNorm(0.5, 0, share[~diagonal].max())
+    norm = PowerNorm(0.5, 0, share[~diagonal].max(initial=0) or 1)
     cells = colormaps["Oranges"](0.85 * norm(np.where(diagonal, 0, share)))
     cells[counts == 0] = 1
     cells[diagonal] = (0.92, 0.92, 0.92, 1)
@@ -365,8 +358,9 @@ def confusion_figure(confusion: Sequence[Sequence[int]], dataset: str, name: str
             color=GREY if on_diagonal else "white" if norm(share[label, prediction]) > 0.75 else "black",
             weight="normal" if on_diagonal else "bold",
         )
-    ticks = CLASS_NAMES.get(dataset, DIGITS)
-    slant: dict[str, Any] = {} if ticks is DIGITS else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    ticks = files.class_names(dataset, classes)
+    long = max(map(len, ticks)) > 3
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if long else {}
     matrix.set_xticks(range(classes), ticks, **slant)
     matrix.set_yticks(range(classes), ticks)
     matrix.set_xlabel("predicted")
@@ -399,8 +393,9 @@ def confusion_figure(confusion: Sequence[Sequence[int]], dataset: str, name: str
 def mistakes_figure(images: Any, mistakes: Sequence[Mapping[str, Any]], dataset: str, name: str = "") -> Figure:
     """`images`: uint8 (N, 28, 28), the test images of `mistakes`, which are as in metrics.jsonl; five to a row."""
     rows = max(1, math.ceil(len(mistakes) / 5))
-    ticks = CLASS_NAMES.get(dataset, DIGITS)
-    figure = _figure(8, 0.9 + (1.8 if ticks is DIGITS else 1.95) * rows)
+    ticks = _ticks(dataset, mistakes)
+    long = max(map(len, ticks)) > 3
+    figure = _figure(8, 0.9 + (1.95 if long else 1.8) * rows)
     grid = figure.subplots(rows, 5, squeeze=False)
     for axes in grid.flat[len(mistakes) :]:
         axes.set_axis_off()
@@ -410,11 +405,16 @@ def mistakes_figure(images: Any, mistakes: Sequence[Mapping[str, Any]], dataset:
         axes.spines[:].set_color("#cccccc")
         axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
         true, said = ticks[mistake["label"]], ticks[mistake["prediction"]]
-        between = ", " if ticks is DIGITS else "\n"
+        between = "\n" if long else ", "
         axes.set_title(f"is {true}{between}read as {said}\n{_percent(mistake['confidence'])}", fontsize=9)
     caption = "Percentages: the probability that the network gave to its wrong answer." if mistakes else "No mistakes."
     _heading(figure, name, [dataset], "most confident mistakes on the test set", caption)
     return figure
+
+
+def _ticks(dataset: str, mistakes: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    highest = max((mistake[key] for mistake in mistakes for key in ("label", "prediction")), default=0)
+    return files.class_names(dataset, highest + 1)
 
 
 def png(figure: Figure) -> bytes:
@@ -659,7 +659,7 @@ def _picture(name: str, content: bytes) -> str:
 
 
 def _mistakes_table(mistakes: Sequence[Mapping[str, Any]], dataset: str) -> str:
-    ticks = CLASS_NAMES.get(dataset, DIGITS)
+    ticks = _ticks(dataset, mistakes)
     rows = [["test image", "is", "read as", "probability of that"]]
     for each in mistakes:
         rows.append([str(each["index"]), ticks[each["label"]], ticks[each["prediction"]], _percent(each["confidence"])])

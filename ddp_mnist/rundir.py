@@ -115,6 +115,30 @@ def remove(path: Path) -> None:
         raise JobError(f"{path} cannot be removed: {error.strerror}.") from error
 
 
+def read_settings(path: Path) -> TrainConfig:
+    """The settings of the run in directory `path`; changes nothing. Raises: JobError."""
+    file = path / CONFIG
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        if not path.exists():
+            raise JobError(f"{path} does not exist; expected a run directory, such as a --output-dir.") from error
+        raise JobError(f"{path} is not a run directory of ddp_mnist: there is no {CONFIG} in it.") from error
+    except NotADirectoryError as error:
+        raise JobError(f"{path} is a file; expected a run directory: the one with {CONFIG} in it.") from error
+    except OSError as error:
+        raise JobError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise JobError(f"{file} is damaged: {error}.") from error
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise JobError(f"{path} is not a run directory of ddp_mnist: its {CONFIG} has no settings.")
+    try:
+        return TrainConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:  # of another version, or edited by hand
+        raise JobError(f"{file} is not what this version writes: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """{} where there is no such file or it is not whole."""
     try:

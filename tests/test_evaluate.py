@@ -1,18 +1,26 @@
-"""Scores on one rank; tests/test_distributed.py has them on several."""
+"""Scores on one rank, tests/test_distributed.py has them on several; and the command that scores a run again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jobs
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TEST_IMAGES, TRAIN_IMAGES
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Split, to_float
-from ddp_mnist.evaluate import Score, evaluate
+from ddp_mnist.evaluate import Score, evaluate, main
 from ddp_mnist.model import CNN
 from ddp_mnist.world import World
 
@@ -87,3 +95,220 @@ def test_an_empty_directory_is_not_needed_to_score(tmp_path: Path, world: World,
     few = Split(split.images[:3], split.labels[:3])
     assert evaluate(net, few, world).count == 3
     assert list(tmp_path.iterdir()) == []
+
+
+# --- python -m ddp_mnist.evaluate RUN_DIR
+
+RunAt = Callable[[int], Path]
+Command = Callable[..., jobs.Ended]
+PROGRAM = (sys.executable, "-m", "ddp_mnist.evaluate")
+COUNTS = ("train_correct", "train_count", "test_correct", "test_count")
+
+
+@pytest.fixture
+def rescore(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """The command in this process, one rank on the CPU."""
+    monkeypatch.setattr("ddp_mnist.world._has_accelerator", lambda world_size: False)
+    monkeypatch.delenv("DDP_MNIST_DATA", raising=False)
+    threads = torch.get_num_threads()
+
+    def run(*arguments: Any) -> jobs.Ended:
+        capfd.readouterr()
+        return jobs.Ended(main([*map(str, arguments), "--threads", "1"]), *capfd.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def a_run(run_at: RunAt, tmp_path: Path) -> Path:
+    """A finished run to be spoiled."""
+    return Path(shutil.copytree(run_at(1), tmp_path / "run"))
+
+
+def listing(folder: Path) -> dict[str, Any]:
+    """All that a change of anything in the directory would change."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *sorted(folder.rglob("*"))]
+    }
+
+
+def test_a_finished_run_is_scored_again_to_its_summarys_counts_in_the_words_of_training(
+    rescore: Command, run_at: RunAt
+) -> None:
+    run_dir = run_at(1)
+    before = listing(run_dir)
+    ended = rescore(run_dir)
+    assert (ended.code, ended.err) == (0, "")
+    summary = jobs.read_json(run_dir / "summary.json")
+    train, test = (f"{summary[f'{name}_correct']} / {summary[f'{name}_count']}" for name in ("train", "test"))
+    assert f"Checking accuracy on training data\nGot {train} with accuracy " in ended.out
+    assert f"Checking accuracy on test data\nGot {test} with accuracy " in ended.out
+    assert f"step {summary['steps']}" in ended.out
+    assert listing(run_dir) == before
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_counts_the_same(run_at: RunAt, world_size: int) -> None:
+    run_dir = run_at(1)
+    ended = jobs.run_ranks(world_size, str(run_dir), "--json", "--threads", "1", program=PROGRAM)
+    jobs.succeeded(ended)
+    found, summary = json.loads(ended[0].out), jobs.read_json(run_dir / "summary.json")
+    assert [process.out for process in ended[1:]] == [""] * (world_size - 1)
+    assert {name: found[name] for name in COUNTS} == {name: summary[name] for name in COUNTS}
+    assert (found["train_count"], found["test_count"]) == (TRAIN_IMAGES, TEST_IMAGES)
+    assert found["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
+    assert (found["world_size"], found["step"], found["agrees"]) == (world_size, summary["steps"], True)
+
+
+def test_other_counts_than_the_runs_own_are_an_error(rescore: Command, a_run: Path) -> None:
+    summary = jobs.read_json(a_run / "summary.json")
+    (a_run / "summary.json").write_text(json.dumps(summary | {"test_correct": summary["test_correct"] + 1}))
+    message = jobs.the_message([rescore(a_run)], 1)
+    assert f"test_correct is {summary['test_correct']}, summary.json says {summary['test_correct'] + 1}" in message
+    assert "train_" not in message
+    ended = rescore(a_run, "--json")
+    assert (ended.code, json.loads(ended.out)["agrees"]) == (1, False)
+
+
+def test_without_a_summary_there_is_nothing_to_agree_with(rescore: Command, a_run: Path) -> None:
+    shutil.rmtree(a_run / "checkpoints")
+    (a_run / "summary.json").unlink()
+    found = json.loads(rescore(a_run, "--json").out)
+    assert (found["agrees"], found["step"]) == (None, None)
+    assert found["weights"] == str(a_run / "model.safetensors")
+
+
+def test_the_data_may_lie_elsewhere_by_now(rescore: Command, a_run: Path, tiny: Path) -> None:
+    config = jobs.read_json(a_run / "config.json")
+    config["settings"]["data_dir"] = str(a_run / "gone")
+    (a_run / "config.json").write_text(json.dumps(config))
+    assert rescore(a_run, "--data-dir", tiny).code == 0
+    assert not (a_run / "gone").exists()
+
+
+def test_a_run_that_goes_on_is_scored_at_its_newest_checkpoint_that_verifies(
+    rescore: Command, train: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = ("--checkpoint-every", "5", "--keep-checkpoints", "4", "--output-dir", tmp_path)
+    assert train("--max-steps", "10", *stop).code == 0
+    early = jobs.read_json(tmp_path / "summary.json")
+    assert json.loads(rescore(tmp_path, "--json").out)["agrees"] is True  # a stop at --max-steps is scored, too
+    old = (tmp_path / "model.safetensors").read_bytes()
+    assert train("--max-steps", "20", *stop).code == 0
+    late = jobs.read_json(tmp_path / "summary.json")
+    # What a kill leaves: no summary, and the final weights of the stop before.
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "model.safetensors").write_bytes(old)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / ".tmp-step-00000025-0123").mkdir()
+    before = listing(tmp_path)
+    found = json.loads(rescore(tmp_path, "--json").out)
+    assert (found["step"], found["agrees"]) == (20, None)
+    assert found["weights"] == str(checkpoints / "step-00000020")
+    assert found["test_correct"] == late["test_correct"] != early["test_correct"]
+    assert listing(tmp_path) == before
+    for name in ("step-00000020", "step-00000015"):
+        (checkpoints / name / "optimizer.safetensors").write_bytes(b"short")
+    before = listing(tmp_path)
+    ended = rescore(tmp_path)
+    assert ended.code == 0
+    assert f"{checkpoints / 'step-00000010'}, step 10, on" in ended.out
+    assert [record.getMessage().split(" is damaged")[0] for record in caplog.records] == [
+        str(checkpoints / "step-00000020"),
+        str(checkpoints / "step-00000015"),
+    ]
+    assert listing(tmp_path) == before
+
+
+def spoil_nothing_there(run: Path) -> None:
+    shutil.rmtree(run)
+
+
+def spoil_file(run: Path) -> None:
+    shutil.rmtree(run)
+    run.write_text("not a directory")
+
+
+def spoil_foreign(run: Path) -> None:
+    (run / "config.json").unlink()
+
+
+def spoil_foreign_config(run: Path) -> None:
+    (run / "config.json").write_text('{"model_type": "bert"}')
+
+
+def spoil_config_list(run: Path) -> None:
+    (run / "config.json").write_text("[]")
+
+
+def spoil_config(run: Path) -> None:
+    (run / "config.json").write_bytes((run / "config.json").read_bytes()[:100])
+
+
+def spoil_setting_names(run: Path) -> None:
+    (run / "config.json").write_text('{"settings": {"depth": 3}}')
+
+
+def spoil_setting_values(run: Path) -> None:
+    (run / "config.json").write_text('{"settings": {"widths": 3}}')
+
+
+def spoil_weights(run: Path) -> None:
+    (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-100])
+
+
+def spoil_shapes(run: Path) -> None:
+    save_file(CNN(widths=(4, 4)).state_dict(), run / "model.safetensors")
+
+
+def spoil_values(run: Path) -> None:
+    tensors = load_file(run / "model.safetensors")
+    save_file({**tensors, "fc1.bias": torch.full((10,), math.nan)}, run / "model.safetensors")
+
+
+def spoil_all_weights(run: Path) -> None:
+    (run / "model.safetensors").unlink()
+    for file in (run / "checkpoints").glob("*/MANIFEST.json"):
+        file.write_text("{}")
+
+
+SPOILT = {
+    spoil_nothing_there: "does not exist; expected a run directory",
+    spoil_file: "is a file; expected a run directory",
+    spoil_foreign: "is not a run directory of ddp_mnist: there is no config.json in it",
+    spoil_foreign_config: "is not a run directory of ddp_mnist: its config.json has no settings",
+    spoil_config_list: "is not a run directory of ddp_mnist: its config.json has no settings",
+    spoil_config: "config.json is damaged: ",
+    spoil_setting_names: "config.json is not what this version writes: unknown setting depth",
+    spoil_setting_values: "config.json is not what this version writes: ",
+    spoil_weights: "model.safetensors is not a whole safetensors file",
+    spoil_shapes: "model.safetensors does not fit the network of config.json beside it: conv1.weight is (4, 1, 3, 3), "
+    "expected (8, 1, 3, 3); ",
+    spoil_values: "model.safetensors holds weights that are not finite",
+    spoil_all_weights: "holds no weights yet",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__.removeprefix("spoil_"))
+def test_a_spoilt_or_foreign_run_directory_is_told_in_one_message(
+    rescore: Command, a_run: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(a_run)
+    before = listing(a_run) if a_run.is_dir() else {}
+    ended = rescore(a_run)
+    message = jobs.the_message([ended], 1)
+    assert message.startswith(f"error: {a_run}") and SPOILT[spoil] in message
+    assert "--init-from" not in message
+    assert ended.out == ""
+    assert before == (listing(a_run) if before else {})
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--threads", "1"], 1), (["--bogus"], 2), (["--threads", "-1"], 2)])
+def test_a_mistake_is_told_by_one_rank_and_all_leave(tmp_path: Path, arguments: list[str], code: int) -> None:
+    ended = jobs.run_ranks(2, str(tmp_path / "nothing"), *arguments, program=PROGRAM)
+    assert [process.code for process in ended] == [code, code]
+    told = [process.err for process in ended]
+    assert told[0].count("error: ") == 1 and "Traceback" not in told[0]
+    assert "error: " not in told[1]
