@@ -1,12 +1,16 @@
-"""The tutorial's training loop, restated, against this job's: one epoch each, in turn, on the same machine.
+"""This job against the tutorial's script and the published fast recipe, in turn, on one machine.
 
-`python -m ddp_mnist.bench` prints the seconds, the best of each and their ratio, and writes them as JSON.
+`python -m ddp_mnist.bench` (`make bench`) measures, prints one table and, with --json, keeps every figure with the
+machine's facts; `--table FILE...` prints the table of such files again, side by side. What is measured is in
+`bench_rows.py`, the other side in `reference.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import platform
 import statistics
 import sys
@@ -14,96 +18,353 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddp_mnist.config import TrainConfig, default_data_dir
-from ddp_mnist.errors import JobError
+from ddp_mnist import rundir
+from ddp_mnist.config import default_data_dir, world_size_from_environment
+from ddp_mnist.errors import JobError, UsageError
 
+if TYPE_CHECKING:
+    from ddp_mnist.bench_rows import Line, Setup
+    from ddp_mnist.data import Split
 
-def tutorial_epoch(data_dir: Path) -> float:
-    """Seconds for one training epoch as the tutorial does it: an image at a time through PIL and ToTensor."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
-
-    class TutorialCNN(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1 = nn.Conv2d(1, 8, kernel_size=3, padding=1)
-            self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
-            self.conv2 = nn.Conv2d(8, 16, kernel_size=3, padding=1)
-            self.fc1 = nn.Linear(16 * 7 * 7, 10)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            hidden = self.pool(functional.relu(self.conv1(images)))
-            hidden = self.pool(functional.relu(self.conv2(hidden)))
-            return self.fc1(hidden.reshape(hidden.shape[0], -1))
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = datasets.MNIST(root=str(data_dir), train=True, transform=transforms.ToTensor())
-    loader = DataLoader(dataset, batch_size=64, shuffle=True)
-    model = TutorialCNN().to(device)
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    started = time.perf_counter()
-    for images, targets in loader:
-        loss = criterion(model(images.to(device)), targets.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def our_epoch(data_dir: Path) -> float:
-    """Training seconds of one epoch of the job itself, tutorial recipe, with its logging and checkpoints."""
-    from ddp_mnist.trainer import fit
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(dataset="mnist", data_dir=data_dir, epochs=1, output_dir=Path(folder), progress=False)
-        return fit(config).summary["train_seconds"]
+ROWS = (
+    *("loader", "step", "epoch", "time-to-98", "time-to-99", "evaluation"),
+    *("checkpoint", "start-up", "command", "ranks", "overhead", "scaling"),
+)
+FEWEST, MOST = 1_200, 60_000
+"""Images: two whole batches of 512 and five of the fast recipe's; all of MNIST."""
+NOT_MEASURED = "not measured"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ddp_mnist.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), metavar="DIR")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="epochs of each, in turn (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and machine facts there")
-    options = parser.parse_args(argv)
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; expected 1 or more")
-    from ddp_mnist import data
-
+    """Exit code 0: measured, or the table printed. 1: the world, 2: a bad flag, 130: Ctrl-C."""
+    options = _parse(argv)
     try:
-        data.load("mnist", options.data_dir)  # both read the same verified files, nothing is timed while unpacking
+        if options.table:
+            print(table([read_report(path) for path in options.table]))
+            return 0
+        if world_size_from_environment() > 1:
+            raise UsageError(
+                "the benchmark starts its own ranks: type `python -m ddp_mnist.bench`, without a launcher."
+            )
+        if options.json is not None and not options.json.absolute().parent.is_dir():
+            raise JobError(f"--json {options.json}: there is no directory {options.json.parent}. Make it first.")
+        report = measure(options)
+        if options.json is not None:
+            try:
+                rundir.write_atomic(options.json, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+            except OSError as error:
+                print(table([report]))  # minutes of measuring are not thrown away with the file
+                raise JobError(f"--json {options.json} cannot be written: {error.strerror}.") from error
+        print(table([report]))
+        return 0
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped: no figures are kept", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ddp_mnist.bench", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rows", metavar="A,B", help=f"measure these only: {', '.join(ROWS)}")
+    parser.add_argument("--quick", action="store_true", help="under 2 minutes: every row, on few images, once")
+    parser.add_argument("--repeats", type=int, metavar="N", help="measure both sides so often (default: 5; quick: 1)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs to 99 %% (default: 10, on a GPU 30; quick: 2)")
+    parser.add_argument("--images", type=int, metavar="N", help="use the first N (default: 60000; quick: 1500)")
+    parser.add_argument("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help="as for train")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $DDP_MNIST_DATA, else data")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and the machine's facts there")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="measure nothing; print these files")
+    options = parser.parse_args(argv)
+    options.rows = tuple(dict.fromkeys(options.rows.split(","))) if options.rows is not None else ROWS
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f"--rows has {', '.join(map(repr, unknown))}; expected some of {','.join(ROWS)}")
+    for name, low, high in (("repeats", 1, 1000), ("seeds", 1, 1000), ("images", FEWEST, MOST)):
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} is {value}; expected a number from {low} to {high}")
+    return options
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All chosen rows as JSON types. Raises: JobError."""
+    environment = dict(os.environ)
+    path = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)  # this very package, also where another one is installed
+    load = [round(value, 2) for value in os.getloadavg()]
     import torch
 
+    from ddp_mnist import bench_rows
+
     threads = torch.get_num_threads()
-    times: dict[str, list[float]] = {"tutorial": [], "ddp_mnist": []}
-    for _ in range(options.repeats):
-        torch.set_num_threads(threads)
-        times["tutorial"].append(tutorial_epoch(options.data_dir))
-        times["ddp_mnist"].append(our_epoch(options.data_dir))
-    report: dict[str, Any] = {
-        "what": "seconds of one training epoch, 60,000 images, batch 64, Adam 1e-3",
-        "machine": {"processor": platform.processor(), "threads": threads, "torch": torch.__version__},
-        "seconds": times,
-        "best_ratio": min(times["ddp_mnist"]) / min(times["tutorial"]),
+    cuda = torch.cuda.is_available()
+    quick = options.quick
+    name, train, test = _digits(options, options.images or (1_500 if quick else MOST))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ddp-mnist-bench-") as folder:
+        root = Path(folder, "data")
+        setup = bench_rows.Setup(
+            dataset=bench_rows.stage(name, train, test, root),
+            root=root,
+            scratch=Path(folder),
+            train=train,
+            test=test,
+            repeats=options.repeats or (1 if quick else 5),
+            seeds=options.seeds or (2 if quick else 30 if cuda else 10),
+            steps=10 if quick else 200,
+            epochs=1 if quick else 5,
+            threads=threads,
+            environment=environment,
+        )
+        rows, scaling = _rows(setup, options.rows)
+    return {
+        "what": "ddp_mnist against the tutorial's script and the published fast recipe",
+        "machine": _machine(threads) | {"load_average": load},
+        "data": {"name": name, "train_images": len(train), "test_images": len(test)},
+        "settings": {
+            "quick": quick,
+            "rows": list(options.rows),
+            "repeats": setup.repeats,
+            "seeds": setup.seeds,
+            "steps": setup.steps,
+            "epochs": setup.epochs,
+        },
+        "seconds": round(time.monotonic() - started, 1),
+        "rows": rows,
+        "scaling": scaling,
     }
-    print(f"\n{report['what']}; {threads} threads")
-    for name, values in times.items():
-        each = " ".join(f"{value:.2f}" for value in values)
-        print(f"{name:10} best {min(values):6.2f}  median {statistics.median(values):6.2f}  all {each}")
-    print(f"ratio of the best: {report['best_ratio']:.3f}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+
+
+def _rows(setup: Setup, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    from ddp_mnist import bench_rows
+
+    found: list[dict[str, Any]] = []
+    scaling = None
+    for name in names:
+        started = time.monotonic()
+        setup.as_the_tutorial()
+        if name == "scaling":
+            scaling = bench_rows.scaling(setup)
+        else:
+            found += [_figures(name, line) for line in bench_rows.ROWS[name](setup)]
+        print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return found, scaling
+
+
+def _digits(options: argparse.Namespace, images: int) -> tuple[str, Split, Split]:
+    """(name, train, test): the first `images` of the training set, and in proportion of the test set."""
+    import torch
+
+    from ddp_mnist import data, synthetic
+
+    root = options.data_dir or default_data_dir()
+    name = data.resolve(options.dataset, root)
+    if name == "synthetic":
+        print(data.SYNTHETIC_WARNING, file=sys.stderr)
+        pairs = [synthetic.make_digits("train", count=images), synthetic.make_digits("test", count=images // 6)]
+        train, test = (data.Split(torch.from_numpy(a).unsqueeze(1), torch.from_numpy(b).long()) for a, b in pairs)
+        return name, train, test
+    train, test = data.load(name, root)
+    return (
+        name,
+        data.Split(train.images[:images], train.labels[:images]),
+        data.Split(test.images[: images // 6], test.labels[: images // 6]),
+    )
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    import torch
+
+    facts = rundir.facts(1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": allowed,
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpus": torch.cuda.device_count(),
+        "cuda": torch.version.cuda if cuda else None,
+        "platform": platform.platform(terse=True),
+        "versions": facts["versions"],
+        "git": facts["git"],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_model() -> str:
+    """platform.processor() is empty on many Linuxes."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _figures(row: str, line: Line) -> dict[str, Any]:
+    """One line as JSON; null for the other side and the ratio where there is none.
+
+    `ratio`: ours / other's, of the figures shown; `ratio_min` and `ratio_max` over the pairs measured one after the
+    other.
+    """
+    ours, other = _statistics(line.ours), _statistics(line.other) if line.other else None
+    shown = "mean" if line.mean else "median"
+    pairs = [a / b for a, b in zip(line.ours, line.other, strict=True)] if line.other else []
+    return {
+        "row": row,
+        "what": line.what,
+        "unit": line.unit,
+        "shown": shown,
+        "against": line.against,
+        "ours": ours,
+        "other": other,
+        "ratio": _short(ours[shown] / other[shown]) if other else None,
+        "ratio_min": _short(min(pairs)) if pairs else None,
+        "ratio_max": _short(max(pairs)) if pairs else None,
+    }
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "n": len(values),
+        "median": _short(statistics.median(values)),
+        "min": _short(min(values)),
+        "max": _short(max(values)),
+        "mean": _short(statistics.fmean(values)),
+        "sd": _short(statistics.stdev(values)) if len(values) > 1 else 0.0,
+        "values": [_short(value) for value in values],
+    }
+
+
+def _short(value: float) -> float:
+    """Six digits: more than a clock is worth."""
+    assert math.isfinite(value), value
+    return float(f"{value:.6g}")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A file that --json has written. Raises: JobError."""
+    try:
+        report = json.loads(path.read_text())
+        if not (isinstance(report, dict) and {"machine", "data", "rows", "scaling"} <= report.keys()):
+            raise ValueError("it lacks machine, data, rows or scaling")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise JobError(f"--table {path} is not what `--json` writes: {why}.") from error
+    return report
+
+
+def table(reports: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a block of facts, one line for each quantity with three columns for each report, the estimates.
+
+    Without a report from a GPU a last column says that it was not measured.
+    """
+    lines = [_facts(report) for report in reports]
+    names = [_device(report) for report in reports]
+    header = ["what", "unit", "against"]
+    for name in names:
+        header += [f"ours, {name}", "other", "ours / other"]
+    on_gpu = any(report["machine"]["gpu"] for report in reports)
+    rows = [[*header, *([] if on_gpu else ["GPU"])]]
+    quantities = {(row["what"], row["unit"], row["against"]): None for report in reports for row in report["rows"]}
+    for key in quantities:
+        cells = [key[0], key[1], key[2] or ""]
+        for report in reports:
+            row = next((row for row in report["rows"] if (row["what"], row["unit"], row["against"]) == key), None)
+            cells += _cells(row) if row else [NOT_MEASURED, "", ""]
+        rows.append(cells if on_gpu else [*cells, NOT_MEASURED])
+    if quantities:
+        lines += ["", *_markdown(rows)]
+    for report, name in zip(reports, names, strict=True):
+        if report["scaling"]:
+            lines += ["", *_estimate(report["scaling"], name)]
+    return "\n".join(lines)
+
+
+def _device(report: dict[str, Any]) -> str:
+    return report["machine"]["gpu"] or f"CPU, {report['machine']['cores']} cores"
+
+
+def _facts(report: dict[str, Any]) -> str:
+    machine, data, settings = report["machine"], report["data"], report["settings"]
+    digits = {"mnist": "MNIST", "synthetic": "generated digits, NOT MNIST"}[data["name"]]
+    if data["train_images"] < MOST:
+        digits = f"a slice of {digits}: accuracies and ratios are not those of the whole"
+    commit = (machine["git"] or {}).get("commit", "no checkout")[:12] + (
+        " + changes" if (machine["git"] or {}).get("dirty") else ""
+    )
+    versions = machine["versions"]
+    return (
+        f"{_device(report)} ({machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads), "
+        f"torch {versions['torch']}, accelerate {versions['accelerate']}, commit {commit}, {machine['date']}, "
+        f"load average {machine['load_average'][0]} at the start. {data['train_images']:,} training and "
+        f"{data['test_images']:,} test images of {digits}. Median (min-max) of {settings['repeats']} in turn; "
+        f"mean ± sd where it says ±, over {settings['seeds']} seeds to 99 %."
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """ours, other, ratio"""
+    sides = [_side(row[side], row["shown"], row["unit"]) if row[side] else "" for side in ("ours", "other")]
+    if row["ratio"] is None or row["unit"] == "%":
+        return [*sides, ""]
+    spread = f" ({_number(row['ratio_min'])}-{_number(row['ratio_max'])})" if row["ours"]["n"] > 1 else ""
+    return [*sides, f"{_number(row['ratio'])}{spread}"]
+
+
+def _side(figures: dict[str, Any], shown: str, unit: str) -> str:
+    show = (lambda value: f"{value:.2f}") if unit == "%" else _number
+    if figures["n"] == 1:
+        return show(figures[shown])
+    if shown == "mean":
+        return f"{show(figures['mean'])} ± {show(figures['sd'])}"
+    return f"{show(figures['median'])} ({show(figures['min'])}-{show(figures['max'])})"
+
+
+def _number(value: float) -> str:
+    """Three digits, four where they are whole."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _estimate(scaling: dict[str, Any], name: str) -> list[str]:
+    exchange = scaling["all_reduce"]
+    lines = [
+        f"Scaling, an ESTIMATE, not a measurement, from {name}: {scaling['how']}. Measured: an all-reduce of "
+        f"{exchange['bytes']:,} bytes over {exchange['ranks']} ranks ({exchange['backend']}) "
+        f"{1e3 * exchange['seconds']:.3g} ms; one step "
+        + ", ".join(f"{1e3 * seconds:.3g} ms on {size}" for size, seconds in scaling["step_seconds"].items())
+        + " images.",
+        "",
+    ]
+    ranks = list(scaling["batches"][0]["images_per_second"])
+    rows = [["global batch", *(f"{count} rank{'' if count == '1' else 's'}" for count in ranks)]]
+    for batch in scaling["batches"]:
+        speeds, efficiency = batch["images_per_second"], batch["efficiency"]
+        rows.append(
+            [f"{batch['batch']}, images/s", *(f"{speeds[count]:,.0f} ({efficiency[count]:.0%})" for count in ranks)]
+        )
+    lines += [*_markdown(rows), ""]
+    for batch in scaling["batches"]:
+        enough = batch["enough_ranks"]
+        lines.append(
+            f"Batch {batch['batch']}: twice as many ranks as {enough} would bring less than 10 % more images/s."
+            if str(2 * enough) in ranks
+            else f"Batch {batch['batch']}: {enough} ranks still help; nothing beyond was estimated."
+        )
+    return lines
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table that is also readable as it is: columns of one width each."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]]
 
 
 if __name__ == "__main__":

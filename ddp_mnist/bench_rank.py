@@ -1,0 +1,160 @@
+"""What `bench` runs in processes of its own: the start of a job, and jobs of several ranks.
+
+`python -m ddp_mnist.bench_rank {startup,ranks,overhead,all-reduce} ...`: rank 0 prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddp_mnist.config import TrainConfig
+
+STARTED = time.time()  # Python is up, with nothing of the package or torch in it
+RANK_BATCHES = (512, 64)
+WARM_UP = 5
+
+
+def startup(before: float, flags: Sequence[str]) -> dict[str, float]:
+    """Seconds of each stage from the launch, at time.time() `before`, to the end of the first step."""
+    marks = [before, STARTED]
+    from ddp_mnist.config import parse
+
+    config = parse(flags)
+    from ddp_mnist import data, trainer
+    from ddp_mnist.reference import synchronize
+    from ddp_mnist.world import World
+
+    marks.append(time.time())
+    with World(config) as world:
+        marks.append(time.time())
+        train, test = data.load(config.dataset, config.data_dir)
+        train, test = train.to(world.device), test.to(world.device)
+        marks.append(time.time())
+        batches = data.TrainBatches(
+            train, batch_size=config.batch_size, rank=world.rank, world_size=world.size, seed=config.seed
+        )
+        step = trainer.TrainStep(config, world)
+        step(next(batches.epoch(0)), config.lr)
+        synchronize()
+        marks.append(time.time())
+    stages = ("launch", "imports", "world", "data", "first_step")
+    return {name: end - begin for name, (begin, end) in zip(stages, pairwise(marks), strict=True)}
+
+
+def full_seconds(config: TrainConfig) -> float:
+    """Wall seconds of a run without its scores: steps, log, metrics.jsonl, checkpoints, agreement on stops, summary."""
+    from ddp_mnist.trainer import fit
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        summary = fit(config).summary
+    if summary["exit_code"]:
+        raise KeyboardInterrupt
+    return summary["wall_seconds"] - summary["eval_seconds"]
+
+
+def bare_seconds(config: TrainConfig) -> float:
+    """Wall seconds of the very same batches and steps, with nothing around them."""
+    from ddp_mnist import data
+    from ddp_mnist.reference import timed
+    from ddp_mnist.step import TrainStep, learning_rate
+    from ddp_mnist.world import World
+
+    with World(config) as world:
+        train, _ = data.load(config.dataset, config.data_dir)
+        batches = data.TrainBatches(
+            train.to(world.device),
+            batch_size=config.batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+        )
+        step = TrainStep(config, world)
+        total = len(batches) * config.epochs
+
+        def run() -> None:
+            step.settle_buckets(batches)
+            done = 0
+            for epoch in range(config.epochs):
+                for batch in batches.epoch(epoch):
+                    step(batch, learning_rate(config, done, total))
+                    done += 1
+
+        return timed(run)
+
+
+def all_reduce(config: TrainConfig, repeats: int) -> dict[str, Any]:
+    """Median seconds of the exchange of one step's gradients, alone."""
+    import statistics
+
+    import torch
+    import torch.distributed as dist
+
+    from ddp_mnist.model import CNN
+    from ddp_mnist.reference import timed
+    from ddp_mnist.world import World
+
+    with World(config) as world:
+        gradient = torch.zeros(sum(weight.numel() for weight in CNN().parameters()), device=world.device)
+        seconds = [timed(lambda: world.sum(gradient)) for _ in range(WARM_UP + repeats)][WARM_UP:]
+        return {
+            "seconds": statistics.median(seconds),
+            "ranks": world.size,
+            "bytes": gradient.numel() * gradient.element_size(),
+            "backend": dist.get_backend(),
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ddp_mnist.bench_rank", allow_abbrev=False)
+    parser.add_argument("what", choices=["startup", "ranks", "overhead", "all-reduce"])
+    parser.add_argument("number", type=float, help="startup: time of the launch; ranks: epochs; else: how often")
+    parser.add_argument("--ports", nargs="*", default=[], help="one for each process group, free on all ranks")
+    options, flags = parser.parse_known_args(argv)
+    flags += ["--wandb", "disabled", "--no-progress", "--no-pictures"]
+    if options.what == "startup":
+        print(json.dumps(startup(options.number, flags)))
+        return 0
+    from ddp_mnist.config import parse
+
+    config, number = parse(flags), int(options.number)
+    assert config.output_dir is not None
+    ports: Iterator[str] = iter(options.ports)
+
+    def job(name: str, **changes: Any) -> TrainConfig:
+        """The next job's settings; a closed group's port may not be free again at once."""
+        os.environ["MASTER_PORT"] = next(ports)
+        return config.replace(output_dir=Path(str(config.output_dir), name), **changes)
+
+    found: dict[str, Any] = {}
+    if options.what == "all-reduce":
+        found = all_reduce(job("all-reduce"), number)
+    elif options.what == "overhead":
+        found = {"full": [], "bare": []}
+        for seed in range(number):
+            found["full"].append(full_seconds(job(f"full-{seed}", seed=seed)))
+            found["bare"].append(bare_seconds(job(f"bare-{seed}", seed=seed)))
+    else:
+        from ddp_mnist.trainer import fit
+
+        for batch in RANK_BATCHES:
+            with contextlib.redirect_stdout(io.StringIO()):
+                summary = fit(job(f"batch-{batch}", batch_size=batch, epochs=number)).summary
+            found[str(batch)] = summary["samples_seen"] / summary["train_seconds"]
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    from ddp_mnist.train import leave
+
+    leave(main())

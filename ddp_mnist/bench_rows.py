@@ -1,0 +1,521 @@
+"""What `bench` measures, a function a row. Each takes both sides in turn, so that a machine that slows down or warms up
+does so to both, and calls this job as its users do: the very steps, batches, scores and commands, no speed copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddp_mnist import reference
+from ddp_mnist.bench_rank import RANK_BATCHES, bare_seconds, full_seconds
+from ddp_mnist.checkpoint import Checkpoints, Snapshot, TrainState
+from ddp_mnist.config import RECIPES, TrainConfig
+from ddp_mnist.data import Batch, Split, TrainBatches, to_float
+from ddp_mnist.errors import JobError
+from ddp_mnist.evaluate import evaluate
+from ddp_mnist.reference import Tutorial, timed
+from ddp_mnist.step import TrainStep
+from ddp_mnist.trainer import fit
+from ddp_mnist.world import World
+
+TO_98 = "fast"
+TO_99 = "record" if "record" in RECIPES else "fast"
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+HELPS = 1.1  # twice the ranks are worth having where they bring 10 % more images/s
+TUTORIAL = "the tutorial's loop"
+PATIENCE = 1800.0  # seconds for one child process: a bound against hangs, not an expectation
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the rows share."""
+
+    dataset: str
+    """The name under which the job finds the staged files."""
+    root: Path
+    """torchvision's root with the raw files both sides read."""
+    scratch: Path
+    train: Split
+    test: Split
+    repeats: int
+    seeds: int
+    steps: int
+    """Optimizer steps that the step, checkpoint and scaling rows take for one figure."""
+    epochs: int
+    """Of the runs that the overhead row compares; the default recipe's."""
+    threads: int
+    """What torch chooses by itself: what the competitors run with."""
+    environment: dict[str, str]
+    """For child processes: this one's, before runs of ours in it have set the threads."""
+
+    def config(self, recipe: str = "tutorial", **changes: Any) -> TrainConfig:
+        preset = RECIPES[recipe] | {"recipe": recipe, "dataset": self.dataset, "data_dir": self.root}
+        return TrainConfig(**(preset | {"wandb": "disabled", "progress": False, "pictures": False} | changes))
+
+    def job(self, recipe: str = "tutorial", **changes: Any) -> dict[str, Any]:
+        """The summary of one whole run in this process. Raises: JobError; KeyboardInterrupt when it was stopped."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder, contextlib.redirect_stdout(io.StringIO()):
+            summary = fit(self.config(recipe, output_dir=Path(folder), **changes)).summary
+        if summary["exit_code"]:  # the job takes a Ctrl-C as the wish to save and leave
+            raise KeyboardInterrupt
+        return summary
+
+    def as_the_tutorial(self) -> None:
+        """Undo the thread count that a run of ours has set."""
+        torch.set_num_threads(self.threads)
+
+
+@dataclass
+class Line:
+    """One line of the table: the same quantity on both sides."""
+
+    what: str
+    unit: str
+    against: str | None = None
+    """The other side; None: there is none."""
+    mean: bool = False
+    """Show mean ± sd over the seeds, not the median and its spread over the repeats."""
+    ours: list[float] = field(default_factory=list)
+    other: list[float] = field(default_factory=list)
+
+
+def in_turn(repeats: int, ours: Callable[[int], None], other: Callable[[int], None]) -> None:
+    """Both sides so often, each first every second time."""
+    for number in range(repeats):
+        for side in (ours, other) if number % 2 == 0 else (other, ours):
+            side(number)
+
+
+def loader(setup: Setup) -> list[Line]:
+    line = Line("loader alone, one epoch, fp32 on the device", "images/s", TUTORIAL)
+    theirs, _ = reference.tutorial_loaders(setup.dataset, setup.root)
+    with World(setup.config()) as world:
+        train = setup.train.to(world.device)
+        batches = TrainBatches(train, batch_size=reference.TUTORIAL_BATCH, rank=0, world_size=1, seed=0)
+
+        def ours(number: int) -> None:
+            def read() -> None:
+                for batch in batches.epoch(number):
+                    to_float(batch.images)
+
+            line.ours.append(len(train) / timed(read))
+
+        def other(number: int) -> None:
+            def read() -> None:
+                for images, labels in theirs:
+                    images.to(world.device), labels.to(world.device)
+
+            line.other.append(len(train) / timed(read))
+
+        in_turn(setup.repeats, ours, other)
+    return [line]
+
+
+def step(setup: Setup) -> list[Line]:
+    line = Line("step alone, batch 64, same images", "ms", "the tutorial's step")
+    config = setup.config()
+    with World(config) as world:
+        batches = few_batches(setup, world, config.batch_size)
+        floats = [(to_float(batch.images), batch.labels) for batch in batches]
+        train_step, tutorial = TrainStep(config, world), Tutorial()
+        floats = [(images.to(tutorial.device), labels.to(tutorial.device)) for images, labels in floats]
+
+        def take_ours() -> None:
+            for batch in batches:
+                train_step(batch, config.lr)
+
+        def take_theirs() -> None:
+            for images, labels in floats:
+                tutorial.step(images, labels)
+
+        take_ours()  # the first steps choose kernels and, on a GPU, capture
+        take_theirs()
+        in_turn(
+            setup.repeats,
+            lambda _: line.ours.append(1e3 * timed(take_ours) / len(batches)),
+            lambda _: line.other.append(1e3 * timed(take_theirs) / len(batches)),
+        )
+    return [line]
+
+
+def few_batches(setup: Setup, world: World, size: int) -> list[Batch]:
+    """`setup.steps` whole batches of that size, in the order of an epoch; repeated where the data set is smaller."""
+    batches = TrainBatches(setup.train.to(world.device), batch_size=size, rank=0, world_size=1, seed=0)
+    whole = list(itertools.islice(batches.epoch(0), min(setup.steps, len(setup.train) // size)))
+    return list(itertools.islice(itertools.cycle(whole), setup.steps))
+
+
+def epoch(setup: Setup) -> list[Line]:
+    line = Line("training, one epoch, batch 64, Adam 1e-3", "images/s", TUTORIAL)
+    theirs, _ = reference.tutorial_loaders(setup.dataset, setup.root)
+
+    def ours(number: int) -> None:
+        summary = setup.job(epochs=1, seed=number)
+        line.ours.append(summary["samples_seen"] / summary["train_seconds"])
+
+    def other(number: int) -> None:
+        setup.as_the_tutorial()
+        tutorial = Tutorial(number)
+        line.other.append(len(setup.train) / timed(lambda: tutorial.epoch(theirs)))
+
+    in_turn(setup.repeats, ours, other)
+    return [line]
+
+
+def to_98(setup: Setup) -> list[Line]:
+    """The fast recipe's one epoch against the tutorial's five; the accuracies say whether that was enough."""
+    epochs = reference.TUTORIAL_EPOCHS
+    seconds = Line(f"training until 98 %: --recipe {TO_98} --epochs 1", "s", f"the tutorial's {epochs} epochs")
+    accuracy = Line("its test accuracy", "%", seconds.against, mean=True)
+    train, test = reference.tutorial_loaders(setup.dataset, setup.root)
+
+    def ours(number: int) -> None:
+        summary = setup.job(TO_98, epochs=1, seed=number)
+        seconds.ours.append(summary["train_seconds"])
+        accuracy.ours.append(100 * summary["test_accuracy"])
+
+    def other(number: int) -> None:
+        setup.as_the_tutorial()
+        tutorial = Tutorial(number)
+        seconds.other.append(sum(timed(lambda: tutorial.epoch(train)) for _ in range(epochs)))
+        correct, count = tutorial.score(test)
+        accuracy.other.append(100 * correct / count)
+
+    in_turn(setup.repeats, ours, other)
+    return [seconds, accuracy]
+
+
+def to_99(setup: Setup) -> list[Line]:
+    seconds = Line(f"training until a mean of 99 %: --recipe {TO_99}", "s", "the published fast recipe", mean=True)
+    accuracy = Line("its test accuracy", "%", seconds.against, mean=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train = reference.published_tensors(setup.train.images, setup.train.labels, device)
+    test = reference.published_tensors(setup.test.images, setup.test.labels, device)
+
+    def ours(number: int) -> None:
+        summary = setup.job(TO_99, seed=number)
+        seconds.ours.append(summary["train_seconds"])
+        accuracy.ours.append(100 * summary["test_accuracy"])
+
+    def other(number: int) -> None:
+        setup.as_the_tutorial()
+        nets: list[reference.PublishedNet] = []
+        seconds.other.append(timed(lambda: nets.append(reference.train_published(*train, number))))
+        accuracy.other.append(100 * reference.published_accuracy(nets[0], *test))
+
+    in_turn(setup.seeds, ours, other)
+    return [seconds, accuracy]
+
+
+def evaluation(setup: Setup) -> list[Line]:
+    line = Line("scoring both sets", "s", "the tutorial's check")
+    loaders = reference.tutorial_loaders(setup.dataset, setup.root)
+    config = setup.config()
+    with World(config) as world:
+        splits = [setup.train.to(world.device), setup.test.to(world.device)]
+        net, tutorial = TrainStep(config, world).net, Tutorial()
+        evaluate(net, splits[1], world)  # the first call chooses kernels
+        in_turn(
+            setup.repeats,
+            lambda _: line.ours.append(timed(lambda: [evaluate(net, split, world) for split in splits])),
+            lambda _: line.other.append(timed(lambda: [tutorial.score(loader) for loader in loaders])),
+        )
+    return [line]
+
+
+def checkpoint(setup: Setup) -> list[Line]:
+    """As `Trainer.save` does it: read from the device, verify, write, flush, rename, remove the oldest."""
+    seconds, size = Line("one checkpoint, published", "ms"), Line("its size", "bytes")
+    config = setup.config()
+    with World(config) as world, tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
+        train_step, state = TrainStep(config, world), TrainState()
+        checkpoints = Checkpoints(Path(folder), config.keep_checkpoints)
+        for batch in few_batches(setup, world, config.batch_size)[: setup.repeats]:
+            train_step(batch, config.lr)
+            state.advance(batch.global_size)
+            written: list[Path] = []
+
+            def save() -> None:
+                weights, optimizer, scaler = train_step.snapshot()
+                snapshot = Snapshot(state, config.to_dict(), weights, optimizer, scaler, metrics_bytes=0)
+                written.append(checkpoints.publish(snapshot))  # noqa: B023 - called in this very turn
+
+            seconds.ours.append(1e3 * timed(save))
+            size.ours.append(sum(path.stat().st_size for path in written[0].iterdir()))
+    return [seconds, size]
+
+
+def start_up(setup: Setup) -> list[Line]:
+    """From the command to the end of the first step, in fresh processes."""
+    stages = {
+        "launch": "start: Python itself",
+        "imports": "start: flags and imports",
+        "world": "start: ranks, device and threads",
+        "data": "start: data read and verified",
+        "first_step": "start: network built, first step",
+    }
+    lines = {name: Line(what, "s") for name, what in stages.items()}
+    total = Line("start: all of it, python -m", "s", "accelerate launch -m")
+    alone = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m")
+    launchers = {"python": ("-m",), "accelerate": ("-m", "accelerate.commands.launch", *alone)}
+
+    def start(launcher: str) -> dict[str, float]:
+        flags = ("--dataset", setup.dataset, "--data-dir", str(setup.root))
+        return child(setup, (*launchers[launcher], "ddp_mnist.bench_rank", "startup", str(time.time()), *flags))
+
+    def ours(_: int) -> None:
+        marks = start("python")
+        for name, line in lines.items():
+            line.ours.append(marks[name])
+        total.ours.append(sum(marks.values()))
+
+    in_turn(setup.repeats, ours, lambda _: total.other.append(sum(start("accelerate").values())))
+    return [*lines.values(), total]
+
+
+def command(setup: Setup) -> list[Line]:
+    what = f"the whole command, {reference.TUTORIAL_EPOCHS} epochs and all scores"
+    line = Line(what, "s", "the tutorial's whole script")
+    flags = ("--dataset", setup.dataset, "--data-dir", str(setup.root))
+
+    def ours(_: int) -> None:
+        with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
+            words = ("-m", "ddp_mnist.train", *flags, "--wandb", "offline", "--output-dir", folder)
+            line.ours.append(timed(lambda: run_together(setup, [words], [{}])))
+
+    def other(_: int) -> None:
+        line.other.append(timed(lambda: run_together(setup, [("-m", "ddp_mnist.reference", *flags)], [{}])))
+
+    in_turn(setup.repeats, ours, other)
+    return [line]
+
+
+def ranks(setup: Setup) -> list[Line]:
+    """On the CPU also where there is a GPU: two ranks on one GPU would only wait for each other."""
+    found = {
+        batch: Line(f"CPU: 2 ranks x 1 thread, batch {batch}", "images/s", "1 rank x 2 threads")
+        for batch in RANK_BATCHES
+    }
+
+    def measure(world_size: int, threads: int) -> dict[str, float]:
+        return on_cpu(setup, world_size, "ranks", threads, min(3, setup.epochs), jobs=len(RANK_BATCHES))
+
+    def ours(_: int) -> None:
+        for batch, speed in measure(2, 1).items():
+            found[int(batch)].ours.append(speed)
+
+    def other(_: int) -> None:
+        for batch, speed in measure(1, 2).items():
+            found[int(batch)].other.append(speed)
+
+    in_turn(setup.repeats, ours, other)
+    return list(found.values())
+
+
+def overhead(setup: Setup) -> list[Line]:
+    """The default run without its scores, from the first line of its log to its last file, against its steps alone."""
+    bare = "its batches and steps alone"
+    epochs = f"{setup.epochs} epoch{'s' if setup.epochs > 1 else ''}"
+    one = Line(f"training with checkpoints, tracking, stop agreement: {epochs}", "s", bare)
+    two = Line("the same on the CPU, 2 ranks x 1 thread", "s", bare)
+
+    def ours(number: int) -> None:
+        with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
+            one.ours.append(
+                full_seconds(setup.config(seed=number, epochs=setup.epochs, output_dir=Path(folder), wandb="offline"))
+            )
+
+    in_turn(
+        setup.repeats,
+        ours,
+        lambda number: one.other.append(bare_seconds(setup.config(seed=number, epochs=setup.epochs))),
+    )
+    seconds = on_cpu(setup, 2, "overhead", 1, setup.repeats, jobs=2 * setup.repeats)
+    two.ours, two.other = seconds["full"], seconds["bare"]
+    return [one, two]
+
+
+def scaling(setup: Setup) -> dict[str, Any]:
+    """Images/s at 1 ... 64 ranks, estimated from what one rank and one all-reduce take here."""
+    gpus = torch.cuda.device_count()
+    on_gpu = gpus > 0
+    sizes = sorted({batch // ranks for batch in RANK_BATCHES for ranks in RANKS})
+    # A rank on a CPU is one core: what a machine of so many cores would give each of them.
+    config = setup.config(threads=0 if on_gpu else 1)
+    steps = {}
+    with World(config) as world:
+        for size in sizes:
+            batches = few_batches(setup, world, size)
+            train_step = TrainStep(config.replace(batch_size=size), world)
+            train_step(batches[0], config.lr)
+            steps[size] = statistics.median(
+                timed(lambda: [train_step(batch, config.lr) for batch in batches]) / len(batches)  # noqa: B023
+                for _ in range(setup.repeats)
+            )
+    setup.as_the_tutorial()
+    world_size = gpus if gpus > 1 else 2
+    if gpus > 1:
+        environments = rank_variables(world_size)
+        exchange = run_ranks(setup, environments, "all-reduce", 0, setup.steps, jobs=1)
+    else:
+        exchange = on_cpu(setup, world_size, "all-reduce", 1, setup.steps, jobs=1)
+    estimates = []
+    for batch in RANK_BATCHES:
+        speeds = {
+            size: batch / (steps[batch // size] + exchange["seconds"] * math.log2(size) / math.log2(world_size))
+            for size in RANKS
+        }
+        # The first number of ranks that twice as many do not outdo by much.
+        enough = next((n for n in RANKS[:-1] if speeds[2 * n] < HELPS * speeds[n]), RANKS[-1])
+        estimates.append(
+            {
+                "batch": batch,
+                "enough_ranks": enough,
+                "images_per_second": {str(size): round(speed, 1) for size, speed in speeds.items()},
+                "efficiency": {str(size): round(speed / size / speeds[1], 4) for size, speed in speeds.items()},
+            }
+        )
+    return {
+        "estimate": True,
+        "how": "global batch / (one rank's step on its share + the all-reduce x log2(ranks) / log2(measured ranks)); "
+        "one GPU or one CPU core for each rank, nothing overlaps, a network between machines is slower",
+        "device": "cuda" if on_gpu else "cpu",
+        "step_seconds": {str(size): float(f"{seconds:.4g}") for size, seconds in steps.items()},
+        "all_reduce": exchange,
+        "batches": estimates,
+    }
+
+
+ROWS: dict[str, Callable[[Setup], list[Line]]] = {
+    "loader": loader,
+    "step": step,
+    "epoch": epoch,
+    "time-to-98": to_98,
+    "time-to-99": to_99,
+    "evaluation": evaluation,
+    "checkpoint": checkpoint,
+    "start-up": start_up,
+    "command": command,
+    "ranks": ranks,
+    "overhead": overhead,
+}
+
+
+def on_cpu(setup: Setup, world_size: int, what: str, threads: int, count: int, *, jobs: int) -> dict[str, Any]:
+    environments = [variables | {"CUDA_VISIBLE_DEVICES": ""} for variables in rank_variables(world_size)]
+    return run_ranks(setup, environments, what, threads, count, jobs=jobs)
+
+
+def run_ranks(
+    setup: Setup, environments: Sequence[dict[str, str]], what: str, threads: int, count: int, *, jobs: int
+) -> dict[str, Any]:
+    """What rank 0 of `bench_rank` found. Each of its jobs opens a process group of its own, so it needs `jobs` ports.
+
+    Raises: JobError.
+    """
+    with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
+        ports = [str(port) for port in free_ports(jobs)]
+        words = [
+            *(
+                "-m",
+                "ddp_mnist.bench_rank",
+                what,
+                str(count),
+                "--dataset",
+                setup.dataset,
+                "--data-dir",
+                str(setup.root),
+            ),
+            *("--output-dir", folder, "--threads", str(threads)),
+            *("--epochs", str(setup.epochs), "--ports", *ports),
+        ]
+        return json.loads(run_together(setup, [words] * len(environments), environments)[0])
+
+
+def child(setup: Setup, words: Sequence[str]) -> dict[str, Any]:
+    return json.loads(run_together(setup, [words], [{}])[0])
+
+
+def run_together(setup: Setup, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> list[str]:
+    """The last line each Python process prints; when one fails, the others are ended. Raises: JobError."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with contextlib.ExitStack() as stack:
+        texts = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
+        try:
+            for words, variables, (out, err) in zip(commands, environments, texts, strict=True):
+                own = setup.environment | variables
+                processes.append(subprocess.Popen([sys.executable, *words], env=own, stdout=out, stderr=err))
+            deadline = time.monotonic() + PATIENCE
+            while None in (codes := [process.poll() for process in processes]):
+                if any(codes) or time.monotonic() > deadline:
+                    break
+                time.sleep(0.005)
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                process.wait()
+        lines = []
+        for code, words, (out, err) in zip(codes, commands, texts, strict=True):
+            out.seek(0), err.seek(0)
+            if code:
+                said = (err.read().strip().splitlines() or ["nothing"])[-1]
+                raise JobError(f"`python {' '.join(words)}` ended with {code} and said: {said}")
+            lines.append((out.read().strip().splitlines() or [""])[-1])
+        if None in codes:
+            raise JobError(f"`python {' '.join(commands[0])}` did not end within {PATIENCE:.0f} s.")
+        return lines
+
+
+def rank_variables(world_size: int) -> list[dict[str, str]]:
+    """What a launcher would set for each rank of a job on this machine; nothing for a single one."""
+    common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    if world_size == 1:
+        return [{}]
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def staged(images: Tensor, labels: Tensor) -> Iterator[tuple[str, bytes]]:
+    """(name's ending, content) of the two IDX files of a split."""
+    for ending, array in {"images-idx3-ubyte": images.squeeze(1), "labels-idx1-ubyte": labels.to(torch.uint8)}.items():
+        sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+        yield ending, bytes([0, 0, 8, array.ndim]) + sizes + array.numpy().tobytes()
+
+
+def stage(name: str, train: Split, test: Split, root: Path) -> str:
+    """Write both splits as raw files below `root`; returns the data set's name for the job and for torchvision.
+
+    Whole MNIST stays `mnist`. A slice of it, or generated digits, goes as `fashion-mnist`: neither side knows what its
+    raw files must hash to.
+    """
+    whole = name == "mnist" and (len(train), len(test)) == (60_000, 10_000)
+    folder = root / ("MNIST" if whole else "FashionMNIST") / "raw"
+    folder.mkdir(parents=True)
+    for prefix, split in {"train": train, "t10k": test}.items():
+        for ending, content in staged(split.images, split.labels):
+            (folder / f"{prefix}-{ending}").write_bytes(content)
+    return "mnist" if whole else "fashion-mnist"

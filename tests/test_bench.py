@@ -1,0 +1,299 @@
+"""The benchmark: that it measures both sides of every row and says so. Never how long anything took."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+
+from ddp_mnist import bench, bench_rows, data, reference
+from ddp_mnist.bench_rows import Line, Setup
+from ddp_mnist.errors import JobError
+from ddp_mnist.model import CNN
+
+IMAGES = 1_200
+STATISTICS = {"n", "median", "min", "max", "mean", "sd", "values"}
+LINE = {"row", "what", "unit", "shown", "against", "ours", "other", "ratio", "ratio_min", "ratio_max"}
+ROWS = [
+    *("loader", "step", "epoch", "time-to-98", "time-to-99", "evaluation"),
+    *("checkpoint", "start-up", "command", "ranks", "overhead"),
+]
+WITHOUT_OTHER = {"checkpoint", "start-up"}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], jobs.Ended]:
+    """The whole quick benchmark as CI can run it: without network, on a slice of the generated digits."""
+    file = tmp_path_factory.mktemp("bench") / "figures.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "FOREVER", 280.0)
+        words = ["--quick", "--dataset", "synthetic", "--images", str(IMAGES), "--json", str(file)]
+        # Where other processes have the cores, threads that wait spinning make it ten times slower.
+        ended = jobs.run([sys.executable, "-m", "ddp_mnist.bench", *words], {"OMP_WAIT_POLICY": "passive"})
+    assert ended.code == 0, ended.err
+    return jobs.read_json(file), ended
+
+
+@pytest.fixture
+def report(quick: tuple[dict[str, Any], jobs.Ended]) -> dict[str, Any]:
+    return copy.deepcopy(quick[0])
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def setup(tiny: Path, tmp_path: Path) -> Setup:
+    train, test = data.load("fashion-mnist", tiny)
+    return Setup("fashion-mnist", tiny, tmp_path, train, test, 1, 1, 2, 1, 1, jobs.environment())
+
+
+def test_every_row_is_measured_on_both_sides_and_every_figure_is_finite(report: dict[str, Any]) -> None:
+    assert {line["row"] for line in report["rows"]} == set(ROWS)
+    for line in report["rows"]:
+        assert line.keys() == LINE, line
+        assert line["ours"].keys() == STATISTICS, line
+        assert line["row"] in WITHOUT_OTHER or line["other"], line
+        for side in filter(None, (line["ours"], line["other"])):
+            assert side["n"] == len(side["values"]) > 0
+            assert side["min"] <= side["median"] <= side["max"]
+            assert all(value > 0 for value in side["values"]), line
+        if line["other"]:
+            assert line["against"]
+            assert len(line["other"]["values"]) == len(line["ours"]["values"])
+            ratio = line["ours"][line["shown"]] / line["other"][line["shown"]]
+            assert line["ratio"] == pytest.approx(ratio, rel=1e-4)
+    assert all(math.isfinite(value) for value in numbers(report))
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def test_the_json_names_the_machine_and_what_was_measured_on(report: dict[str, Any]) -> None:
+    machine = report["machine"]
+    assert machine["cpu"] and machine["cores"] >= 1 and machine["threads"] >= 1 and machine["date"]
+    assert machine["gpu"] is None and machine["gpus"] == 0  # hidden from it
+    assert len(machine["load_average"]) == 3
+    assert machine["versions"]["torch"] and machine["versions"]["accelerate"]
+    assert "git" in machine
+    assert report["data"] == {"name": "synthetic", "train_images": IMAGES, "test_images": IMAGES // 6}
+    expected = {"quick": True, "rows": [*ROWS, "scaling"], "repeats": 1, "seeds": 2, "steps": 10, "epochs": 1}
+    assert report["settings"] == expected
+
+
+def test_the_scaling_is_an_estimate_from_one_step_and_one_all_reduce(report: dict[str, Any]) -> None:
+    scaling = report["scaling"]
+    assert scaling["estimate"] is True
+    exchange = scaling["all_reduce"]
+    assert (exchange["ranks"], exchange["bytes"], exchange["backend"]) == (2, 4 * 9098, "gloo")
+    for found in scaling["batches"]:
+        batch, speeds = found["batch"], found["images_per_second"]
+        assert list(speeds) == ["1", "2", "4", "8", "16", "32", "64"]
+        assert speeds["1"] == pytest.approx(batch / scaling["step_seconds"][str(batch)], rel=1e-2)
+        four = batch / (scaling["step_seconds"][str(batch // 4)] + 2 * exchange["seconds"])
+        assert speeds["4"] == pytest.approx(four, rel=1e-2)
+        assert found["efficiency"]["4"] == pytest.approx(speeds["4"] / speeds["1"] / 4, rel=1e-2)
+        enough = found["enough_ranks"]
+        assert enough == 64 or speeds[str(2 * enough)] < 1.1 * speeds[str(enough)]
+
+
+def test_it_prints_the_table_of_its_json_and_warns_of_generated_digits(
+    quick: tuple[dict[str, Any], jobs.Ended],
+) -> None:
+    found, ended = quick
+    assert ended.out == bench.table([found]) + "\n"
+    assert "THIS IS NOT MNIST" in ended.err
+    assert "a slice of generated digits, NOT MNIST" in ended.out
+
+
+def test_the_table_has_a_line_for_each_quantity_and_says_what_a_gpu_lacks(report: dict[str, Any]) -> None:
+    lines = bench.table([report]).splitlines()
+    for line in report["rows"]:
+        cells = [[cell.strip() for cell in text.split("|")[1:-1]] for text in lines if f"| {line['what']} " in text]
+        (found,) = [row for row in cells if row[:3] == [line["what"], line["unit"], line["against"] or ""]]
+        assert len(found) == 7 and found[6] == "not measured"
+        assert bool(found[3]) and bool(found[4]) == bool(line["other"])
+        assert bool(found[5]) == (line["ratio"] is not None and line["unit"] != "%")
+    assert sum("ESTIMATE" in line for line in lines) == 1
+    assert sum("would bring less than 10 % more images/s" in line or "still help" in line for line in lines) == 2
+
+
+def test_two_reports_stand_side_by_side(
+    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = copy.deepcopy(report)
+    gpu["machine"]["gpu"] = "A Card"
+    gpu["rows"] = [line for line in gpu["rows"] if line["row"] != "ranks"]
+    gpu["scaling"] = None
+    files = [tmp_path / "cpu.json", tmp_path / "gpu.json"]
+    for file, content in zip(files, (report, gpu), strict=True):
+        file.write_text(json.dumps(content))
+    assert bench.main(["--table", *map(str, files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = [line for line in lines if line.startswith("| what")]
+    assert header.index("ours, CPU") < header.index("ours, A Card")
+    assert "GPU" not in header
+    assert [line.split("|")[1].strip() for line in lines if "not measured" in line] == [
+        line["what"] for line in report["rows"] if line["row"] == "ranks"
+    ]
+
+
+def test_medians_spread_and_ratios_of_known_times() -> None:
+    line = Line("what", "s", "them", ours=[1.0, 2.0, 4.0], other=[2.0, 2.0, 16.0])
+    found = bench._figures("row", line)
+    assert (found["ours"]["median"], found["ours"]["min"], found["ours"]["max"]) == (2, 1, 4)
+    assert (found["ratio"], found["ratio_min"], found["ratio_max"]) == (1, 0.25, 1)
+    assert bench._cells(found) == ["2 (1-4)", "2 (2-16)", "1 (0.25-1)"]
+    line.mean = True
+    assert bench._cells(bench._figures("row", line))[0] == "2.33 ± 1.53"
+
+
+def test_both_sides_come_first_in_turn() -> None:
+    order: list[str] = []
+    bench_rows.in_turn(3, lambda n: order.append(f"ours {n}"), lambda n: order.append(f"other {n}"))
+    assert order == ["ours 0", "other 0", "other 1", "ours 1", "ours 2", "other 2"]
+
+
+def test_a_slice_reaches_both_sides_with_the_same_images(tmp_path: Path, setup: Setup) -> None:
+    train = data.Split(setup.train.images[:100], setup.train.labels[:100])
+    name = bench_rows.stage("mnist", train, setup.test, tmp_path / "staged")
+    ours, _ = data.load(name, tmp_path / "staged")
+    assert torch.equal(ours.images, train.images) and torch.equal(ours.labels, train.labels)
+    theirs = reference.tutorial_loaders(name, tmp_path / "staged")[0].dataset
+    assert torch.equal(torch.stack([image for image, _ in theirs]), data.to_float(train.images))
+    assert [label for _, label in theirs] == train.labels.tolist()
+
+
+def test_the_restated_network_is_interchangeable_with_ours() -> None:
+    torch.manual_seed(0)
+    theirs = reference.TutorialCNN()
+    torch.manual_seed(0)
+    ours = CNN()
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
+    torch.manual_seed(1)
+    other = reference.TutorialCNN()
+    ours.load_state_dict(other.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(20, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+
+
+def test_the_restated_tutorial_learns_and_counts_every_image(setup: Setup, threads: None) -> None:
+    train, test = reference.tutorial_loaders(setup.dataset, setup.root)
+    tutorial = reference.Tutorial()
+    before, count = tutorial.score(test)
+    assert count == len(setup.test)
+    for _ in range(4):
+        tutorial.epoch(train)
+    after, _ = tutorial.score(test)
+    assert before / count < 0.3 < 0.6 < after / count
+
+
+def test_the_published_recipe_is_restated_and_learns(setup: Setup, threads: None) -> None:
+    net = reference.PublishedNet()
+    shapes = [tuple(value.shape) for name, value in net.named_parameters() if name.endswith("weight")]
+    assert shapes == [(24, 1, 5, 5), (32, 24, 3, 3), (256, 800), (10, 256)]
+    images, labels = reference.published_tensors(setup.train.images, setup.train.labels, torch.device("cpu"))
+    plain = data.to_float(setup.train.images)
+    assert images.mean().item() == pytest.approx((plain.mean().item() - 0.1307) / 0.3081, abs=1e-4)
+    assert sorted(labels.tolist()) == sorted(setup.train.labels.tolist())
+    assert not torch.equal(labels, setup.train.labels)
+    again = reference.published_tensors(setup.train.images, setup.train.labels, torch.device("cpu"))
+    assert torch.equal(images, again[0])  # one order for all seeds
+    steps: list[float] = []
+    adam = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, *arguments: Any) -> Any:
+        group = self.param_groups[0]
+        assert group["betas"] == (0.7, 0.9)
+        steps.append(group["lr"])
+        return adam(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", step)
+        trained = reference.train_published(images, labels, seed=0)
+    assert len(steps) == math.ceil(len(labels) / 256)
+    assert steps[0] == pytest.approx(1e-2 / 25)
+    assert steps[-1] < steps[0] < max(steps) <= 1e-2
+    assert reference.published_accuracy(trained, images, labels) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rows", "loader,speed"], ["'speed'", "loader", "time-to-98"]),
+        (["--rows", ""], ["''"]),
+        (["--repeats", "0"], ["--repeats is 0", "from 1 to 1000"]),
+        (["--seeds", "-1"], ["--seeds is -1"]),
+        (["--images", "100"], ["--images is 100", "from 1200 to 60000"]),
+        (["--dataset", "imagenet"], ["imagenet", "synthetic"]),
+        (["--fast"], ["--fast"]),
+    ],
+)
+def test_a_bad_flag_is_named(flags: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        bench.main(flags)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in message for word in words), message
+
+
+def test_what_cannot_work_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda options: pytest.fail("measured"))
+    (tmp_path / "other.json").write_text('{"ratio": 2}')
+    missing = tmp_path / "nowhere"
+    for flags, message in {
+        (
+            "--json",
+            f"{missing}/file.json",
+        ): f"--json {missing}/file.json: there is no directory {missing}. Make it first.",
+        ("--table", f"{missing}"): f"--table {missing} is not what `--json` writes: No such file or directory.",
+        ("--table", f"{tmp_path}/other.json"): "it lacks machine, data, rows or scaling",
+    }.items():
+        assert bench.main(flags) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bench.main([]) == 2
+    assert "starts its own ranks" in capsys.readouterr().err
+
+
+def test_a_failing_child_is_reported_in_its_own_words_and_ends_the_others(setup: Setup, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    commands = [
+        ["-c", "import time; time.sleep(600)"],  # past the time limit of a test
+        ["-c", f"import sys; open({str(mark)!r}, 'w'); sys.exit('the disk is gone')"],
+    ]
+    with pytest.raises(JobError, match=r"ended with 1 and said: the disk is gone") as error:
+        bench_rows.run_together(setup, commands, [{}, {}])
+    assert mark.exists() and "-9" not in str(error.value)
+
+
+def test_ctrl_c_in_a_run_of_ours_ends_the_benchmark(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_rows, "fit", lambda config: {"exit_code": 75})
+    monkeypatch.setattr(bench, "measure", lambda options: setup.job())
+    assert bench.main([]) == 130
+    assert capsys.readouterr().err == "stopped: no figures are kept\n"
