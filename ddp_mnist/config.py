@@ -140,7 +140,8 @@ class TrainConfig:
 
     wandb: Wandb = "auto"
     """Mirror to Weights & Biases. auto: as WANDB_MODE says, else online where there is a key and the server
-    answers, else offline."""
+    answers, else offline, to be sent later. online: the same, with a warning where it cannot be. disabled: start
+    nothing."""
 
     wandb_project: Annotated[str | None, arg(help_behavior_hint="(default: $WANDB_PROJECT, else ddp_mnist)")] = None
     """The run's project."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import http.client
 import importlib.util
 import json
 import logging
@@ -17,6 +18,7 @@ import os
 import secrets
 import shlex
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -26,9 +28,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-
-import filelock
 
 from ddp_mnist import files, rundir
 from ddp_mnist.config import TrainConfig
@@ -37,10 +36,9 @@ from ddp_mnist.errors import JobError
 log = logging.getLogger(__name__)
 
 STATE = rundir.WANDB_STATE
-"""The W&B run's id, and the last mirrored step of each destination."""
+"""The W&B run's id, the last step mirrored to each destination, and how the latest attempt went."""
 FOLDER = rundir.WANDB
 LOG = "mirror.log"
-LOCK = ".lock"
 PROBE_SECONDS = 5.0
 """That a server has to answer at all, before the training starts."""
 INIT_SECONDS = 30.0
@@ -49,7 +47,11 @@ PATIENCE = 60.0
 """Seconds that the end of a finished run waits for the mirror."""
 HASTY_PATIENCE = 10.0
 """The same for a run that was told to stop: its 25 seconds are for the checkpoint."""
+PREDECESSOR_SECONDS = 120.0
+"""That a killed attempt's mirror may still be at it: wandb's own limits, added up."""
 POLL_SECONDS = 0.5
+FLUSH_SECONDS = 1.0
+"""Between two writes of wandb's file, so that a look at a running run is worth it; its own choice is 15."""
 NICENESS = 19
 
 
@@ -69,7 +71,7 @@ def decide(config: TrainConfig) -> Mode:
     """What `--wandb` and WANDB_MODE ask for, as far as it can be had. Takes at most PROBE_SECONDS; raises nothing."""
     asked: str = config.wandb
     if asked == "auto":
-        asked = os.environ.get("WANDB_MODE", "auto").lower()
+        asked = (os.environ.get("WANDB_MODE") or "auto").lower()
         if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
             asked = "disabled"
     asked = {"dryrun": "offline", "run": "online", "shared": "online"}.get(asked, asked)
@@ -77,7 +79,8 @@ def decide(config: TrainConfig) -> Mode:
         return Mode("disabled", f"WANDB_MODE is {asked}; expected online, offline or disabled", surprising=True)
     if asked == "disabled":
         return Mode("disabled")
-    if importlib.util.find_spec("wandb") is None:
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a mere folder `wandb`, as wandb leaves them where it ran
         return Mode("disabled", "wandb is not installed", surprising=asked != "auto")
     if asked == "offline":
         return Mode("offline")
@@ -89,30 +92,40 @@ def decide(config: TrainConfig) -> Mode:
 
 def server() -> str:
     """The W&B server's address: WANDB_BASE_URL, else what `wandb login --host` has left, else W&B's own."""
+    return os.environ.get("WANDB_BASE_URL") or saved_setting("base_url") or "https://api.wandb.ai"
+
+
+def host() -> str:
+    """The server's name and port, without a password that its address may hold."""
+    return server().split("//")[-1].split("/")[0].rpartition("@")[2]
+
+
+def saved_setting(name: str) -> str:
+    """From wandb's settings files, the working directory's before the user's; empty if it is in neither."""
     settings = configparser.ConfigParser(interpolation=None)
-    home = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
-    with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
-        settings.read(home / "settings")
-    found = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback=None)
-    return found or "https://api.wandb.ai"
+    users = os.environ.get("WANDB_CONFIG_DIR") or os.path.join("~", ".config", "wandb")
+    for folder in (users, os.path.join(os.environ.get("WANDB_DIR") or ".", "wandb")):
+        with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+            settings.read(os.path.join(os.path.expanduser(folder), "settings"))
+    return settings.get("default", name, fallback="")
 
 
 def no_credentials() -> str:
     """Why the server would not know who this is; empty if there is a key. Reads no key into any text."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or saved_setting("api_key"):
         return ""
-    host = urlsplit(server()).netloc
     given = os.environ.get("NETRC")
-    for path in [Path(given)] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(path.expanduser()).authenticators(host):
+    for path in [given] if given else ["~/.netrc", "~/_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            if netrc.netrc(os.path.expanduser(path)).authenticators(host()):
                 return ""
-    return f"no key for {host} (WANDB_API_KEY, or `wandb login`)"
+    return f"no key for {host()} (WANDB_API_KEY, or `wandb login`)"
 
 
-def no_server(seconds: float = PROBE_SECONDS) -> str:
-    """Why the server cannot be reached; empty if it answers, whatever it says, within `seconds`."""
-    found = [f"{server()} does not answer within {seconds:.0f} s"]
+def no_server() -> str:
+    """Why the server cannot be reached; empty if it answers, whatever it says, within PROBE_SECONDS."""
+    seconds = PROBE_SECONDS
+    found = [f"{host()} does not answer within {seconds:g} s"]
 
     def probe() -> None:
         try:
@@ -120,12 +133,12 @@ def no_server(seconds: float = PROBE_SECONDS) -> str:
             found[0] = ""
         except urllib.error.HTTPError:
             found[0] = ""  # it is there, and does not like the question
-        except TimeoutError:
-            pass
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            if not isinstance(reason, TimeoutError):
-                found[0] = f"{server()} cannot be reached ({getattr(reason, 'strerror', None) or reason})"
+            if isinstance(reason, ssl.SSLError):
+                found[0] = ""  # wandb may know a certificate that Python does not
+            elif not isinstance(reason, TimeoutError):
+                found[0] = f"{host()} cannot be reached ({getattr(reason, 'strerror', None) or reason})"
 
     # In a thread, as looking up a name has no time limit of its own.
     thread = threading.Thread(target=probe, daemon=True)
@@ -140,36 +153,41 @@ class Mirror:
     def __init__(self, run_dir: Path, mode: Mode, config: TrainConfig) -> None:
         self.run_dir = run_dir
         self.mode = mode
+        self.id = "*"
+        self._attempt = secrets.token_hex(4)
         self._child: subprocess.Popen[bytes] | None = None
-        self._before: dict[str, Any] = {}
         if mode.name == "disabled":
             return
         try:
-            self._before = remember(run_dir)
-            self._child = start(run_dir, mode, config)
+            self.id = remember(run_dir)
+            self._child = start(run_dir, mode, config, id=self.id, attempt=self._attempt)
         except OSError as error:
             log.warning("W&B: the mirror could not be started (%s); metrics.jsonl has everything.", error)
             self.mode = Mode("disabled")
 
     def greeting(self) -> str:
         """One line about where the run can be seen; empty when there is nothing to say."""
-        if self.mode.name != "offline":
-            return f"  W&B     {self.mode.name}: {self.mode.why}" if self.mode.why else ""
         why = f": {self.mode.why}" if self.mode.why else ""
-        return f"  W&B     offline{why}; send it later with\n            {self.sync_command()}"
+        if self.mode.name == "offline":
+            return f"offline{why}; send it later with: {self.sync_command()}"
+        return self.mode.name + why if why else ""
 
-    def sync_command(self) -> str:
-        """What sends all that lies in the run directory and is not on the server yet."""
+    def sync_command(self, *, online: bool = False) -> str:
+        """What sends all that lies in the run directory and is not on the server yet; `online`: also what began there,
+        which wandb takes for sent."""
         folder = shlex.quote(str(self.run_dir / FOLDER))
-        return f"wandb sync {folder}/*run-*-{self._before.get('id', '*')}"
+        return (
+            f"wandb sync {'--include-online ' if online else ''}{folder}/{'*' if online else 'offline-'}run-*-{self.id}"
+        )
 
     def actual(self) -> str:
-        """The mode by now: offline also where the server answered, but did not take the run."""
-        return read_state(self.run_dir).get("mode", self.mode.name) if self._child else self.mode.name
+        """The mode by now: offline also where the server answered, but did not take the run; disabled where wandb
+        did not work at all."""
+        return self._news().get("mode", self.mode.name)
 
     def end(self, *, preempted: bool, exit_code: int) -> None:
-        """Tell it that nothing more comes. Returns at once; `wait` waits."""
-        if self._child is None or self._child.stdin is None:
+        """Tell it that nothing more comes. Returns at once; `wait` waits. Only the first word counts."""
+        if self._child is None or self._child.stdin is None or self._child.stdin.closed:
             return
         with contextlib.suppress(OSError):
             self._child.stdin.write(json.dumps({"preempted": preempted, "exit_code": exit_code}).encode() + b"\n")
@@ -180,47 +198,61 @@ class Mirror:
         if self._child is None:
             return ""
         child, self._child = self._child, None
+        killed = False
         try:
             child.wait(patience)
         except subprocess.TimeoutExpired:
+            killed = True
             child.kill()
             child.wait()
-            return f"W&B did not take everything within {patience:.0f} s; send the rest with\n  {self.sync_command()}"
-        now = read_state(self.run_dir)
-        if child.returncode or "problem" in now:
-            problem = now.get("problem", f"its process ended with {child.returncode}")
-            where = self.run_dir / FOLDER / LOG
-            return f"W&B: {problem} (see {where}); what it has not got is in metrics.jsonl."
-        if now.get("mode") == "offline":
-            fell = "the server did not take the run; it is" if self.mode.name == "online" else "the run is"
-            return f"W&B: {fell} in {self.run_dir / FOLDER}; send it with\n  {self.sync_command()}"
-        return f"W&B: {now['url']}" if now.get("url") else ""
+        news = self._news()
+        if not news:
+            self.mode = Mode("disabled")  # as far as it got
+        mode = self.actual()
+        sync = "" if mode == "disabled" else f" Send what is missing with: {self.sync_command(online=mode == 'online')}"
+        if killed:
+            return f"W&B did not take everything within {patience:.0f} s; metrics.jsonl has it.{sync}"
+        if child.returncode or "problem" in news:
+            problem = news.get("problem", f"its process ended with {child.returncode}")
+            return f"W&B: {problem} (see {self.run_dir / FOLDER / LOG}); metrics.jsonl has everything.{sync}"
+        if mode == "offline":
+            refused = f"; the server did not take it ({news['refusal']})" if "refusal" in news else ""
+            return f"W&B: the run is in {self.run_dir / FOLDER}{refused}; send it with: {self.sync_command()}"
+        return f"W&B: {news['url']}" if news.get("url") else ""
+
+    def _news(self) -> dict[str, Any]:
+        return latest_news(self.run_dir, self._attempt)
 
 
-def remember(run_dir: Path) -> dict[str, Any]:
-    """The state in the run directory, made if it is not there: the id is stored before wandb hears of it.
-
-    Raises: OSError.
-    """
-    fresh = {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), "online": -1, "offline": -1}
-    known = read_state(run_dir)
-    state = {key: known.get(key, value) for key, value in fresh.items()}  # not how the last attempt went
-    rundir.write_json(run_dir / STATE, state)
+def remember(run_dir: Path) -> str:
+    """The W&B run's id. It is stored before wandb hears of it, and never changes. Raises: OSError."""
+    state = read_state(run_dir)
+    if "id" not in state:
+        state = {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), "online": -1, "offline": -1}
+        rundir.write_json(run_dir / STATE, state)
     (run_dir / FOLDER).mkdir(exist_ok=True)
-    return state
+    return state["id"]
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
     return rundir.read_json(run_dir / STATE)
 
 
-def start(run_dir: Path, mode: Mode, config: TrainConfig) -> subprocess.Popen[bytes]:
+def latest_news(run_dir: Path, attempt: str) -> dict[str, Any]:
+    """How this attempt's mirror does: `mode`, `url`, `refusal`, `problem`; empty until it has written."""
+    latest = read_state(run_dir).get("latest", {})
+    return latest if latest.get("attempt") == attempt else {}
+
+
+def start(run_dir: Path, mode: Mode, config: TrainConfig, *, id: str, attempt: str) -> subprocess.Popen[bytes]:
     """The mirror's process. It leaves by itself when its standard input closes, as it does when this process dies.
 
     Raises: OSError.
     """
     options = {
         "mode": mode.name,
+        "id": id,
+        "attempt": attempt,
         "project": config.wandb_project or os.environ.get("WANDB_PROJECT") or "ddp_mnist",
         "entity": config.wandb_entity,
         "group": config.wandb_group,
@@ -228,6 +260,7 @@ def start(run_dir: Path, mode: Mode, config: TrainConfig) -> subprocess.Popen[by
         "tags": list(config.wandb_tags) or None,
         "model": config.wandb_model,
         "watched": os.getpid(),
+        "init_seconds": INIT_SECONDS,
     }
     command = [sys.executable, "-m", "ddp_mnist.mirror", str(run_dir), json.dumps(options)]
     with open(run_dir / FOLDER / LOG, "ab") as output:
@@ -245,45 +278,65 @@ def start(run_dir: Path, mode: Mode, config: TrainConfig) -> subprocess.Popen[by
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Follow a run until standard input closes. Not for users: the training starts it."""
-    run_dir, options = (sys.argv[1:] if argv is None else argv)[:2]
+    """Follow a run until standard input closes. Returns the exit code: 0 if all went to the server, or to the disk."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 2:
+        print("error: the training starts its mirror itself: `python -m ddp_mnist.train --wandb ...`", file=sys.stderr)
+        return 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # `scancel` and the like send them to everybody
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's telemetry would try for 10 s without a network
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    return follow(Path(run_dir), json.loads(options))
-
-
-def follow(run_dir: Path, options: dict[str, Any]) -> int:
-    """Returns the exit code: 0 if all went to where it should or to the disk beside it."""
+    run_dir, options = Path(arguments[0]), json.loads(arguments[1])
     end = Ending()
-    with filelock.FileLock(run_dir / FOLDER / LOCK, timeout=PATIENCE):  # a killed attempt's mirror may still be at it
-        return _follow(run_dir, options, end)
+    try:
+        # A killed attempt's mirror may still be at it.
+        holder = rundir.lock(run_dir / FOLDER, PREDECESSOR_SECONDS)
+        try:
+            follow(run_dir, options, end)
+        except (TimeoutError, JobError):
+            raise
+        except Exception:  # wandb's service does not ignore SIGTERM, say
+            log.exception("once more")
+            with contextlib.suppress(Exception):
+                sys.modules["wandb"].teardown()
+            follow(run_dir, options, end)
+        if holder is not None:
+            holder.release()
+        return 0
+    except Exception as error:  # the training's console names it; the log has the traceback
+        log.exception("the mirror has failed")
+        latest = latest_news(run_dir, options["attempt"]) or {"mode": "disabled"}
+        with contextlib.suppress(OSError, JobError):
+            note(run_dir, options, latest=latest | {"problem": f"{type(error).__name__}: {error}"})
+        return 1
 
 
-def _follow(run_dir: Path, options: dict[str, Any], end: Ending) -> int:
-    run, mode = init(run_dir, options)
-    state = read_state(run_dir) | {"mode": mode, "url": run.url if mode == "online" else None}
-    state.pop("problem", None)
-    rundir.write_json(run_dir / STATE, state)
-    # The server knows best what it has: a sync may have come between two attempts.
-    done = max(state[mode], int(run.summary.get("step") or -1) if mode == "online" else state["online"])
+def follow(run_dir: Path, options: dict[str, Any], end: Ending) -> None:
+    """Mirror what is new in metrics.jsonl, until the training has ended. Raises: whatever wandb raises."""
+    run, latest = init(run_dir, options)
+    mode = latest["mode"]
+    note(run_dir, options, latest=latest)
+    done = last_step(run, mode, run_dir)
     images = None
     lines = Lines(run_dir / rundir.METRICS)
     while True:
         last_look = end.come  # before reading: what was written before the end is read below
+        before = done
         for record in lines.new():
             if record["step"] > done:
                 if "test/mistakes" in record and images is None:
                     images = test_images(run_dir)
-                run.log(as_logged(record, images))
-                done = state[mode] = record["step"]
-                rundir.write_json(run_dir / STATE, state)
+                log_record(run, record, images)
+                done = record["step"]
+        if done > before:
+            note(run_dir, options, **{mode: done})
         if last_look:
             break
         end.wait(POLL_SECONDS)
     summary = rundir.read_json(run_dir / rundir.SUMMARY)
-    for key, value in summary.items():
+    for key, value in (summary | {"wandb_mode": mode}).items():
         if key not in ("test_confusion", "test_mistakes"):
             run.summary[key] = value
     if end.preempted:
@@ -291,11 +344,23 @@ def _follow(run_dir: Path, options: dict[str, Any], end: Ending) -> int:
     if options["model"] and summary.get("finished"):
         send_model(run, run_dir, summary)
     run.finish(exit_code=end.exit_code)
-    return 0
 
 
-def init(run_dir: Path, options: dict[str, Any]) -> tuple[Any, str]:
-    """(run, mode): online as decided, or offline where the server turns out not to take it."""
+def note(run_dir: Path, options: dict[str, Any], **news: Any) -> None:
+    """Into wandb.json. Raises: OSError; JobError when `--fresh` has given the directory to another run."""
+    state = read_state(run_dir)
+    if state.get("id") != options["id"]:
+        raise JobError(f"{run_dir} belongs to another W&B run by now")
+    if "latest" in news:
+        news["latest"] |= {"attempt": options["attempt"]}
+    rundir.write_json(run_dir / STATE, state | news)
+
+
+def init(run_dir: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(run, its `mode`, `url` and `refusal`): online as decided, or offline where the server turns out not to take it.
+
+    Raises: JobError.
+    """
     import wandb
 
     settings = wandb.Settings(
@@ -304,31 +369,73 @@ def init(run_dir: Path, options: dict[str, Any]) -> tuple[Any, str]:
         disable_code=True,
         disable_git=True,  # ours is in the config; a remote's address may hold a token
         x_stats_pid=options["watched"],
-        init_timeout=INIT_SECONDS,
+        x_transaction_log_flush_interval=FLUSH_SECONDS,
+        init_timeout=options["init_seconds"],
         finish_timeout=PATIENCE - 5,
+        finish_timeout_raises=True,
     )
-    known = read_state(run_dir)
     content = rundir.read_json(run_dir / rundir.CONFIG)
+    latest: dict[str, Any] = {}
     for mode in dict.fromkeys((options["mode"], "offline")):
         try:
             run = wandb.init(
                 mode=mode,
-                id=known["id"],
                 resume="allow",
                 dir=run_dir,
                 config=content,
                 allow_val_change=True,
                 settings=settings,
-                **{key: options[key] for key in ("project", "entity", "group", "name", "tags")},
+                **{key: options[key] for key in ("id", "project", "entity", "group", "name", "tags")},
             )
-        except (wandb.Error, OSError) as error:
+        except Exception as error:  # not only wandb.Error, when its service dies
             log.info("%s: %s", mode, error)
+            latest["refusal"] = str(error).partition("\n")[0] or type(error).__name__
             wandb.teardown()
             continue
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
-        return run, mode
-    raise JobError("wandb cannot be used, not even offline")
+        return run, latest | {"mode": mode, "url": run.url if mode == "online" else None}
+    raise JobError(f"wandb does not even work offline: {latest['refusal']}")
+
+
+def last_step(run: Any, mode: str, run_dir: Path) -> int:
+    """What the destination has already; -1: nothing.
+
+    It knows that better than wandb.json: of what wandb was given, a node that dies takes with it what was not sent or
+    written yet, and a sync may have come between two attempts. Offline adds to what the server got.
+    """
+    state = read_state(run_dir)
+    if mode == "online":
+        return int(run.summary.get("step") or -1) if run.resumed else -1
+    written = -1
+    for path in sorted((run_dir / FOLDER).glob(f"offline-run-*-{run.id}"), reverse=True):
+        written = max(steps_in(path), default=-1)
+        if written >= 0:
+            break
+    return max(state["online"], state["offline"] if written < 0 else written)
+
+
+def steps_in(path: Path) -> Iterator[int]:
+    """The steps that wandb's own reader finds in a local run; none where it finds no run."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    told = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    for line in told.splitlines():
+        record = json.loads(line)
+        if record["type"] == "history":
+            yield record["history"]["item"]["step"]
+
+
+def log_record(run: Any, record: dict[str, Any], images: files.Array | None) -> None:
+    """Our step is also wandb's own, so that it goes on in the next attempt. Raises: whatever wandb raises."""
+    try:
+        run.log(as_logged(record, images), step=record["step"], commit=True)
+    except Exception:  # a server that takes no tables may well take numbers; wandb's service being dead comes again
+        log.exception("step %d: only its numbers are sent", record["step"])
+        run.log(numbers(record), step=record["step"], commit=True)
+
+
+def numbers(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if not isinstance(value, list)}
 
 
 def as_logged(record: dict[str, Any], images: files.Array | None) -> dict[str, Any]:
@@ -338,7 +445,7 @@ def as_logged(record: dict[str, Any], images: files.Array | None) -> dict[str, A
     """
     import wandb
 
-    logged = {key: value for key, value in record.items() if not isinstance(value, list)}
+    logged = numbers(record)
     for label, accuracy in enumerate(record.get("test/class_accuracy", ())):
         logged[f"test/class_accuracy/{label}"] = accuracy
     confusion = record.get("test/confusion", ())
@@ -412,20 +519,14 @@ class Ending:
         self._come.wait(seconds)
 
     def _listen(self) -> None:
-        line = sys.stdin.buffer.readline()
-        if line:
+        # Raw: an interpreter that ends while a thread reads the buffered one aborts.
+        with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+            line = raw.readline()
+        with contextlib.suppress(ValueError):  # cut short, or empty
             said = json.loads(line)
             self.preempted, self.exit_code = said["preempted"], said["exit_code"]
         self._come.set()
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except Exception as error:  # the training's console names it; the log has the traceback
-        log.exception("the mirror has failed")
-        folder = Path(sys.argv[1])
-        with contextlib.suppress(OSError):
-            rundir.write_json(folder / STATE, read_state(folder) | {"problem": f"{type(error).__name__}: {error}"})
-        code = 1
-    sys.exit(code)
+    sys.exit(main())

@@ -71,20 +71,25 @@ class Tracker:
                 self._bar = tqdm(total=self.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Tracker:
-        """Starts the mirror; config.json is written by now."""
-        if self.world.is_main:
-            self._mirror = Mirror(self.run_dir, self.mode, self.config)
-            if greeting := self._mirror.greeting():
-                (log.warning if self.mode.surprising else self.say)(greeting)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end(preempted=False, exit_code=1)  # an error, if nobody has said how it ended
+        self.end(preempted=False, exit_code=1)  # a bug, if nobody has said how it ended
         self.wait(HASTY_PATIENCE)
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
             self._file.close()
+
+    def start_mirror(self) -> None:
+        """Once config.json is written, which the mirror reads."""
+        if self.world.is_main:
+            self._mirror = Mirror(self.run_dir, self.mode, self.config)
+            if greeting := self._mirror.greeting():
+                if self.mode.surprising:
+                    log.warning("W&B is %s", greeting)
+                else:
+                    self.say(f"  W&B     {greeting}")
 
     def say(self, text: str) -> None:
         """One line (or block) on the console, from the main process only."""
@@ -107,7 +112,7 @@ class Tracker:
             self.say(news)
 
     def wandb_mode(self) -> str:
-        return self._mirror.actual() if self._mirror is not None else self.mode.name
+        return self._mirror.actual() if self._mirror is not None else "disabled"
 
     def due(self, state: TrainState) -> bool:
         """An interval is full, and the epoch is not at its end, where `evaluated` writes the line."""

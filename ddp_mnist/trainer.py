@@ -21,7 +21,7 @@ from ddp_mnist.data import SYNTHETIC_WARNING, Pair, Split, TrainBatches, load
 from ddp_mnist.data import own as own_data
 from ddp_mnist.errors import JobError
 from ddp_mnist.evaluate import Score, class_count, evaluate
-from ddp_mnist.mirror import HASTY_PATIENCE, Mode, decide
+from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mode, decide
 from ddp_mnist.preemption import StopSignal
 from ddp_mnist.process import code_of, leave
 from ddp_mnist.resume import Run, continue_command, open_run
@@ -89,6 +89,7 @@ def fit(
                     print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
                 return Result(run.path, run.finished, TrainStep(run.config, world, run.snapshot, model).net)
             trainer = Trainer(run, world, stop, mode, model, own)
+            stack.enter_context(trainer.tracker)
             trainer.program = {"script": not takes_flags or bool(model or own), "takes_flags": takes_flags}
             return Result(run.path, trainer.run(), trainer.step.net)
         except JobError as error:
@@ -158,10 +159,10 @@ class Trainer:
         self.world.agree(self.write_config)
         self.step.settle_buckets(self.batches)
         self.tracker.say(self.banner())
-        with self.tracker:
-            reason = self.loop()
-            self.stop.close()
-            return self.finish(reason) if reason in ("finished", "max_steps") else self.leave(reason)
+        self.tracker.start_mirror()
+        reason = self.loop()
+        self.stop.close()
+        return self.finish(reason) if reason in ("finished", "max_steps") else self.leave(reason)
 
     def loop(self) -> str:
         """Train until done or stopped; returns why it ended."""
@@ -250,16 +251,17 @@ class Trainer:
         )
         self.tracker.end(preempted=True, exit_code=75)
         self.world.let_others_leave()
-        self.tracker.wait(HASTY_PATIENCE)
-        return summary
+        return self.mirrored(summary, HASTY_PATIENCE)
 
     def give_up(self, error: JobError) -> None:
         """Leave a summary of a failure, and add to the error what can be done about it. Raises nothing."""
         if not self.world.is_main:
             return
+        summary = self.summarise(error.stop_reason, exit_code=error.exit_code)
         with contextlib.suppress(JobError):
-            self.write_summary(self.summarise(error.stop_reason, exit_code=error.exit_code))
+            self.write_summary(summary)
         self.tracker.end(preempted=False, exit_code=error.exit_code)
+        self.mirrored(summary, HASTY_PATIENCE)
         kept = self.checkpoints.steps()
         if error.stop_reason == "nan":
             again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))
@@ -304,7 +306,15 @@ class Trainer:
         self.tracker.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
             self.tracker.say(f"continue with\n  {self.continue_command(self.config.replace(max_steps=0))}")
-        self.tracker.wait()
+        return self.mirrored(summary)
+
+    def mirrored(self, summary: dict[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
+        """The summary once the mirror has had at most `patience` seconds to end: only then its mode is certain."""
+        self.tracker.wait(patience)
+        if (mode := self.tracker.wandb_mode()) != summary["wandb_mode"]:
+            summary |= {"wandb_mode": mode}
+            with contextlib.suppress(JobError):
+                self.write_summary(summary)
         return summary
 
     def publish(self) -> None:
