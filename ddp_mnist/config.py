@@ -109,6 +109,9 @@ class TrainConfig:
     threads: int = 0
     """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
 
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compile the network first, on a GPU into CUDA graphs. Pays in long runs on a GPU; on a CPU it is slower."""
+
     init_from: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: random, from --seed)")] = None
     """Start from the weights in this model.safetensors."""
 

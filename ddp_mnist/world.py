@@ -46,7 +46,7 @@ class World:
                 # Without cpu=True each of several ranks on a machine without a GPU believes it is alone.
                 cpu=on_cpu,
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+                    InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(minutes=config.timeout_minutes)),
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 ],
             )
@@ -184,6 +184,15 @@ def _has_accelerator(world_size: int) -> bool:
     if torch.cuda.is_available():
         return True
     return world_size == 1 and torch.backends.mps.is_available()
+
+
+def _backend() -> str:
+    """NCCL, which takes one rank per GPU; gloo where more ranks than that are to share the GPUs of this machine.
+
+    Without a GPU Accelerate takes gloo whatever this says.
+    """
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count() > 0
+    return "gloo" if shared else "nccl"
 
 
 def _reset_accelerate() -> None:

@@ -31,6 +31,7 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--seed", ["7"], "seed", 7),
     ("--mixed-precision", ["bf16"], "mixed_precision", "bf16"),
     ("--threads", ["2"], "threads", 2),
+    ("--compile", [], "compile", True),
     ("--init-from", ["f"], "init_from", Path("f")),
     ("--checkpoint-every", ["25"], "checkpoint_every", 25),
     ("--keep-checkpoints", ["3"], "keep_checkpoints", 3),
