@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import netrc
 import os
 import platform
 import re
@@ -173,7 +172,7 @@ def own_findings(config: TrainConfig) -> list[Finding]:
     if is_first():
         found += torchvision(staged)
         found.append(output(config.output_dir or Path("runs")))
-        found.append(_wandb(env))
+        found.append(wandb(config))
         found += slurm(env, shutil.which("sbatch") is not None, len(allowed_cpus()))
     return found
 
@@ -569,31 +568,15 @@ def existing(path: Path) -> Path:
 # --- Services ---------------------------------------------------------------------------------------------------------
 
 
-def _wandb(env: Mapping[str, str]) -> Finding:
-    """Would a run be mirrored? Says whether there are credentials, and never shows any part of them."""
-    mode = env.get("WANDB_MODE", "")
-    if mode in ("disabled", "offline", "dryrun"):
-        return Finding("ok", "wandb", f"WANDB_MODE={mode}: nothing is sent")
-    url = env.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urlsplit(url).hostname or "api.wandb.ai"
-    where = "WANDB_API_KEY" if env.get("WANDB_API_KEY") else netrc_with(host, env)
-    if not where:
-        return Finding(
-            "ok", "wandb", f"no credentials for {host}: runs stay on this machine (`wandb login` changes it)"
-        )
-    if not reachable(url):
-        text = f"credentials in {where}, but {host} does not answer within {PROBE:.0f} s"
-        return Finding("warning", "wandb", text, "export WANDB_MODE=offline, and later wandb sync")
-    return Finding("ok", "wandb", f"credentials in {where}, {host} answers")
+def wandb(config: TrainConfig) -> Finding:
+    """Where would the run be mirrored to? The mirror decides, as at the start of a run; no key is ever shown."""
+    from ddp_mnist import mirror
 
-
-def netrc_with(host: str, env: Mapping[str, str]) -> str:
-    """The netrc file that has an entry for `host`, or nothing."""
-    for file in [env["NETRC"]] if env.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        with suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            if host in netrc.netrc(os.path.expanduser(file)).hosts:
-                return file
-    return ""
+    mode = mirror.decide(config)
+    text = mode.name + (f": {mode.why}" if mode.why else "")
+    if mode.surprising or (mode.why and not mirror.no_credentials()):
+        return Finding("warning", "wandb", text, "--wandb offline, if that is meant: the run is kept and sent later")
+    return Finding("ok", "wandb", text)
 
 
 def reachable(url: str, limit: float = PROBE) -> bool:

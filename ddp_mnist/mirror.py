@@ -129,7 +129,7 @@ def no_server() -> str:
 
     def probe() -> None:
         try:
-            urllib.request.urlopen(server(), timeout=seconds).close()
+            urllib.request.build_opener().open(server(), timeout=seconds).close()
             found[0] = ""
         except urllib.error.HTTPError:
             found[0] = ""  # it is there, and does not like the question

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -526,34 +527,55 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_no_part_of_a_key_or_a_password_is_shown(
     run: Run, healthy: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: list[str]
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "")
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("https_proxy", f"http://user:{SECRET}@127.0.0.1:9")
     ended = run(*healthy, *form)
-    assert ended.code == 0 and "credentials in WANDB_API_KEY" in ended.out
+    assert ended.code == 0 and "api.wandb.ai cannot be reached" in ended.out
     monkeypatch.delenv("WANDB_API_KEY")
     (tmp_path / "no-netrc").write_text(f"machine api.wandb.ai login user password {SECRET}")
     again = run(*healthy, *form)
-    assert "credentials in " in again.out and "does not answer" in again.out
+    assert "api.wandb.ai cannot be reached" in again.out
     for text in (ended.out, ended.err, again.out, again.err):
         assert not any(SECRET[start : start + 4] in text for start in range(len(SECRET) - 3))
 
 
-def test_wandb_with_and_without_server_and_credentials(server: str, tmp_path: Path) -> None:
-    env = {"NETRC": str(tmp_path / "none"), "WANDB_BASE_URL": server}
-    assert doctor._wandb(env).text.startswith("no credentials for 127.0.0.1")
-    for mode in ("offline", "disabled"):
-        assert doctor._wandb({**env, "WANDB_MODE": mode, "WANDB_API_KEY": SECRET}).status == "ok"
-    assert doctor._wandb({**env, "WANDB_API_KEY": SECRET}).text.endswith("127.0.0.1 answers")
-    away = {**env, "WANDB_API_KEY": SECRET, "WANDB_BASE_URL": f"http://127.0.0.1:{jobs.free_port()}"}
-    told = doctor._wandb(away)
-    assert told.status == "warning" and "does not answer" in told.text and "WANDB_MODE=offline" in told.advice
+class NotFound(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: Any) -> None: ...
 
 
-def test_netrc_files_that_help_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "netrc"
-    for content in ("machine example.org login a password b", "not a netrc", ""):
-        file.write_text(content)
-        assert doctor.netrc_with("api.wandb.ai", {"NETRC": str(file)}) == ""
+@pytest.fixture
+def answering(server: str) -> Iterator[str]:
+    """The address of something that answers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), NotFound) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+def test_wandb_with_and_without_server_and_credentials(
+    answering: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(mode: str, key: str = "", url: str = answering) -> tuple[str, str]:
+        for name, value in {"WANDB_MODE": mode, "WANDB_API_KEY": key, "WANDB_BASE_URL": url}.items():
+            monkeypatch.setenv(name, value)
+        finding = doctor.wandb(TrainConfig())
+        assert finding.topic == "wandb" and bool(finding.advice) == (finding.status != "ok")
+        return finding.status, finding.text
+
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    nowhere = f"http://127.0.0.1:{jobs.free_port()}"
+    assert told("")[0] == "ok" and told("")[1].startswith("offline: no key for 127.0.0.1")
+    assert told("offline", SECRET) == ("ok", "offline")
+    assert told("disabled", SECRET) == ("ok", "disabled")
+    assert told("", SECRET) == ("ok", "online")
+    status, text = told("", SECRET, nowhere)
+    assert status == "warning" and text.startswith("offline: ")
+    assert told("online", "", nowhere)[0] == "warning"
 
 
 def test_a_probe_goes_through_the_proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
