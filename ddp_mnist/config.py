@@ -20,7 +20,7 @@ from tyro.conf import arg
 
 from ddp_mnist.errors import UsageError
 
-Recipe = Literal["tutorial", "fast"]
+Recipe = Literal["tutorial", "fast", "record"]
 Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
 Schedule = Literal["constant", "onecycle"]
 Precision = Literal["no", "fp16", "bf16"]
@@ -35,6 +35,7 @@ IDENTITY = (
     "accumulate",
     "epochs",
     "lr",
+    "beta2",
     "schedule",
     "grad_clip",
     "seed",
@@ -62,7 +63,7 @@ class TrainConfig:
 
     recipe: Recipe = "tutorial"
     """Preset for the settings below; an explicit flag beats it. tutorial: Adam 1e-3, batch 64, 5 epochs.
-    fast: one-cycle schedule, 98 % after one epoch."""
+    fast: one-cycle schedule, 98 % after one epoch. record: 99 % after one, with a wider network."""
 
     dataset: Dataset = "auto"
     """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
@@ -88,6 +89,9 @@ class TrainConfig:
 
     lr: float = 1e-3
     """Adam's learning rate; with --schedule onecycle its peak."""
+
+    beta2: float = 0.999
+    """Adam's decay of the squared gradients; a run of one epoch learns more with 0.99."""
 
     schedule: Schedule = "constant"
     """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine."""
@@ -195,6 +199,8 @@ class TrainConfig:
                 raise _bad(name, getattr(self, name), f"a value from {low} to {high}")
         if not 0 < self.lr <= 10:
             raise _bad("lr", self.lr, "a rate above 0, at most 10")
+        if not 0 <= self.beta2 < 1:
+            raise _bad("beta2", self.beta2, "a decay from 0 to below 1")
         if len(self.widths) != 2 or not all(1 <= width <= 4096 for width in self.widths):
             raise _bad("widths", self.widths, "two numbers from 1 to 4096")
         for name, kind in (
@@ -266,6 +272,14 @@ class TrainConfig:
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "fast": {"batch_size": 64, "lr": 1e-2, "schedule": "onecycle"},
+    "record": {
+        "widths": (16, 48),
+        "batch_size": 128,
+        "epochs": 1,
+        "lr": 1.5e-2,
+        "beta2": 0.99,
+        "schedule": "onecycle",
+    },
 }
 
 

@@ -47,7 +47,7 @@ class TrainStep:
         elif path is not None:
             world.agree(lambda: load_weights(self.net, path))
         self.net.to(world.device).to(memory_format=torch.channels_last)
-        self.adam = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
+        self.adam = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=True)
         self.parameters = list(self.net.parameters())
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam)
         if config.compile:

@@ -25,6 +25,7 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--batch-size", ["32"], "batch_size", 32),
     ("--accumulate", ["2"], "accumulate", 2),
     ("--lr", ["0.5"], "lr", 0.5),
+    ("--beta2", ["0.9"], "beta2", 0.9),
     ("--schedule", ["onecycle"], "schedule", "onecycle"),
     ("--grad-clip", ["1.5"], "grad_clip", 1.5),
     ("--widths", ["4", "6"], "widths", (4, 6)),
@@ -61,7 +62,7 @@ def test_the_command_line_has_exactly_these_options(capsys: pytest.CaptureFixtur
     offered = []
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # colours, where they are forced
     for line in text.splitlines():
-        if declared := re.match(r". (-h, )?(--[a-z-]+(, --[a-z-]+)*)", line):
+        if declared := re.match(r". (-h, )?(--[a-z0-9-]+(, --[a-z0-9-]+)*)", line):
             offered += declared.group(2).split(", ")
     assert sorted(offered) == sorted(["--help", *(flag for flag, *_ in FLAGS)])
 
@@ -156,6 +157,9 @@ def test_settings_cannot_be_changed_but_a_changed_copy_is_checked() -> None:
         ("lr", 10.1),
         ("lr", math.nan),
         ("lr", math.inf),
+        ("beta2", 1.0),
+        ("beta2", -0.1),
+        ("beta2", math.nan),
         ("grad_clip", -1.0),
         ("grad_clip", math.nan),
         ("grad_clip", math.inf),
