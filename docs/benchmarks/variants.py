@@ -1,0 +1,166 @@
+"""Ways to write the training step that were tried, each against the one in use, in turn, in one process.
+
+    python docs/benchmarks/variants.py [--threads 2] [--batch-size 64] [--repeats 15] [--compile]
+
+Prints milliseconds per step (the least and the median of the repeats) and the ratio of the least to the plain step's.
+The images are noise: they cost what digits cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddp_mnist import CNN, TrainConfig
+from ddp_mnist.data import Batch, Split, TrainBatches, to_float
+from ddp_mnist.step import TrainStep
+from ddp_mnist.world import World
+
+Step = Callable[[Batch], Any]
+aten = torch.ops.aten
+CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+
+class ReluFirst(CNN):
+    """The tutorial's order: four times the work for the ReLU."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        hidden = F.max_pool2d(F.relu(self.conv2(hidden)), 2)
+        return self.fc1(hidden.flatten(1))
+
+
+class ByHand(torch.autograd.Function):
+    """The whole network as one node of autograd's graph, its backward written out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
+    ) -> Any:
+        first = aten.convolution(images, w1, b1, *CONVOLUTION)
+        pooled, at1 = aten.max_pool2d_with_indices(first, [2, 2])
+        hidden1 = aten.relu_(pooled)
+        second = aten.convolution(hidden1, w2, b2, *CONVOLUTION)
+        pooled, at2 = aten.max_pool2d_with_indices(second, [2, 2])
+        hidden2 = aten.relu_(pooled)
+        ctx.save_for_backward(images, w1, w2, w3, first, at1, hidden1, second, at2, hidden2)
+        return torch.addmm(b3, hidden2.flatten(1), w3.t())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        images, w1, w2, w3, first, at1, hidden1, second, at2, hidden2 = ctx.saved_tensors
+        (logits,) = gradients
+        hidden = (logits @ w3).view(hidden2.shape).contiguous(memory_format=torch.channels_last)
+        inner, gw2, gb2 = _layer_backward(hidden, hidden2, second, at2, hidden1, w2, True)
+        _, gw1, gb1 = _layer_backward(inner, hidden1, first, at1, images, w1, False)
+        return None, gw1, gb1, gw2, gb2, logits.t() @ hidden2.flatten(1), logits.sum(0)
+
+
+def _layer_backward(
+    gradient: Tensor, hidden: Tensor, before: Tensor, at: Tensor, source: Tensor, weight: Tensor, inner: bool
+) -> Any:
+    pooled = aten.threshold_backward(gradient, hidden, 0)
+    full = aten.max_pool2d_with_indices_backward(pooled, before, [2, 2], [2, 2], [0, 0], [1, 1], False, at)
+    return aten.convolution_backward(full, source, weight, [len(weight)], *CONVOLUTION, [inner, True, True])
+
+
+class Patches(CNN):
+    """The first convolution as a matrix product over the 4x4 patches that the pooled cells look at: the four
+    convolutions of a cell lie side by side, and pooling is their maximum."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.unfold(F.pad(images, (1, 1, 1, 1)), 4, stride=2).transpose(1, 2)
+        kernel = self.conv1.weight.view(-1, 3, 3)
+        four = torch.stack([F.pad(kernel, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)])
+        cells = (patches @ four.view(-1, 16).t()).view(len(images), 14, 14, 4, -1)
+        left, right = (torch.maximum(cells[..., one, :], cells[..., one + 1, :]) for one in (0, 2))
+        hidden = F.relu(torch.maximum(left, right) + self.conv1.bias).permute(0, 3, 1, 2)
+        hidden = F.relu(F.max_pool2d(self.conv2(hidden), 2))
+        return self.fc1(hidden.flatten(1))
+
+
+def step_of(net: nn.Module, *, channels_last: bool = True, **adam: Any) -> Step:
+    """Forward, backward and Adam as in step.py, with nothing around them."""
+    if channels_last:
+        net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, **({"fused": True} | adam))
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(to_float(batch.images)), batch.labels, reduction="sum") / batch.global_size
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+class HandNet(CNN):
+    def forward(self, images: Tensor) -> Tensor:
+        return ByHand.apply(images, *self.parameters())
+
+
+def without_onednn(batch: Batch, step: Step) -> None:
+    with torch.backends.mkldnn.flags(enabled=False):
+        step(batch)
+
+
+def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tuple[str, Step]]:
+    yield "plain: channels_last, pooling first, fused Adam", step_of(CNN())
+    job = TrainStep(config, world)
+    yield "the job's own step, Accelerate and counts included", lambda batch: job(batch, 1e-3)
+    accelerated = world.accelerator.prepare(torch.optim.Adam(job.net.parameters(), lr=1e-3, fused=True))
+
+    def wrapped(batch: Batch) -> None:
+        accelerated.zero_grad()
+        job.gradients(batch)
+        accelerated.step()
+
+    yield "the same through Accelerate's optimizer", wrapped
+    yield "NCHW in place of channels_last", step_of(CNN(), channels_last=False)
+    yield "ReLU before pooling", step_of(ReluFirst())
+    yield "Adam not fused", step_of(CNN(), fused=False)
+    yield "one autograd node, backward by hand", step_of(HandNet())
+    yield "first convolution as a product over patches", step_of(Patches())
+    native = step_of(CNN(), channels_last=False)
+    yield "without oneDNN", lambda batch: without_onednn(batch, native)
+    if compile:  # takes a minute to compile
+        yield "torch.compile", step_of(torch.compile(CNN().to(memory_format=torch.channels_last), dynamic=False))  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=30, help="of one repeat")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    config = TrainConfig(batch_size=options.batch_size, threads=options.threads)
+    with World(config) as world:
+        count = options.batch_size * options.steps
+        noise = Split(torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (count,)))
+        batches = list(TrainBatches(noise, batch_size=options.batch_size, rank=0, world_size=1, seed=0).epoch(0))
+        steps = dict(variants(world, config, compile=options.compile))
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for repeat in range(options.repeats + 1):  # the first is warm-up
+            for name, step in steps.items():
+                began = time.perf_counter()
+                for batch in batches:
+                    step(batch)
+                if repeat:
+                    times[name].append(1e3 * (time.perf_counter() - began) / len(batches))
+    least = min(next(iter(times.values())))
+    print("| step | least, ms | median, ms | ratio |\n|---|---|---|---|")
+    for name, each in times.items():
+        print(f"| {name} | {min(each):.2f} | {statistics.median(each):.2f} | {min(each) / least:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
