@@ -272,10 +272,10 @@ def test_a_silent_server_is_waited_for_a_limited_time(monkeypatch: pytest.Monkey
 
 
 def test_a_certificate_that_python_does_not_know_is_for_wandb_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    def urlopen(*_: Any, **__: Any) -> None:
+    def open_(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError(ssl.SSLCertVerificationError("self-signed certificate"))
 
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open_)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert decide(TrainConfig(wandb="auto")) == Mode("online")
 
