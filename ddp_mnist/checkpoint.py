@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_mnist import rundir
-from ddp_mnist.config import IDENTITY, TrainConfig
+from ddp_mnist.config import IDENTITY, OWN, TrainConfig
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
 
@@ -192,6 +192,11 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
         more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
         if was != is_ and not more_epochs:
             flag = f"--{name.replace('_', '-')}"
+            if name == "dataset" and config.own_data and str(was).startswith(OWN):
+                raise UsageError(
+                    f"{config.output_dir} holds a run on other tensors than the script gives now. Seed whatever draws "
+                    "or splits them, choose another output_dir, or start over with fresh=True."
+                )
             hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
             raise UsageError(
                 f"{config.output_dir} holds a run with {flag} {_words(was)}; this command says {_words(is_)}{hint}. "
@@ -202,7 +207,8 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
 def weights(net: nn.Module) -> dict[str, Tensor]:
     """The network's state dict on the CPU in plain layout, floats as fp32. Raises: JobError for one not finite."""
     tensors = {
-        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous()
+        # A copy: safetensors refuses tensors that share memory, as tied weights do.
+        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous().clone()
         for name, value in net.state_dict().items()
     }
     for name, value in tensors.items():
@@ -259,7 +265,7 @@ def open_saved(run_dir: Path) -> Saved:
     newest checkpoint is ahead of it, or equal.
     """
     config = rundir.read_settings(run_dir)
-    if config.own_data:
+    if config.own_data or rundir.read_json(run_dir / rundir.CONFIG).get("network"):
         raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
     summary = rundir.read_json(run_dir / rundir.SUMMARY)
     scored = summary.get("test_count") is not None

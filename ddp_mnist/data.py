@@ -77,6 +77,9 @@ def own(pair: Pair) -> tuple[str, tuple[Split, Split]]:
     """A caller's data → the name that stands for exactly these, and (train, test). Raises: UsageError."""
     names = ("training", "test")
     train, test = (_own_split(name, one) for name, one in zip(names, pair, strict=True))
+    kinds = [f"{split.images.dtype} {tuple(split.images.shape[1:])}" for split in (train, test)]
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"a training image is {kinds[0]}, a test image {kinds[1]}; expected the same of both.")
     digest = hashlib.sha256()
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -85,7 +88,12 @@ def own(pair: Pair) -> tuple[str, tuple[Split, Split]]:
 
 
 def _own_split(name: str, one: Set) -> Split:
-    images, labels = (one.tensors if isinstance(one, TensorDataset) else one)[:2]
+    tensors = one.tensors if isinstance(one, TensorDataset) else one
+    if not isinstance(tensors, tuple) or len(tensors) != 2 or not all(isinstance(each, Tensor) for each in tensors):
+        raise UsageError(
+            f"the {name} set is a {type(one).__name__}; expected (images, labels), or a TensorDataset of them."
+        )
+    images, labels = tensors
     found = f"{labels.dtype} labels {tuple(labels.shape)} for images {tuple(images.shape)}"
     if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(images) or not len(labels):
         raise UsageError(f"the {name} set has {found}; expected at least one image, and an integer label for each.")

@@ -412,15 +412,15 @@ def gpu(found: Devices, here: int, *, alone: bool) -> Finding:
     """`here`: ranks on this machine; `alone`: SLURM may show each of them another GPU."""
     kinds = Counter(f"{name}, {memory / 2**30:.0f} GiB" for name, memory in found.gpus)
     text = "; ".join(f"{count(many, 'GPU')}: {kind}" for kind, many in kinds.items()) + f" ({found.build})"
+    if found.failure:
+        advice = "a torch that is built for this GPU, or a newer driver"
+        return Finding("problem", "device", f"{text} cannot compute: {found.failure}", advice)
     if here > len(found.gpus) and alone:
         text = f"{count(here, 'rank')} on this machine, and this one sees {text}: --gpus-per-task calls each GPU 0"
         return Finding("warning", "device", text, "--gpus-per-node in its place")
     if here > len(found.gpus):
-        advice = f"one rank per GPU: --nproc-per-node {len(found.gpus)}; or CUDA_VISIBLE_DEVICES= for the CPU"
-        return Finding("problem", "device", f"{count(here, 'rank')} on this machine for {text}", advice)
-    if found.failure:
-        advice = "a torch that is built for this GPU, or a newer driver"
-        return Finding("problem", "device", f"{text} cannot compute: {found.failure}", advice)
+        advice = f"one rank per GPU is faster: --nproc-per-node {len(found.gpus)}"
+        return Finding("warning", "device", f"{count(here, 'rank')} on this machine share {text}, over gloo", advice)
     if found.complaint:
         return Finding(
             "warning", "device", f"{text}: {found.complaint}", "a torch that is built for this GPU and driver"

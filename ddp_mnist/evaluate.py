@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,20 +79,27 @@ def evaluate(net: nn.Module, split: Split, world: World) -> Score:
     """
     classes = class_count(net, split)
     world.share(net.buffers())
-    training = net.training
+    with scoring(net):
+        return _evaluate(net, split, world, classes)
+
+
+@contextlib.contextmanager
+def scoring(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; then each layer's own again, which need not be the network's (frozen batch norm)."""
+    before = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        return _evaluate(net, split, world, classes)
+        yield
     finally:
-        net.train(training)
+        for module, training in before.items():
+            module.training = training
 
 
 @torch.no_grad()
 def class_count(net: nn.Module, split: Split) -> int:
     """Classes that the network tells apart. Raises: UsageError when labels or output do not fit each other."""
-    training = net.training
-    logits = type(net.eval()).forward(net, to_float(split.images[:1]))
-    net.train(training)
+    with scoring(net):
+        logits = type(net).forward(net, to_float(split.images[:1]))
     if logits.dim() != 2:
         raise UsageError(f"for one image the network gives {tuple(logits.shape)}; expected logits (1, classes).")
     if split.labels.max() >= logits.shape[1]:
@@ -107,6 +114,7 @@ def _evaluate(net: nn.Module, split: Split, world: World, classes: int) -> Score
     totals = torch.zeros(1 + classes * classes, dtype=torch.float64, device=home)
     worst = torch.zeros(0, 4, dtype=torch.float64, device=home)
     size = 1000 if world.device.type == "cpu" else 10_000
+    size = max(1, size * 784 // max(784, split.images[0].numel()))  # larger images, as much memory
     first = world.rank * size
     for images, labels in evaluation_batches(split, rank=world.rank, world_size=world.size, size=size):
         # Accelerate replaces the instance's forward by one that autocasts; the class's own is fp32.

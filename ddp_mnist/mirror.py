@@ -129,7 +129,9 @@ def no_server() -> str:
 
     def probe() -> None:
         try:
-            urllib.request.build_opener().open(server(), timeout=seconds).close()
+            # Without the password that the address may hold: it would stand in the message.
+            address = f"{server().partition('://')[0]}://{host()}"
+            urllib.request.build_opener().open(address, timeout=seconds).close()
             found[0] = ""
         except urllib.error.HTTPError:
             found[0] = ""  # it is there, and does not like the question

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from types import TracebackType
 from typing import NoReturn
 
 from ddp_mnist.config import rank_from_environment
@@ -26,6 +27,23 @@ def code_of(summary_code: int) -> int:
     srun --kill-on-bad-exit ends the others with the first rank that fails, so one alone tells the news.
     """
     return summary_code if rank_from_environment() == 0 else 0
+
+
+def tell_uncaught() -> None:
+    """From now on a JobError that nobody catches is one message and an exit code, as in our own command."""
+    before = sys.excepthook
+    if getattr(before, "tells_job_errors", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, JobError):
+            if sys.__stderr__ is not None:
+                sys.stderr = sys.__stderr__  # torch.distributed's hook puts a buffer there, to label its lines
+            leave(tell(error))
+        before(kind, error, trace)
+
+    hook.tells_job_errors = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
 
 
 def leave(code: int) -> NoReturn:

@@ -89,14 +89,24 @@ def _find(config: TrainConfig, path: Path) -> Run:
     return Run(path, config, snapshot, summary if finished else {})
 
 
-def continue_command(config: TrainConfig, world: World, *, script: bool = False, takes_flags: bool = True) -> str:
+def continue_command(
+    config: TrainConfig, world: World, *, script: bool = False, asked: TrainConfig | None = None
+) -> str:
     """What to type to go on: the launcher this attempt was started with, the program and its flags.
 
-    `script`: the program is not ours. `takes_flags`: it has the flags of TrainConfig, not arguments of its own.
+    `script`: the program is not ours. `asked`: what it has asked for, if it has arguments of its own, not our flags.
     """
-    flags = replace(config, fresh=False).flags() if takes_flags else sys.argv[1:]
     program = shlex.quote(sys.argv[0]) if script else "-m ddp_mnist.train"
-    return f"{_launcher(world, program)} {shlex.join(flags)}".strip()
+    flags = replace(config, fresh=False).flags() if asked is None else sys.argv[1:]
+    command = f"{_launcher(world, program)} {shlex.join(flags)}".strip()
+    if asked is None:
+        return command
+    changes = [
+        f"{name}={str(value) if isinstance(value, Path) else value!r}"
+        for name in ("output_dir", "lr", "init_from", "max_steps")
+        if (value := getattr(config, name)) != getattr(asked, name)
+    ]
+    return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 
 
 def _launcher(world: World, module: str) -> str:

@@ -7,11 +7,13 @@ import logging
 import math
 import os
 import platform
+import re
 import secrets
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -197,7 +199,7 @@ def facts(world_size: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
         "git": _git(),
         "launch": {
-            "command": sys.argv,
+            "command": without_secrets(sys.argv),
             "host": socket.gethostname(),
             "world_size": world_size,
             "nodes": world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -207,6 +209,18 @@ def facts(world_size: int) -> dict[str, Any]:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     }
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """A command line less what follows words such as --token: a script's own arguments may hold anything."""
+    kept: list[str] = []
+    hide = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        secret = re.search("key|token|secret|passw", name, re.IGNORECASE) is not None and name.startswith("-")
+        kept.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals
+    return kept
 
 
 def _version(name: str) -> str | None:

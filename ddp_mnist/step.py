@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddp_mnist.checkpoint import Snapshot, load_weights
 from ddp_mnist.checkpoint import weights as checkpoint_weights
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.data import Batch, TrainBatches, to_float
+from ddp_mnist.data import Batch, Split, TrainBatches, to_float
 from ddp_mnist.errors import UsageError
 from ddp_mnist.model import CNN
 from ddp_mnist.world import World
@@ -29,8 +29,12 @@ class TrainStep:
         world: World,
         snapshot: Snapshot | None = None,
         model: Callable[[], nn.Module] | None = None,
+        spare: Split | None = None,
     ) -> None:
-        """`model`: makes a network of the caller's own. Raises: UsageError when the snapshot is of another one."""
+        """`model`: makes a network of the caller's own; `spare`: where it finds an image when its share has none.
+
+        Raises: UsageError when the snapshot is of another network.
+        """
         self.config = config
         self.world = world
         self.clipped_from: Tensor | None = None
@@ -46,7 +50,13 @@ class TrainStep:
                 raise UsageError(f"{config.output_dir} holds a run of another network: {error}") from error
         elif path is not None:
             world.agree(lambda: load_weights(self.net, path))
-        self.net.to(world.device).to(memory_format=torch.channels_last)
+        self.net.to(world.device)
+        if all(parameter.dim() <= 4 for parameter in self.net.parameters()):
+            self.net.to(memory_format=torch.channels_last)
+        kind = type(self.net)
+        self.name = f"{kind.__module__}.{kind.__qualname__}" if model else None
+        """Of the caller's own network; None: it is ours."""
+        self.spare = spare if model else None
         self.adam = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=True)
         self.parameters = list(self.net.parameters())
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam)
@@ -115,7 +125,7 @@ class TrainStep:
         """
         if self.draws:
             torch.manual_seed(batch.seed)
-        parts = self.config.accumulate
+        parts = max(1, min(self.config.accumulate, len(batch.labels)))  # none without an image
         if parts == 1:
             return self._part(batch.images, batch.labels, batch.global_size)
         accelerator = self.world.accelerator
@@ -129,6 +139,11 @@ class TrainStep:
         return torch.stack(losses).sum(), torch.stack(counts).sum()
 
     def _part(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+        if self.spare is not None and not len(labels):
+            # Many networks cannot take an empty share: they get an image that counts for nothing.
+            loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
+            self.world.accelerator.backward(loss)
+            return loss.detach(), torch.zeros_like(loss)
         logits = self.model(to_float(images))
         loss = F.cross_entropy(logits, labels, reduction="sum") / global_size
         self.world.accelerator.backward(loss * self.world.size if self.world.size > 1 else loss)

@@ -19,11 +19,11 @@ from ddp_mnist.checkpoint import MODEL, Checkpoints, SaveClock, Snapshot, TrainS
 from ddp_mnist.config import TrainConfig, rank_from_environment
 from ddp_mnist.data import SYNTHETIC_WARNING, Pair, Split, TrainBatches, load
 from ddp_mnist.data import own as own_data
-from ddp_mnist.errors import JobError
+from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import Score, class_count, evaluate
 from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mode, decide
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import code_of, leave
+from ddp_mnist.process import code_of, leave, tell_uncaught
 from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.tracking import Tracker
@@ -40,7 +40,7 @@ class Result:
     summary: dict[str, Any]
     """As in summary.json."""
     model: nn.Module
-    """The trained network, unwrapped, on this rank's device."""
+    """The trained network, unwrapped, on this rank's device, ready to be used: in evaluation mode."""
 
     @property
     def exit_code(self) -> int:
@@ -71,6 +71,9 @@ def fit(
     deserves.
     """
     own: tuple[Split, Split] | None = None
+    asked = None if takes_flags else config
+    if asked is not None:
+        tell_uncaught()  # a user's mistake: one message also from a script
     if data is not None:
         name, own = own_data(data)
         config = config.replace(dataset=name)
@@ -81,17 +84,19 @@ def fit(
         mode = decide(config) if rank_from_environment() == 0 else Mode("disabled")
         world = stack.enter_context(World(config))
         config.check_world(world.size)
+        if own is not None:
+            same_data(config.dataset, world)
         run = trainer = None
         try:
             run = stack.enter_context(open_run(config, world))
             if run.finished:
                 if world.is_main:
                     print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
-                return Result(run.path, run.finished, TrainStep(run.config, world, run.snapshot, model).net)
+                return Result(run.path, run.finished, TrainStep(run.config, world, run.snapshot, model).net.eval())
             trainer = Trainer(run, world, stop, mode, model, own)
             stack.enter_context(trainer.tracker)
-            trainer.program = {"script": not takes_flags or bool(model or own), "takes_flags": takes_flags}
-            return Result(run.path, trainer.run(), trainer.step.net)
+            trainer.program = {"script": not takes_flags or bool(model or own), "asked": asked}
+            return Result(run.path, trainer.run(), trainer.step.net.eval())
         except JobError as error:
             if trainer is not None:
                 trainer.give_up(error)
@@ -110,6 +115,17 @@ def fit(
             raise lost from error
 
 
+def same_data(name: str, world: World) -> None:
+    """Raises: UsageError, on all ranks, when a rank was given other data than rank 0."""
+    first = world.broadcast(name)
+
+    def compare() -> None:
+        if name != first:
+            raise UsageError("it was given other data than rank 0. Seed whatever draws or splits them.")
+
+    world.agree(compare)
+
+
 class Trainer:
     """One attempt at a run, on one rank."""
 
@@ -125,7 +141,7 @@ class Trainer:
         self.run_dir, self.config = run.path, run.config
         self.world = world
         self.stop = stop
-        self.program: dict[str, bool] = {}
+        self.program: dict[str, Any] = {}
         """What was started, for `continue_command`."""
         config = self.config
         train_set, test_set = own or world.agree(lambda: load(config.dataset, config.data_dir))
@@ -138,7 +154,7 @@ class Trainer:
             seed=config.seed,
         )
         self.total_steps = len(self.batches) * config.epochs
-        self.step = TrainStep(config, world, run.snapshot, model)
+        self.step = TrainStep(config, world, run.snapshot, model, spare=self.train_set)
         for split in (self.train_set, self.test_set):
             class_count(self.step.net, split)
         self.state = run.snapshot.state if run.snapshot else TrainState()
@@ -277,7 +293,8 @@ class Trainer:
     def write_config(self) -> None:
         if self.world.is_main:
             try:
-                content = {"settings": self.config.to_dict(), **rundir.facts(self.world.size)}
+                settings = {"settings": self.config.to_dict(), "network": self.step.name}
+                content = settings | rundir.facts(self.world.size)
                 rundir.write_json(self.run_dir / rundir.CONFIG, content)
             except OSError as error:
                 raise JobError(f"{self.run_dir} cannot be written: {error.strerror}.") from error
@@ -368,6 +385,8 @@ class Trainer:
         config, world = self.config, self.world
         threads = f"{world.threads} thread" + ("s" if world.threads > 1 else "")
         ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
+        if world.shares_gpus:
+            ranks += " sharing GPUs over gloo"
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
         share = f"{config.batch_size} images, {self.batches.local_size} per rank"
         if config.accumulate > 1:

@@ -69,6 +69,11 @@ class World:
             )
 
     @property
+    def shares_gpus(self) -> bool:
+        """Other ranks of this machine use the same GPU."""
+        return self.device.type == "cuda" and _shares_gpus()
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -191,8 +196,11 @@ def _backend() -> str:
 
     Without a GPU Accelerate takes gloo whatever this says.
     """
-    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count() > 0
-    return "gloo" if shared else "nccl"
+    return "gloo" if _shares_gpus() else "nccl"
+
+
+def _shares_gpus() -> bool:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count() > 0
 
 
 def _reset_accelerate() -> None:

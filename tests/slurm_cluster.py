@@ -168,7 +168,11 @@ class Cluster:
     def run(self, *command: str, **options: Any) -> str:
         """Output of a client command."""
         options = {"env": self.env, "check": True, "text": True, "timeout": PATIENCE} | options
-        return subprocess.run(command, capture_output=True, **options).stdout
+        try:
+            return subprocess.run(command, capture_output=True, **options).stdout
+        except subprocess.CalledProcessError as error:
+            error.add_note(f"{error.stdout}\n{error.stderr}")
+            raise
 
     def submit(self, *arguments: str, cwd: Path, **env: str) -> Job:
         """`sbatch` in a checkout."""

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jobs
@@ -293,7 +294,7 @@ def test_a_failing_child_is_reported_in_its_own_words_and_ends_the_others(setup:
 def test_ctrl_c_in_a_run_of_ours_ends_the_benchmark(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_rows, "fit", lambda config: {"exit_code": 75})
+    monkeypatch.setattr(bench_rows, "fit", lambda config: SimpleNamespace(summary={"exit_code": 75}))
     monkeypatch.setattr(bench, "measure", lambda options: setup.job())
     assert bench.main([]) == 130
     assert capsys.readouterr().err == "stopped: no figures are kept\n"

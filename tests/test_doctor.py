@@ -177,8 +177,10 @@ def test_what_keeps_ranks_of_another_machine_from_meeting_is_said_there(
 ) -> None:
     for name, value in {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(doctor, "look_for_devices", lambda local_rank: Devices("CUDA 13.2", True, [("H100", 80 << 30)]))
-    assert "2 ranks on this machine for 1 GPU" in jobs.the_message([run(*healthy)], 1)
+    monkeypatch.setattr(
+        doctor, "look_for_devices", lambda local_rank: Devices("CUDA 13.2", True, [H100], failure="no kernel")
+    )
+    assert "cannot compute: no kernel" in jobs.the_message([run(*healthy)], 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run(*healthy) == jobs.Ended(0, "", "")
@@ -355,7 +357,12 @@ H100 = ("NVIDIA H100", 80 * 2**30)
         (Devices("", False, [], mps=True), {}, "ok", "an Apple GPU"),
         (Devices("", False, [], mps=True), {"LOCAL_WORLD_SIZE": "2"}, "ok", "CPU: no"),
         (Devices("CUDA 13.2", True, [H100] * 2), {"LOCAL_WORLD_SIZE": "2"}, "ok", "2 GPUs: NVIDIA H100, 80 GiB"),
-        (Devices("CUDA 13.2", True, [H100]), {"LOCAL_WORLD_SIZE": "2"}, "problem", "2 ranks on this machine for 1 GPU"),
+        (
+            Devices("CUDA 13.2", True, [H100]),
+            {"LOCAL_WORLD_SIZE": "2"},
+            "warning",
+            "2 ranks on this machine share 1 GPU",
+        ),
         (
             Devices("CUDA 13.2", True, [H100]),
             {"LOCAL_WORLD_SIZE": "2", "SLURM_STEP_ID": "0"},

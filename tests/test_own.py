@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ddp_mnist import Result, TrainConfig, fit
-from ddp_mnist.errors import UsageError
+from ddp_mnist.checkpoint import open_saved
+from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.rundir import without_secrets
 
 README = Path(__file__).parents[1] / "README.md"
 STEPS = 3 * 32
@@ -157,7 +159,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_step(fit_here: Callable[...
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": (points(101, seed=5), points(31))}, "holds a run with --dataset own-"),
+        ({"data": (points(101, seed=5), points(31))}, "holds a run on other tensors"),
         ({"model": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 4))}, "holds a run of another network"),
     ],
     ids=["other data", "other network"],
@@ -181,8 +183,14 @@ ONE = torch.zeros(4, 3, 4)
         ({"data": ((ONE, torch.tensor([0, 1, -1, 2])), points(31))}, "has a label -1"),
         ({"data": ((ONE, torch.tensor([0, 1, 3, 2])), points(31))}, "tells 3 classes apart; there is a label 3"),
         ({"model": lambda: nn.Linear(4, 3)}, "expected logits"),
+        ({"data": (points(101), (torch.zeros(3, 3, 4).byte(), torch.arange(3)))}, "a test image torch.uint8"),
+        (
+            {"data": (points(101), (torch.zeros(3, 4, 4), torch.arange(3)))},
+            r"\(3, 4\), a test image torch.float32 \(4, 4\)",
+        ),
+        ({"data": (points(101), [1, 2, 3])}, "the test set is a list"),
     ],
-    ids=["float labels", "other length", "negative label", "too many classes", "no logits"],
+    ids=["float labels", "other length", "negative label", "too many classes", "no logits", "type", "size", "list"],
 )
 def test_bad_data_and_networks_get_one_clear_message(
     fit_here: Callable[..., Result], change: dict[str, Any], message: str
@@ -194,6 +202,85 @@ def test_bad_data_and_networks_get_one_clear_message(
 def test_uint8_images_are_scaled_and_others_are_not(fit_here: Callable[..., Result]) -> None:
     images, labels = points(101).tensors
     coarse = (images * 255).round()
-    as_bytes = fit_here("bytes", data=((coarse.byte(), labels), points(31)))
-    as_floats = fit_here("floats", data=((coarse / 255, labels), points(31)))
+    as_bytes = fit_here("bytes", data=((coarse.byte(), labels),) * 2)
+    as_floats = fit_here("floats", data=((coarse / 255, labels),) * 2)
     assert as_bytes.summary["train_loss"] == pytest.approx(as_floats.summary["train_loss"], rel=1e-5)
+
+
+class Tied(nn.Module):
+    """Weights that share memory, the shape idiom that cannot take an empty batch, and a layer that stays frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.BatchNorm1d(3).eval()
+        self.into, self.back, self.out = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.back.weight = self.into.weight
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        flat = self.frozen(images).view(images.size(0), -1)
+        return self.out(self.back(self.into(flat).relu()))
+
+
+def test_networks_of_many_kinds_are_trained_and_saved(fit_here: Callable[..., Result]) -> None:
+    result = fit_here(model=Tied, accumulate=4)  # the last batch is one image: three parts would be empty
+    assert result.summary["finished"]
+    saved = load_file(result.run_dir / "model.safetensors")
+    assert torch.equal(saved["into.weight"], saved["back.weight"])
+    assert saved["frozen.num_batches_tracked"] == 0
+    assert not result.model.training
+    volume = fit_here(
+        "volume",
+        model=lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten(), nn.LazyLinear(3)),
+        data=((torch.rand(41, 1, 3, 3, 3), torch.arange(41) % 3),) * 2,
+    )
+    assert volume.summary["finished"]
+
+
+def test_evaluate_and_predict_leave_a_network_of_ones_own_alone(fit_here: Callable[..., Result]) -> None:
+    run_dir = fit_here().run_dir
+    with pytest.raises(JobError, match="only that script can read it"):
+        open_saved(run_dir)
+
+
+SCRIPT = """
+import os, torch
+from torch import nn
+from ddp_mnist import TrainConfig, fit
+
+rank = int(os.environ.get("RANK", "0"))
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+def points(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 4, generator=draw), torch.arange(count) % LABELS
+result = fit(TrainConfig(batch_size=20, epochs=2, SETTINGS), model=network, data=(points(101, SEED), points(31, 1)))
+result.exit()
+"""
+
+
+def run_script(folder: Path, ranks: int, *, labels: str = "2", seed: str = "0", settings: str = "") -> list[jobs.Ended]:
+    path = folder / "script.py"
+    path.write_text(SCRIPT.replace("LABELS", labels).replace("SEED", seed).replace("SETTINGS", settings))
+    return jobs.run_ranks(ranks, program=[sys.executable, str(path)], cwd=folder)
+
+
+def test_ranks_that_were_given_different_data_are_told(tmp_path: Path) -> None:
+    message = jobs.the_message(run_script(tmp_path, 2, seed="rank"), 2)
+    assert "rank 1: it was given other data than rank 0" in message
+
+
+def test_a_mistake_in_a_script_is_one_message_and_2(tmp_path: Path) -> None:
+    assert "there is a label 2" in jobs.the_message(run_script(tmp_path, 2, labels="3"), 2)
+
+
+def test_the_printed_command_says_what_the_script_has_to_change(tmp_path: Path) -> None:
+    (ended,) = run_script(tmp_path, 1, settings="max_steps=3")
+    jobs.succeeded([ended])
+    command = faults.printed_command(ended.out)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert command.endswith(f"script.py  # with output_dir='runs/{run_dir.name}', max_steps=0 in its TrainConfig")
+
+
+def test_secrets_among_a_scripts_arguments_are_not_kept() -> None:
+    words = ["mine.py", "--token=abc", "--api-key", "def", "--keep", "ghi", "--lr", "1"]
+    assert without_secrets(words) == ["mine.py", "--token=***", "--api-key", "***", "--keep", "ghi", "--lr", "1"]
