@@ -50,6 +50,8 @@ TITLES = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
+LEGIBLE = 30
+"""Classes up to which the confusion matrix has numbers: for 200 they take a minute to draw and nobody can read them."""
 GREY, ALARM = "#666666", "#B00020"
 
 
@@ -347,7 +349,8 @@ def confusion_figure(confusion: Sequence[Sequence[int]], dataset: str, name: str
     figure = _figure(9, 7.6)
     matrix, beside = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1])
     matrix.imshow(cells, aspect="auto")
-    for label, prediction in zip(*counts.nonzero(), strict=True):
+    legible = classes <= LEGIBLE
+    for label, prediction in zip(*counts.nonzero(), strict=True) if legible else ():
         on_diagonal = label == prediction
         matrix.text(
             prediction,
@@ -361,13 +364,15 @@ def confusion_figure(confusion: Sequence[Sequence[int]], dataset: str, name: str
     ticks = files.class_names(dataset, classes)
     long = max(map(len, ticks)) > 3
     slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    matrix.set_xticks(range(classes), ticks, **slant)
-    matrix.set_yticks(range(classes), ticks)
+    if legible:
+        matrix.set_xticks(range(classes), ticks, **slant)
+        matrix.set_yticks(range(classes), ticks)
     matrix.set_xlabel("predicted")
     matrix.set_ylabel("true class")
-    matrix.set_xticks(np.arange(classes - 1) + 0.5, minor=True)
-    matrix.set_yticks(np.arange(classes - 1) + 0.5, minor=True)
-    matrix.grid(which="minor", color="#dddddd", lw=0.5)
+    if legible:
+        matrix.set_xticks(np.arange(classes - 1) + 0.5, minor=True)
+        matrix.set_yticks(np.arange(classes - 1) + 0.5, minor=True)
+        matrix.grid(which="minor", color="#dddddd", lw=0.5)
     matrix.tick_params(which="both", length=0)
 
     seen = totals > 0
@@ -382,7 +387,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]], dataset: str, name: str
     beside.spines[["top", "right", "left"]].set_visible(False)
     beside.tick_params(axis="y", which="both", length=0)
     beside.set_xlabel("accuracy")
-    for row, value in zip(rows, accuracy, strict=True):
+    for row, value in zip(rows, accuracy, strict=True) if legible else ():
         beside.annotate(_percent(value, 1), (1.02, row), xycoords=("axes fraction", "data"), va="center")
     wrong = counts.sum() - right.sum()
     caption = f"{wrong:,} of {counts.sum():,} wrong. Colour: the error's share of its true class."

@@ -115,6 +115,12 @@ class Page(HTMLParser):
 # One run
 
 
+def test_a_matrix_of_many_classes_has_colours_only() -> None:
+    confusion = [[5 if row == column else 1 for column in range(60)] for row in range(60)]
+    matrix, beside = report.confusion_figure(confusion, "own-123").axes
+    assert not matrix.texts and not beside.texts and matrix.images
+
+
 def test_a_finished_run_has_three_pictures_and_a_page_that_holds_them(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert report.draw(run) == [run / name for name in [*PICTURES, "report.html"]]
