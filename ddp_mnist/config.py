@@ -63,7 +63,7 @@ class TrainConfig:
 
     recipe: Recipe = "tutorial"
     """Preset for the settings below; an explicit flag beats it. tutorial: Adam 1e-3, batch 64, 5 epochs.
-    fast: one-cycle schedule, 98 % after one epoch. record: 99 % after three, the soonest of those tried."""
+    fast: one-cycle schedule, 98 % after one epoch. record: three epochs, 98.9 %."""
 
     dataset: Dataset = "auto"
     """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
