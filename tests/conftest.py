@@ -17,12 +17,16 @@ STEPS = 26 * EPOCHS
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees the launcher or precision of whoever started pytest, nor leaves its own."""
     for name in list(os.environ):
         if jobs.is_launch_variable(name):
             monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "disabled")  # as for `jobs.environment`
+    yield
+    for name in list(os.environ):  # a job in this process sets some for its children
+        if jobs.is_launch_variable(name):
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

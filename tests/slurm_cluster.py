@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jobs import is_launch_variable
+
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 REAPER = Path(__file__).with_name("reaper.py")
 PATIENCE = 120.0
@@ -119,7 +121,8 @@ class Cluster:
             name: value
             for name, value in os.environ.items()
             # A job that these tests run in, and what would make another checkout's package importable.
-            if not name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_", "DDP_MNIST_", "WANDB_", "PYTHONPATH"))
+            if not is_launch_variable(name)
+            and not name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_", "DDP_MNIST_", "WANDB_", "PYTHONPATH"))
         }
         self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": _path(), "VIRTUAL_ENV": sys.prefix}
         self.env |= {"WANDB_MODE": "disabled"}  # a test that wants the mirror says so

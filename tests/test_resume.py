@@ -98,6 +98,7 @@ DIFFERENT: dict[str, tuple[list[str], str, str]] = {
     "accumulate": (["--accumulate", "2"], "1", "2"),
     "epochs": (["--epochs", "1"], str(EPOCHS), "1"),
     "lr": (["--lr", "0.002"], "0.001", "0.002"),
+    "beta2": (["--beta2", "0.99"], "0.999", "0.99"),
     "schedule": (["--schedule", "onecycle"], "constant", "onecycle"),
     "grad_clip": (["--grad-clip", "1.5"], "0.0", "1.5"),
     "seed": (["--seed", "3"], "0", "3"),
