@@ -574,6 +574,21 @@ def test_a_server_that_does_not_take_the_run_means_offline(
     assert_no_secret(KEY, tmp_path, ended)
 
 
+def test_the_training_comes_first_where_the_cpu_is_short(tmp_path: Path) -> None:
+    """Also where Linux shares it out by sessions, and niceness counts only within one; until the training is over."""
+    run_dir = hand_made(tmp_path / "run")
+    found = start(run_dir, "offline")
+    wait_for_step(run_dir, "offline", 5)  # wandb's own processes are there as well
+    process, *service = family(found)
+    share = Path(f"/proc/{process.pid}/autogroup")
+    autogroups = share.exists()
+    assert service and {one.nice() for one in (process, *service)} == {10}
+    assert not autogroups or share.read_text().endswith(" nice 10\n")
+    found.end(preempted=False, exit_code=0)
+    faults.wait_for(lambda: not autogroups or share.read_text().endswith(" nice 0\n"), "its share of the CPU")
+    found.wait()
+
+
 def test_of_several_ranks_one_has_a_mirror(flags: list[str], tmp_path: Path) -> None:
     words = [*flags, "--wandb", "offline", "--output-dir", str(tmp_path)]
     ranks = [variables | account(tmp_path) for variables in jobs.rank_variables(2)]
