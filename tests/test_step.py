@@ -1,0 +1,96 @@
+"""The training step against the same arithmetic written plainly, and what its optimizer must not cost."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tutorial import TutorialCNN
+
+from ddp_mnist import CNN, TrainConfig
+from ddp_mnist.data import Batch, Split, TrainBatches, to_float
+from ddp_mnist.step import TrainStep
+from ddp_mnist.world import World
+
+STEPS = 50
+
+
+CONFIG = TrainConfig(threads=1, wandb="disabled")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr("ddp_mnist.world._has_accelerator", lambda world_size: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    with World(CONFIG) as found:
+        yield found
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (500, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (500,), generator=generator)
+    made = TrainBatches(Split(images, labels), batch_size=64, rank=0, world_size=1, seed=0)  # the last one has 52
+    return list(itertools.islice(itertools.chain.from_iterable(made.epoch(epoch) for epoch in range(10)), STEPS))
+
+
+def trained(world: World, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    step = TrainStep(CONFIG, world)
+    for batch in batches:
+        step(batch, CONFIG.lr)
+    return step.snapshot()[0]
+
+
+def trained_plainly(net: nn.Module, batches: list[Batch], *, fused: bool) -> dict[str, torch.Tensor]:
+    """As the tutorial writes it, with torch's own optimizer."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
+    for batch in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(net(to_float(batch.images)), batch.labels).backward()
+        optimizer.step()
+    return net.state_dict()
+
+
+def test_fifty_steps_are_those_of_torchs_own_fused_adam_bit_for_bit(world: World, batches: list[Batch]) -> None:
+    found = trained(world, batches)
+    torch.manual_seed(0)
+    expected = trained_plainly(CNN().to(memory_format=torch.channels_last), batches, fused=True)  # type: ignore[call-overload]
+    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+
+
+def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: list[Batch]) -> None:
+    """The tutorial has another memory layout, another order of ReLU and pooling, and an Adam in separate operations."""
+    found = trained(world, batches)
+    torch.manual_seed(0)
+    expected = trained_plainly(TutorialCNN(), batches, fused=False)
+    torch.testing.assert_close(found, dict(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) -> None:
+    """A second, at every start, that torch's optimizers take for it."""
+    command = [
+        jobs.TRAIN[0],
+        "-X",
+        "importtime",
+        *jobs.TRAIN[1:],
+        "--dataset",
+        "fashion-mnist",
+        "--data-dir",
+        str(tiny),
+    ]
+    flags = ["--wandb", "disabled", "--no-pictures", "--max-steps", "2", "--output-dir", str(tmp_path)]
+    ended = jobs.run([*command, *flags])
+    assert ended.code == 0, ended.err
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", ended.err, re.MULTILINE))
+    assert "torch.optim" in imported
+    assert not imported & {"torch._dynamo", "torchvision", "matplotlib", "wandb"}
