@@ -22,7 +22,7 @@ from ddp_mnist.errors import UsageError
 
 Recipe = Literal["tutorial", "fast", "record"]
 Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
-Schedule = Literal["constant", "onecycle"]
+Schedule = Literal["constant", "onecycle", "linear"]
 Precision = Literal["no", "fp16", "bf16"]
 Wandb = Literal["auto", "online", "offline", "disabled"]
 
@@ -88,13 +88,14 @@ class TrainConfig:
     """Split each rank's share of the global batch into this many backward passes, to save memory."""
 
     lr: float = 1e-3
-    """Adam's learning rate; with --schedule onecycle its peak."""
+    """Adam's learning rate; its peak unless --schedule is constant."""
 
     beta2: float = 0.999
     """Adam's decay of the squared gradients; short runs learn more with 0.98."""
 
     schedule: Schedule = "constant"
-    """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine."""
+    """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine. linear: up over the
+    first tenth, then down in a straight line."""
 
     grad_clip: float = 0.0
     """Clip the gradient's norm to this; 0: off."""

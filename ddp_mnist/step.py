@@ -178,12 +178,15 @@ class TrainStep:
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of optimizer step `step` (from 0): a function of the step alone, so resuming needs no state.
 
-    onecycle is torch's OneCycleLR with linear warm-up over the first quarter and a cosine down.
+    onecycle is torch's OneCycleLR with linear warm-up over the first quarter and a cosine down; linear is its linear form,
+    with warm-up over the first tenth. Both start at 1/25 of the peak and end at next to nothing.
     """
     if config.schedule == "constant":
         return config.lr
-    start, end, warm = config.lr / 25, config.lr / 250_000, 0.25 * total_steps - 1
+    warm_up = 0.25 if config.schedule == "onecycle" else 0.1
+    start, end, warm = config.lr / 25, config.lr / 250_000, warm_up * total_steps - 1
     if step < warm:
         return start + (config.lr - start) * step / warm
     done = (step - warm) / (total_steps - 1 - warm)
-    return end + (config.lr - end) * (1 + math.cos(math.pi * done)) / 2
+    left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "onecycle" else 1 - done
+    return end + (config.lr - end) * left

@@ -215,14 +215,17 @@ def test_max_steps_does_not_change_the_length_of_the_schedule(train: Train, tmp_
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 5, 52, 938])
-def test_the_one_cycle_rate_is_torchs_with_a_linear_rise_and_a_cosine_fall(total_steps: int) -> None:
+@pytest.mark.parametrize(("schedule", "warm_up", "fall"), [("onecycle", 0.25, "cos"), ("linear", 0.1, "linear")])
+def test_a_schedules_rate_is_torchs_with_a_linear_rise(
+    schedule: Any, warm_up: float, fall: str, total_steps: int
+) -> None:
     def torchs(anneal: str) -> list[float]:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=0.01,
             total_steps=total_steps,
-            pct_start=0.25,
+            pct_start=warm_up,
             anneal_strategy=anneal,
             cycle_momentum=False,
         )
@@ -234,10 +237,10 @@ def test_the_one_cycle_rate_is_torchs_with_a_linear_rise_and_a_cosine_fall(total
                 scheduler.step()
         return rates
 
-    config = TrainConfig(schedule="onecycle", lr=0.01)
-    rising = 0.25 * total_steps - 1
-    for step, (linear, cosine) in enumerate(zip(torchs("linear"), torchs("cos"), strict=True)):
-        expected = linear if step <= rising else cosine
+    config = TrainConfig(schedule=schedule, lr=0.01)
+    rising = warm_up * total_steps - 1
+    for step, (linear, falling) in enumerate(zip(torchs("linear"), torchs(fall), strict=True)):
+        expected = linear if step <= rising else falling
         assert learning_rate(config, step, total_steps) == pytest.approx(expected, rel=1e-9), step
 
 
@@ -257,7 +260,7 @@ def test_the_rate_of_the_schedule_is_the_rate_of_the_optimizer(train: Train, tmp
     """Adam's first step moves every weight that has a gradient by about the rate."""
     torch.manual_seed(0)
     before = TutorialCNN().state_dict()
-    for schedule, rate in (("constant", 0.01), ("onecycle", 0.01 / 25)):
+    for schedule, rate in (("constant", 0.01), ("onecycle", 0.01 / 25), ("linear", 0.01 / 25)):
         run_dir = tmp_path / schedule
         assert train("--schedule", schedule, "--lr", "0.01", "--max-steps", "1", "--output-dir", run_dir).code == 0
         moved = (load_file(run_dir / "model.safetensors")["fc1.bias"] - before["fc1.bias"]).abs()
