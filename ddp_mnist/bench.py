@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_mnist import rundir
-from ddp_mnist.config import default_data_dir, world_size_from_environment
+from ddp_mnist.config import default_data_dir
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.process import world_size_from_environment
 
 if TYPE_CHECKING:
     from ddp_mnist.bench_rows import Line, Setup

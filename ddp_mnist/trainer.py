@@ -16,14 +16,14 @@ from torch import nn
 
 from ddp_mnist import rundir
 from ddp_mnist.checkpoint import MODEL, Checkpoints, SaveClock, Snapshot, TrainState, publish_weights
-from ddp_mnist.config import TrainConfig, rank_from_environment
+from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import SYNTHETIC_WARNING, Pair, Split, TrainBatches, load
 from ddp_mnist.data import own as own_data
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import Score, class_count, evaluate
 from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mode, decide
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import code_of, leave, tell_uncaught
+from ddp_mnist.process import code_of, leave, rank_from_environment, tell_uncaught
 from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.tracking import Tracker

@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from ddp_mnist.config import TrainConfig, world_size_from_environment
+from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.process import world_size_from_environment
 
 T = TypeVar("T")
 
