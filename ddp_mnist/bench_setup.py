@@ -10,15 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ddp_mnist import files
 from ddp_mnist.config import RECIPES, TrainConfig
 from ddp_mnist.data import Split
 from ddp_mnist.errors import JobError
@@ -76,16 +76,9 @@ def stage(name: str, train: Split, test: Split, root: Path) -> str:
     folder = root / ("MNIST" if whole else "FashionMNIST") / "raw"
     folder.mkdir(parents=True)
     for prefix, split in {"train": train, "t10k": test}.items():
-        for ending, content in staged(split.images, split.labels):
-            (folder / f"{prefix}-{ending}").write_bytes(content)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(files.pack(split.images.squeeze(1).numpy()))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(files.pack(split.labels.to(torch.uint8).numpy()))
     return "mnist" if whole else "fashion-mnist"
-
-
-def staged(images: Tensor, labels: Tensor) -> Iterator[tuple[str, bytes]]:
-    """(name's ending, content) of the two IDX files of a split."""
-    for ending, array in {"images-idx3-ubyte": images.squeeze(1), "labels-idx1-ubyte": labels.to(torch.uint8)}.items():
-        sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-        yield ending, bytes([0, 0, 8, array.ndim]) + sizes + array.numpy().tobytes()
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
