@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_mnist import rundir
+from ddp_mnist import provenance, rundir
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.process import world_size_from_environment
@@ -181,7 +181,7 @@ def _digits(options: argparse.Namespace, images: int) -> tuple[str, Split, Split
 def _machine(threads: int) -> dict[str, Any]:
     import torch
 
-    facts = rundir.facts(1)
+    facts = provenance.facts(1)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cuda = torch.cuda.is_available()
     return {

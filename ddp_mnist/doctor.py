@@ -142,17 +142,13 @@ def own_findings(config: TrainConfig) -> list[Finding]:
 
 def meet(config: TrainConfig, mine: list[Finding]) -> list[Finding]:
     """Bring the ranks together as the job does; the findings of all of them. Raises: JobError when one is missing."""
-    from ddp_mnist.world import World, is_lost_rank, lost_rank
+    from ddp_mnist.world import World, lost_ranks_told
 
     with World(config) as world:
-        try:
+        with lost_ranks_told(world):
             me = Rank(socket.gethostname(), machine.allowed_cpus(), world.threads, machine.versions(), mine)
             everyone = gather(world, me)
             milliseconds = [all_reduce_milliseconds(world, length) for length in (1, GRADIENTS)]
-        except RuntimeError as error:
-            if not is_lost_rank(error):
-                raise
-            raise lost_rank(error, world) from error
         backend = world.accelerator.state.backend
     return merge(everyone) + together(everyone, backend, milliseconds)
 

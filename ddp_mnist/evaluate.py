@@ -23,7 +23,7 @@ from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import Split, evaluation_batches, to_float
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.process import leave, muted, rank_from_environment, show_warnings, tell
-from ddp_mnist.world import World, is_lost_rank, lost_rank
+from ddp_mnist.world import World, lost_ranks_told
 
 WORST = 25
 """Mistakes that a Score remembers."""
@@ -183,12 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
     try:
         with World(TrainConfig(threads=options.threads, mixed_precision="no")) as world:
-            try:
+            with lost_ranks_told(world):
                 saved, train, test = rescore(options.run_dir, world, options.data_dir)
-            except RuntimeError as error:
-                if not is_lost_rank(error):
-                    raise
-                raise lost_rank(error, world) from error
             if world.is_main:
                 _tell(saved, train, test, world, options)
         _compare(saved, train, test, world)
