@@ -73,7 +73,9 @@ BENCH = "tests/test_bench.py::quick"
 COMMANDS: dict[str, Here | By | Not] = {
     # make, and what leads to it
     "make train": here(TRAINED),
-    'make train ARGS="--recipe fast --epochs 2 --output-dir runs/fast"': here(TRAINED, ('ARGS="', 'ARGS="FLAGS --fresh ')),
+    'make train ARGS="--recipe fast --epochs 2 --output-dir runs/fast"': here(
+        TRAINED, ('ARGS="', 'ARGS="FLAGS --fresh ')
+    ),
     "make install": by("Makefile", "test: install", ".[dev]"),
     "make test": by(".ci/run", "make test"),
     "make check": by(".ci/run", "make check"),
@@ -262,6 +264,7 @@ def checkout(tmp_path: Path, run_at: Callable[[int], Path], tiny: Path) -> Calla
             "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
             "DDP_MNIST_DATA": str(tiny),
             "ARGS": flags,  # `make train` takes them from here where its command line has none
+            "OMP_WAIT_POLICY": "passive",  # threads that spin make a busy machine many times slower
             "PET_MASTER_PORT": str(jobs.free_port()),  # torchrun's --master-port
             "ACCELERATE_USE_CPU": "1",  # --multi_gpu where there is none
         }
@@ -311,7 +314,7 @@ def shape(line: str) -> str:
 def test_the_output_in_the_readme_is_what_is_printed(checkout: Callable[..., jobs.Ended]) -> None:
     shown = next(content for language, content in documents.blocks(README) if language == "text").splitlines()
     ended = checkout(
-        "python -m ddp_mnist.train FLAGS --recipe fast --epochs 2 --wandb offline --output-dir runs/shown",
+        "python -m ddp_mnist.train FLAGS --threads 2 --recipe fast --epochs 2 --wandb offline --output-dir runs/shown",
         WANDB_MODE="offline",
     )
     printed = [shape(line.replace("runs/shown", "runs/fast")) for line in ended.out.splitlines()]
