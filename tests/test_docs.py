@@ -1,0 +1,537 @@
+"""The documents say what is true: each command in them is run, here or by the test named here, links lead somewhere,
+flags exist, and figures are those of the benchmark's file."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import documents
+import jobs
+import pytest
+from documents import DOCUMENTS, README, ROOT
+
+# What is known of each command
+
+
+@dataclass(frozen=True)
+class Here:
+    """Run by this file, by bash, where a user would stand, as it is written but for what `tiny` puts in its place."""
+
+    prints: str
+    swap: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class By:
+    """Run by a test (or a file), whose source has these words."""
+
+    where: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Not:
+    """Not run by any test, for this reason."""
+
+    because: str
+
+
+def here(prints: str, *swap: tuple[str, str]) -> Here:
+    return Here(prints, swap)
+
+
+def by(where: str, *words: str) -> By:
+    return By(where, words)
+
+
+TRAINED = "wrote runs/"
+PORT = ("accelerate launch", "accelerate launch --main_process_port PORT")
+TINY = ("ddp_mnist.train", "ddp_mnist.train FLAGS")
+DIGITS = ("ddp_mnist.data fetch", "ddp_mnist.data fetch --dataset fashion-mnist")
+CHECK = ("ddp_mnist.data verify", "ddp_mnist.data verify --dataset fashion-mnist")
+DOCTOR = ("ddp_mnist.doctor", "ddp_mnist.doctor --dataset fashion-mnist")
+A_NAME = "the name of a program, not a command"
+OF_SLURM = "SLURM's own, asks and changes nothing"
+SETS_UP = "tests/test_slurm.py::test_requeues_are_counted"
+SHAPES = "tests/test_slurm.py::test_shapes"
+SWEEP = "tests/test_slurm.py::test_a_sweep_with_one_task_requeued_alone"
+SUBMIT = "tests/test_launch.py::test_the_batch_script_is_the_pinned_one"
+BENCH = "tests/test_bench.py::quick"
+
+COMMANDS: dict[str, Here | By | Not] = {
+    # make, and what leads to it
+    "make train": here(TRAINED),
+    'make train ARGS="--recipe fast --epochs 2 --output-dir runs/fast"': here(
+        TRAINED, ('ARGS="', 'ARGS="FLAGS --fresh ')
+    ),
+    "make install": by("Makefile", "test: install", ".[dev]"),
+    "make test": by(".ci/run", "make test"),
+    "make check": by(".ci/run", "make check"),
+    "make fast": by("Makefile", "\nfast: install\n", '-m "not slow"'),
+    "make coverage": by("Makefile", "\ncoverage: install\n"),
+    "make faults": by("Makefile", "\nfaults: install\n"),
+    'make test PYTEST_ARGS="tests/test_data.py tests/test_config.py"': by("Makefile", "-m pytest $(PYTEST_ARGS)"),
+    "make bench": by(BENCH, "ddp_mnist.bench"),
+    "python -m ddp_mnist.bench": by(BENCH, "ddp_mnist.bench"),
+    "python -m ddp_mnist.bench --json docs/benchmarks/<gpu>-<date>.json": by(BENCH, "ddp_mnist.bench", "--json"),
+    "source .venv/bin/activate": here(""),
+    "export DDP_MNIST_DATA=/scratch/data": here(""),
+    "pip install pre-commit && pre-commit install": Not("installs a package that nothing else needs"),
+    "python -m pytest -m gpu": Not("needs an NVIDIA GPU"),
+    # training
+    "python -m ddp_mnist.train": here(TRAINED, TINY),
+    "python -m ddp_mnist.train --help": here("--batch-size"),
+    "torchrun --nproc-per-node 2 -m ddp_mnist.train": here(TRAINED, TINY),
+    "accelerate launch -m ddp_mnist.train": here(TRAINED, TINY, PORT),
+    "accelerate launch --config_file launch/cpu.yaml -m ddp_mnist.train": here(TRAINED, TINY, PORT),
+    "accelerate launch --multi_gpu --num_processes 4 -m ddp_mnist.train": here(TRAINED, TINY, PORT),
+    "accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank 0 --main_process_ip 10.0.0.1 "
+    "--main_process_port 29400 -m ddp_mnist.train --output-dir runs/two-machines": by(
+        "tests/test_docs.py::test_two_machines_without_slurm", "command.replace"
+    ),
+    "accelerate launch --cpu --num_processes 2": by(
+        "tests/test_doctor.py::test_accelerate_launch_that_silently_starts_one_process", "--cpu --num_processes 2"
+    ),
+    "accelerate launch mine.py": here("wrote runs/mine", PORT),
+    "torchrun --nproc-per-node 2 mine.py": here("wrote runs/mine"),
+    "accelerate launch": Not(A_NAME),
+    "accelerate launch --config_file": Not(A_NAME),
+    "python -m": Not(A_NAME),
+    # data
+    "python -m ddp_mnist.data fetch": here("ok ", DIGITS),
+    "python -m ddp_mnist.data verify": here("ok ", CHECK),
+    # runs
+    "python -m ddp_mnist.report runs/fast": here("runs/fast/report.html"),
+    "python -m ddp_mnist.report runs/*-fast --output compare": here("compare/report.html"),
+    "python -m ddp_mnist.report runs/slurm-<job>": here("report.html"),
+    "python -m ddp_mnist.evaluate runs/fast": here("Checking accuracy on test data"),
+    "python -m ddp_mnist.predict runs/fast photo.png": here("photo.png"),
+    "wandb sync": by("tests/test_mirror.py::test_offline_attempts_are_synced_into_one_curve", "wandb sync"),
+    "wandb leet runs/fast/wandb": by(
+        "tests/test_mirror.py::test_an_offline_run_equals_metrics_jsonl", '"leet", "inspect"'
+    ),
+    # the doctor
+    "python -m ddp_mnist.doctor": here("ok ", DOCTOR),
+    "python -m ddp_mnist.doctor --recipe fast": here("ok ", DOCTOR),
+    "torchrun --nproc-per-node 4 -m ddp_mnist.doctor": here("ok ", DOCTOR),
+    "srun slurm/rank.sh python -m ddp_mnist.doctor": by("slurm/train.sh", "\nsrun ", "slurm/rank.sh"),
+    # the benchmark's scripts
+    "python docs/benchmarks/variants.py": Not("minutes of measuring; test_each_program_has_help imports it"),
+    "python docs/benchmarks/tune.py": Not("hours of measuring; test_each_program_has_help imports it"),
+    # SLURM
+    "sbatch slurm/train.sh": by(SHAPES, 'site.sbatch("slurm/train.sh"'),
+    "sbatch --gpus-per-node=1 slurm/train.sh --recipe fast": by(SHAPES, "--gpus-per-node=", "slurm/train.sh"),
+    "sbatch --gpus-per-node=8 --cpus-per-gpu=4 slurm/train.sh": by(SHAPES, "--gpus-per-node=", "slurm/train.sh"),
+    "sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=4 slurm/train.sh --epochs 20": by(
+        SHAPES, "--nodes=2", "--gpus-per-node=2", "slurm/train.sh"
+    ),
+    "sbatch --nodes=2 --ntasks-per-node=4 --cpus-per-task=2 slurm/train.sh": by(
+        SHAPES, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2", "slurm/train.sh"
+    ),
+    'ENV_SETUP="module load python/3.11; source ~/envs/ddp/bin/activate" sbatch slurm/train.sh': by(
+        SETS_UP, "ENV_SETUP=", "slurm/train.sh"
+    ),
+    'ENV_SETUP="source ~/miniforge3/etc/profile.d/conda.sh; conda activate ddp" sbatch slurm/train.sh': by(
+        SETS_UP, "ENV_SETUP=", "slurm/train.sh"
+    ),
+    "sbatch --signal=USR2@600": by("slurm/train.sh", "#SBATCH --signal=USR2@120"),
+    "squeue --me": Not(OF_SLURM),
+    'sinfo -o "%P %G %c"': Not(OF_SLURM),
+    "tail -f slurm-<job>.out": Not("does not end by itself"),
+    "scontrol show job <job>": by("tests/slurm_cluster.py::Job", '"scontrol"', '"show", "job"'),
+    "scontrol requeue <job>": by(
+        "tests/test_slurm.py::test_scontrol_requeue_while_running", '"scontrol", "requeue", job.id'
+    ),
+    "scancel --signal=TERM <job>": by(SETS_UP, '"scancel", "--signal=TERM", job.id'),
+    "scancel <job>": by("tests/test_slurm.py::test_scancel_is_the_end", '"scancel", job.id'),
+    "export GLOO_SOCKET_IFNAME=... NCCL_SOCKET_IFNAME=...": Not("which interface it is, only the cluster knows"),
+    "cat rates.txt": here("--lr 3e-3"),
+    "slurm/sweep.sh rates.txt --gpus-per-node=1 -- --epochs 3": by(SWEEP, '"slurm/sweep.sh"', '"--"'),
+    "sbatch --array=2 slurm/sweep.sh rates.txt -- --epochs 3": by("slurm/sweep.sh", "sbatch ", " --array=", "slurm/"),
+    "python -m launch.submit": by(SUBMIT, "launch.submit"),
+    "python -m launch.submit --help": here("--sbatch"),
+    "python -m launch.submit --nodes 2 --gpus-per-node 8 --partition gpu --time-min 60 --follow -- --recipe fast": by(
+        SUBMIT, "launch.submit", "--nodes=2", "--gpus-per-node=", "--partition=gpu", "--time-min=", '"--"'
+    ),
+}
+
+FOUND = {command: document for document in reversed(DOCUMENTS) for command in documents.commands(document)}
+
+
+def of_kind(kind: type) -> list[str]:
+    return [command for command, how in COMMANDS.items() if isinstance(how, kind)]
+
+
+def test_every_command_is_run_or_it_is_known_why_not() -> None:
+    unknown = {command: documents.name(path) for command, path in FOUND.items() if command not in COMMANDS}
+    assert not unknown, "say in COMMANDS what runs them"
+    assert not set(COMMANDS) - set(FOUND), "no document has these any more"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documents.name)
+def test_every_block_says_what_it_is(document: Path) -> None:
+    assert {language for language, _ in documents.blocks(document)} <= {"python", "text", "console"}
+    assert document.read_text().count("```") == 2 * len(documents.blocks(document))
+
+
+@cache
+def top_level(path: Path) -> dict[str, ast.stmt]:
+    found: dict[str, ast.stmt] = {}
+    for node in ast.parse(path.read_text()).body:
+        names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        found |= dict.fromkeys(names, node)
+    return found
+
+
+def source(where: str) -> str:
+    """Of a test, with the constants, helpers and fixtures of its module that it uses; or a whole file."""
+    file, _, test = where.partition("::")
+    text = (ROOT / file).read_text()
+    if not test:
+        return "\n" + text
+    nodes, lines = top_level(ROOT / file), text.splitlines()
+    assert test in nodes, f"{file} has no {test}"
+    seen, todo, pieces = set(), [test], []
+    while todo:
+        if (name := todo.pop()) in seen or name not in nodes:
+            continue
+        seen.add(name)
+        node = nodes[name]
+        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+        pieces += lines[first - 1 : node.end_lineno]
+        for part in ast.walk(node):
+            todo += [part.id] if isinstance(part, ast.Name) else [part.arg] if isinstance(part, ast.arg) else []
+    return "\n".join(pieces)
+
+
+@pytest.mark.parametrize("command", of_kind(By))
+def test_what_is_said_to_run_a_command_has_its_words(command: str) -> None:
+    how = COMMANDS[command]
+    assert isinstance(how, By)
+    text = source(how.where)
+    assert [word for word in how.words if word not in text] == []
+
+
+# The commands that are run here
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, run_at: Callable[[int], Path], tiny: Path) -> Callable[..., jobs.Ended]:
+    """Where a user stands after `make install` and a few runs; returns what runs a line there, as bash does."""
+    from PIL import Image
+
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("ddp_mnist", "launch", "slurm", "docs", "Makefile", "pyproject.toml", "constraints.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    venv = folder / ".venv"
+    venv.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (venv / path.name).symlink_to(path)
+    (venv / ".installed").unlink(missing_ok=True)
+    (venv / ".installed").touch()  # newer than what it follows from: make installs nothing
+    for name in ("runs/fast", "runs/20260101-120000-fast", "runs/20260101-130000-fast", "runs/slurm-4711"):
+        shutil.copytree(run_at(1), folder / name)
+    image = Image.new("L", (90, 120), 255)
+    image.paste(0, (40, 20, 50, 100))
+    image.save(folder / "photo.png")
+    (folder / "mine.py").write_text(next(code for language, code in documents.blocks(README) if language == "python"))
+    (console,) = [code for language, code in documents.blocks(ROOT / "docs/cluster.md") if language == "console"]
+    (folder / "rates.txt").write_text(console.partition("$ cat rates.txt\n")[2].partition("\n\n")[0] + "\n")
+
+    flags = "--dataset fashion-mnist --threads 1 --no-pictures --batch-size 60 --epochs 1 --wandb disabled"
+
+    def run(command: str, **variables: str) -> jobs.Ended:
+        places = {"FLAGS": flags, "PORT": str(jobs.free_port()), "<job>": "4711"}
+        for place, value in places.items():
+            command = re.sub(rf"(?<![\w-]){place}(?![\w-])|(?<=-){re.escape(place)}(?!\w)", value, command)
+        environment = {
+            "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
+            "DDP_MNIST_DATA": str(tiny),
+            "ARGS": flags,  # `make train` takes them from here where its command line has none
+            "OMP_WAIT_POLICY": "passive",  # threads that spin make a busy machine many times slower
+            "PET_MASTER_PORT": str(jobs.free_port()),  # torchrun's --master-port
+            "ACCELERATE_USE_CPU": "1",  # --multi_gpu where there is none
+        }
+        return jobs.run(["bash", "-ec", command], environment | variables, cwd=folder)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", of_kind(Here))
+def test_the_command_does_what_it_is_for(command: str, checkout: Callable[..., jobs.Ended]) -> None:
+    how = COMMANDS[command]
+    assert isinstance(how, Here)
+    line = command
+    for old, new in how.swap:
+        assert old in line
+        line = line.replace(old, new)
+    ended = checkout(line)
+    assert ended.code == 0, ended.err + ended.out
+    assert how.prints in ended.out
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_two_machines_without_slurm(checkout: Callable[..., jobs.Ended]) -> None:
+    """The README's line, on two machines of one process each that are this one."""
+    (command,) = [command for command in documents.commands(README) if "--num_machines" in command]
+    here = [("10.0.0.1", "127.0.0.1"), ("29400", str(jobs.free_port())), ("--num_processes 8", "--num_processes 2")]
+    for old, new in [*here, TINY]:
+        assert command.count(old) == 1
+        command = command.replace(old, new)
+    second = command.replace("--machine_rank 0", "--machine_rank 1")
+    ended = checkout(f"{second} & {command} && wait $!")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("wrote runs/two-machines") == 1
+    told = checkout("cat runs/two-machines/summary.json").out
+    assert (json.loads(told)["world_size"], json.loads(told)["finished"]) == (2, True)
+
+
+def shape(line: str) -> str:
+    """A line of output without its numbers and names."""
+    line = re.sub(r"\d[\d,.]*", "0", line.replace("fashion-mnist", "mnist"))
+    return re.sub(r"offline-run-\*-\w+", "offline-run", line)
+
+
+@pytest.mark.slow
+def test_the_output_in_the_readme_is_what_is_printed(checkout: Callable[..., jobs.Ended]) -> None:
+    shown = next(content for language, content in documents.blocks(README) if language == "text").splitlines()
+    ended = checkout(
+        "python -m ddp_mnist.train FLAGS --threads 2 --recipe fast --epochs 2 --wandb offline --output-dir runs/shown",
+        WANDB_MODE="offline",
+    )
+    printed = [shape(line.replace("runs/shown", "runs/fast")) for line in ended.out.splitlines()]
+    position = 0
+    for line in shown:
+        if line != "...":
+            assert shape(line) in printed[position:], f"not printed, or not in this order: {line}"
+            position += printed[position:].index(shape(line)) + 1
+
+
+@pytest.mark.slow
+def test_the_python_in_watching_md_loads_a_trained_model(checkout: Callable[..., jobs.Ended]) -> None:
+    (code,) = [content for language, content in documents.blocks(ROOT / "docs/watching.md") if language == "python"]
+    ended = checkout(f"python -c {shlex.quote(code + 'print(net)')}")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("CNN(")
+
+
+# Flags
+
+PROGRAMS = {
+    **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("train", "data", "report", "evaluate")},
+    **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("predict", "doctor", "bench", "reference")},
+    **{f"launch.{name}": ("-m", f"launch.{name}") for name in ("submit", "check", "table")},
+    **{f"docs/benchmarks/{name}.py": (f"docs/benchmarks/{name}.py",) for name in ("tune", "variants")},
+}
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
+# A machine without SLURM cannot be asked; `sbatch --help` has them.
+SBATCH = {
+    *("--account", "--array", "--constraint", "--cpus-per-gpu", "--cpus-per-task", "--gpus-per-node", "--me", "--mem"),
+    *("--nodes", "--ntasks-per-node", "--partition", "--signal", "--time"),
+}
+
+
+@cache
+def flags_of(program: str) -> frozenset[str]:
+    """That its help tells of."""
+    ended = jobs.run([sys.executable, *PROGRAMS[program], "--help"], {"COLUMNS": "200"}, cwd=ROOT)
+    assert ended.code == 0, ended.err
+    return frozenset(FLAG.findall(ended.out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_program_has_help(program: str) -> None:
+    assert "--help" in flags_of(program)
+
+
+def launcher_flags(name: str) -> set[str]:
+    if name == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        return {option for action in get_args_parser()._actions for option in action.option_strings}
+    from accelerate.commands.launch import launch_command_parser
+
+    return {option for action in launch_command_parser()._actions for option in action.option_strings}
+
+
+def split(command: str) -> Iterator[tuple[str, str]]:
+    """(program, flag) for each flag of a command, for a launcher's and its program's alike."""
+    program = ""
+    for word in shlex.split(command):
+        name = word.rpartition("/")[2]
+        if word in PROGRAMS or name in ("accelerate", "torchrun", "sbatch", "sweep.sh", "mine.py", "squeue", "scancel"):
+            program = word if word in PROGRAMS else name
+        elif word == "slurm/train.sh" or (word == "--" and program):
+            program = "ddp_mnist.train"
+        elif flag := FLAG.match(word):
+            yield program, flag[0]
+
+
+@pytest.mark.slow
+def test_every_flag_of_a_command_is_one_of_its_program() -> None:
+    known: dict[str, set[str] | frozenset[str]] = {name: flags_of(name) for name in PROGRAMS}
+    known["ddp_mnist.doctor"] = known["ddp_mnist.doctor"] | known["ddp_mnist.train"]
+    known |= {name: launcher_flags(name) for name in ("accelerate", "torchrun")}
+    known |= dict.fromkeys(("sbatch", "sweep.sh", "squeue", "scancel"), SBATCH)
+    wrong = [
+        (command, flag)
+        for command in FOUND
+        if not command.startswith("make")
+        for program, flag in split(command)
+        if flag not in known[program]
+    ]
+    assert not wrong
+    # And where a flag is only spoken of, some program has it.
+    anywhere = set().union(*known.values())
+    told = {flag for document in DOCUMENTS for flag in FLAG.findall(documents.prose(document))}
+    assert told - anywhere == set()
+
+
+# Links, names, order, length
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documents.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in documents.links(document):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists() and target.is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in documents.anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documents.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    named = [span for span in documents.spans(document) if re.fullmatch(r"[\w./-]+\.(py|sh|md|yaml|toml|txt)", span)]
+    folders = [ROOT, document.parent, ROOT / "ddp_mnist", ROOT / "launch"]
+    of_the_reader = {"mine.py", "rates.txt"}
+    assert [each for each in named if each not in of_the_reader and not any((f / each).exists() for f in folders)] == []
+
+
+def test_each_claim_names_the_test_that_proves_it() -> None:
+    claims = documents.rows(documents.section(README, "What makes it different"))
+    assert len(claims) > 5
+    for claim, proof in claims:
+        assert re.findall(r"`tests/test_\w+\.py`", proof), claim
+
+
+def test_the_readme_is_short_and_in_order() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) < 250
+    assert [line[3:] for line in lines if line.startswith("## ")] == [
+        "Two commands",
+        "What you have → what you type",
+        "Results",
+        "What makes it different",
+        "Make it yours",
+        "When it stops",
+        "Watching a run",
+        "What is not here",
+        "Where things are",
+        "More",
+    ]
+
+
+# Figures
+
+NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)(?: \((\d[\d,.]*)-(\d[\d,.]*)\)| ± (\d[\d,.]*))?")
+# By the words that begin a row of the README: the rows of the benchmark whose figures it has.
+MEASURED = {
+    "training, the tutorial's recipe": ["training, one epoch, batch 64, Adam 1e-3"],
+    "training seconds to 98 %": ["training until 98 %: --recipe fast --epochs 1"],
+    "the whole command, 5 epochs": ["the whole command, 5 epochs and all scores"],
+    "2 ranks": ["CPU: 2 ranks x 1 thread, batch 512"],
+    "training seconds and test accuracy": ["training until a mean of 99 %: --recipe record", "its test accuracy"],
+    "logging, checkpoints, W&B": ["training with checkpoints, tracking, stop agreement: 5 epochs"],
+}
+
+
+def measured() -> dict[str, Any]:
+    """The file that the README links to."""
+    (linked,) = {link for link in documents.links(README) if link.endswith(".json")}
+    return json.loads((README.parent / linked).read_text())
+
+
+def line_of(report: dict[str, Any], what: str, after: str = "") -> dict[str, Any]:
+    """A row of the benchmark by its name; the first one behind another where several have it."""
+    names = [line["what"] for line in report["rows"]]
+    return report["rows"][names.index(what, names.index(after) if after else 0)]
+
+
+def shows(cell: str, values: dict[str, float], shown: str) -> str | None:
+    """The first figure of this value in the cell, which then is checked with its spread; None: it does not have it."""
+    for number, low, high, deviation in NUMBER.findall(cell):
+        if rounds_to(number, values[shown]):
+            spread = [(low, "min"), (high, "max")] if low else [(deviation, "sd")] if deviation else []
+            assert all(rounds_to(text, values[key]) for text, key in spread), f"{cell}: not {values}"
+            return number
+    return None
+
+
+def rounds_to(text: str, value: float) -> bool:
+    """Whether these digits are the value, rounded once."""
+    digits = text.replace(",", "")
+    decimals = len(digits.partition(".")[2])
+    return abs(float(digits) - value) <= 0.5 * 10**-decimals * 1.0001
+
+
+def test_the_figures_in_the_readme_are_those_of_the_benchmarks_file() -> None:
+    report = measured()
+    cells_of = {cells[0]: cells for cells in documents.rows(documents.section(README, "Results")) if len(cells) == 4}
+    assert len(cells_of) == len(MEASURED)
+    for begins, names in MEASURED.items():
+        (cells,) = [cells for what, cells in cells_of.items() if what.startswith(begins)]
+        for name in names:
+            line = line_of(report, name, after=names[0])
+            assert shows(cells[1], line["ours"], line["shown"]), f"{cells[1]}: not {line['ours']}"
+            assert shows(cells[2], line["other"], line["shown"]), f"{cells[2]}: not {line['other']}"
+        ratio = line_of(report, names[0])
+        found = shows(cells[3], {key: ratio[f"ratio{tail}"] for key, tail in RATIO.items()}, "median")
+        assert found, f"{cells[3]}: not {ratio['ratio']}"
+
+
+RATIO = {"median": "", "min": "_min", "max": "_max"}
+
+
+def test_the_readme_says_on_what_it_was_measured() -> None:
+    text, report = documents.section(README, "Results"), measured()
+    versions = report["machine"]["versions"]
+    assert f"torch {versions['torch'].rpartition('.')[0]};" in text
+    assert report["data"] == {"name": "mnist", "train_images": 60_000, "test_images": 10_000}
+    assert f"median (min-max) of {report['settings']['repeats']}" in text
+    assert f"{report['settings']['seeds']} seeds" in text
+    tried = documents.rows(documents.section(ROOT / "docs/benchmarks/README.md", "How `record` was chosen"))
+    assert f"best of {len(tried)} tried" in text
+
+
+def test_the_table_beside_the_file_is_the_files() -> None:
+    (linked,) = {link for link in documents.links(README) if link.endswith(".json")}
+    file = ROOT / linked
+    ended = subprocess.run(
+        [sys.executable, "-m", "ddp_mnist.bench", "--table", file],
+        capture_output=True,
+        text=True,
+        env=jobs.environment(),
+    )
+    assert ended.stdout.split() == file.with_suffix(".md").read_text().split()
