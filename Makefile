@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
 
-.PHONY: install train test bench check clean
+.PHONY: install train test faults bench check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ train: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Break the package on purpose, in one place after the other, and see the tests fail; ARGS="fsync dropout" for some.
+faults: install
+	$(BIN)/python tests/planted.py $(ARGS)
 
 # Some 20 minutes on two cores; ARGS="--quick" for two, ARGS="--json FILE" to keep the figures.
 bench: install
