@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
 
-.PHONY: install train test faults bench check clean
+.PHONY: install train test coverage faults bench check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,6 +24,12 @@ train: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# All tests, with the lines and branches that none of them ran, in whatever process.
+coverage: install
+	rm -f .coverage .coverage.*
+	status=0; $(BIN)/python -m coverage run -m pytest $(PYTEST_ARGS) || status=$$?; \
+	    $(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report && exit $$status
 
 # Break the package on purpose, in one place after the other, and see the tests fail; ARGS="fsync dropout" for some.
 faults: install
@@ -42,4 +48,4 @@ check: install
 	else echo 'shellcheck is not installed: shell scripts not checked'; fi
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
