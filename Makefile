@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python 3 and make:
 #   make train   virtual environment, install, the main job        (ARGS="--recipe fast" for more)
-#   make test    install, tests
+#   make test    install, tests                               (make fast: a minute's worth of them)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
 
-.PHONY: install train test coverage faults bench check clean
+.PHONY: install train test fast coverage faults bench check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ train: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# A minute and a half at most on two cores: something of every module, without whole jobs.
+fast: install
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 # All tests, with the lines and branches that none of them ran, in whatever process.
 coverage: install

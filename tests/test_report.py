@@ -135,6 +135,7 @@ def test_a_finished_run_has_three_pictures_and_a_page_that_holds_them(run: Path)
     assert all((run / name).read_bytes() == content for name, content in before.items())
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_other_file_and_no_network(run: Path) -> None:
     report.draw(run)
     page = Page(run / "report.html")
@@ -303,6 +304,7 @@ def test_the_dataset_stands_in_every_picture(tmp_path: Path, tiny: Path, dataset
         assert figure.get_suptitle().splitlines()[-1].startswith(f"{title}: ")
 
 
+@pytest.mark.slow
 def test_generated_digits_are_drawn_again_and_cannot_be_taken_for_mnist(tmp_path: Path, tiny: Path) -> None:
     from ddp_mnist.synthetic import make_digits
 
@@ -539,6 +541,7 @@ def test_a_place_that_cannot_be_written_is_named(run: Path, tmp_path: Path) -> N
         report.draw(run, output=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_pyplot_is_imported_and_matplotlib_only_to_draw(run: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ddp_mnist import report; before = set(sys.modules)\n"
@@ -552,5 +555,6 @@ def test_neither_torch_nor_pyplot_is_imported_and_matplotlib_only_to_draw(run: P
 # A run of the job itself
 
 
+@pytest.mark.slow
 def test_a_run_of_the_job_can_be_drawn(run_at: Any, tmp_path: Path) -> None:
     assert tmp_path / "curves.png" in report.draw(run_at(1), output=tmp_path)
