@@ -187,6 +187,7 @@ def test_the_data_may_lie_elsewhere_by_now(rescore: Command, a_run: Path, tiny: 
     assert not (a_run / "gone").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_scored_at_its_newest_checkpoint_that_verifies(
     rescore: Command, train: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

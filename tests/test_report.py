@@ -390,6 +390,7 @@ def test_lines_of_an_older_version_are_enough(tmp_path: Path, tiny: Path, keep: 
     assert [path.name for path in report.draw(run)] == ["curves.png", picture, "report.html"]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run_that_was_set_aside_do_not_stay(run: Path, tiny: Path) -> None:
     report.draw(run)
     (run / "metrics.jsonl").write_text(json.dumps(metrics({})[0]) + "\n")
@@ -413,6 +414,7 @@ def test_without_the_images_the_mistakes_are_a_table(
     assert "listed without their images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_of_another_data_set_are_not_shown_as_mistakes(run: Path, tmp_path: Path) -> None:
     from conftest import write_digits
 
@@ -422,6 +424,7 @@ def test_images_of_another_data_set_are_not_shown_as_mistakes(run: Path, tmp_pat
     assert "not those that the run was scored on" in Page(run / "report.html").text
 
 
+@pytest.mark.slow
 def test_the_images_are_found_through_the_environment(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,6 +491,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path: Path, t
     assert report.labels(runs) == ["a/run", "b/run", "c"]
 
 
+@pytest.mark.slow
 def test_one_run_can_be_drawn_elsewhere(run: Path, tmp_path: Path) -> None:
     before = sorted(run.iterdir())
     assert report.main([str(run), "--output", str(tmp_path / "a" / "b")]) == 0

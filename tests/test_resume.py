@@ -206,6 +206,7 @@ def test_a_run_that_was_killed_after_its_last_step_is_completed_without_training
     assert again["resumed_from"] == STEPS
 
 
+@pytest.mark.slow
 def test_no_summary_of_an_earlier_attempt_speaks_for_one_that_died(
     train: Train, expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +227,7 @@ def _die(*_: object) -> None:
     raise ZeroDivisionError("no error of a user")
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_and_loses_nothing(train: Train, stopped: Path, expected: Path) -> None:
     before = everything(stopped)
     ended = train("--fresh", "--seed", 0, "--output-dir", stopped)
