@@ -27,7 +27,6 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--lr", ["0.5"], "lr", 0.5),
     ("--beta2", ["0.9"], "beta2", 0.9),
     ("--schedule", ["onecycle"], "schedule", "onecycle"),
-    ("--schedule", ["linear"], "schedule", "linear"),
     ("--grad-clip", ["1.5"], "grad_clip", 1.5),
     ("--widths", ["4", "6"], "widths", (4, 6)),
     ("--seed", ["7"], "seed", 7),

@@ -26,13 +26,9 @@ CONFIG = TrainConfig(threads=1, wandb="disabled")
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr("ddp_mnist.world._has_accelerator", lambda world_size: False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
+def world(process_of_a_job: None) -> Iterator[World]:
     with World(CONFIG) as found:
         yield found
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +72,7 @@ def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: l
     torch.testing.assert_close(found, dict(expected), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) -> None:
     """A second, at every start, that torch's optimizers take for it."""
     command = [
