@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python 3 and make:
 #   make train   virtual environment, install, the main job        (ARGS="--recipe fast" for more)
-#   make test    install, tests
+#   make test    install, tests                               (make fast: a minute's worth of them)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
 
-.PHONY: install train test bench check clean
+.PHONY: install train test fast coverage faults bench check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,20 @@ train: install
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# A minute and a half at most on two cores: something of every module, without whole jobs.
+fast: install
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# All tests, with the lines and branches that none of them ran, in whatever process.
+coverage: install
+	rm -f .coverage .coverage.*
+	status=0; $(BIN)/python -m coverage run -m pytest $(PYTEST_ARGS) || status=$$?; \
+	    $(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report && exit $$status
+
+# Break the package on purpose, in one place after the other, and see the tests fail; ARGS="fsync dropout" for some.
+faults: install
+	$(BIN)/python tests/planted.py $(ARGS)
+
 # Some 20 minutes on two cores; ARGS="--quick" for two, ARGS="--json FILE" to keep the figures.
 bench: install
 	$(BIN)/python -m ddp_mnist.bench $(ARGS)
@@ -38,4 +52,4 @@ check: install
 	else echo 'shellcheck is not installed: shell scripts not checked'; fi
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -3,12 +3,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jobs
 import pytest
+from leaks import no_leaks, no_orphans, temporary_directory  # noqa: F401
 
 # 25 batches of 60 and one image more: in each epoch's last step all ranks but one have nothing. The test images
 # are three chunks of an evaluation, the last one short, and neither 2 nor 3 divides them.
@@ -16,8 +18,18 @@ TRAIN_IMAGES, TEST_IMAGES, BATCH, EPOCHS = 1501, 2303, 60, 2
 STEPS = 26 * EPOCHS
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Markers that follow from others, or from what a test asks for."""
+    for item in items:
+        if "mnist" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.mnist)
+        if any(item.get_closest_marker(name) for name in ("mnist", "slurm", "gpu")):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_launcher(no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
     """No test sees the launcher or precision of whoever started pytest, nor leaves its own."""
     for name in list(os.environ):
         if jobs.is_launch_variable(name):
@@ -79,19 +91,36 @@ def run_at(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.fixture
-def train(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., jobs.Ended]]:
-    """Run the tiny job with more flags in this process, one rank on the CPU: what the command does, less its start."""
+def process_of_a_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process may be a rank on the CPU: what that leaves behind as on its way out, its signals ignored say, is
+    put back. Nothing else puts it back for a test."""
     import torch
 
     from ddp_mnist import world
-    from ddp_mnist.train import main
 
     monkeypatch.setattr(world, "_has_accelerator", lambda world_size: False)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    handlers = [signal.getsignal(number) for number in numbers]
+    hook, threads = sys.excepthook, torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    sys.excepthook = hook
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train(
+    flags: list[str],
+    process_of_a_job: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Callable[..., jobs.Ended]:
+    """Run the tiny job with more flags in this process, one rank on the CPU: what the command does, less its start."""
+    from ddp_mnist.train import main
+
     for name, value in jobs.OFFLINE.items():
         monkeypatch.setenv(name, value)
-    threads = torch.get_num_threads()
 
     def run(*arguments: Any) -> jobs.Ended:
         capfd.readouterr()
@@ -102,8 +131,7 @@ def train(
             code = exit.code
         return jobs.Ended(code, *capfd.readouterr())
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -124,13 +152,3 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=20, help="random kill -9 of tests/test_kill.py (default: 20)")
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """A job that ran in this process leaves its signals ignored, as it would on its way out: no test inherits that."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TRAIN = (sys.executable, "-m", "ddp_mnist.train")
 FOREVER = 150.0  # seconds: a bound against hangs on a busy machine, not an expectation
 LAST_RANK = 30.0  # seconds the other ranks have to follow the first one that ended
@@ -65,6 +67,12 @@ def rank_variables(world_size: int) -> list[dict[str, str]]:
         "MASTER_PORT": str(free_port()),
     }
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def sizes(*world_sizes: int) -> list[Any]:
+    """World sizes to parametrize a test with: with several ranks it is a slow one."""
+    several = (pytest.mark.slow, pytest.mark.distributed)
+    return [pytest.param(size, marks=several if size > 1 else ()) for size in world_sizes]
 
 
 def free_port() -> int:

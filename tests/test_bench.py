@@ -62,6 +62,7 @@ def setup(tiny: Path, tmp_path: Path) -> Setup:
     return Setup("fashion-mnist", tiny, tmp_path, train, test, 1, 1, 2, 1, 1, jobs.environment())
 
 
+@pytest.mark.slow
 def test_every_row_is_measured_on_both_sides_and_every_figure_is_finite(report: dict[str, Any]) -> None:
     assert {line["row"] for line in report["rows"]} == set(ROWS)
     for line in report["rows"]:
@@ -88,6 +89,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+@pytest.mark.slow
 def test_the_json_names_the_machine_and_what_was_measured_on(report: dict[str, Any]) -> None:
     machine = report["machine"]
     assert machine["cpu"] and machine["cores"] >= 1 and machine["threads"] >= 1 and machine["date"]
@@ -100,6 +102,7 @@ def test_the_json_names_the_machine_and_what_was_measured_on(report: dict[str, A
     assert report["settings"] == expected
 
 
+@pytest.mark.slow
 def test_the_scaling_is_an_estimate_from_one_step_and_one_all_reduce(report: dict[str, Any]) -> None:
     scaling = report["scaling"]
     assert scaling["estimate"] is True
@@ -116,6 +119,7 @@ def test_the_scaling_is_an_estimate_from_one_step_and_one_all_reduce(report: dic
         assert enough == 64 or speeds[str(2 * enough)] < 1.1 * speeds[str(enough)]
 
 
+@pytest.mark.slow
 def test_it_prints_the_table_of_its_json_and_warns_of_generated_digits(
     quick: tuple[dict[str, Any], jobs.Ended],
 ) -> None:
@@ -125,6 +129,7 @@ def test_it_prints_the_table_of_its_json_and_warns_of_generated_digits(
     assert "a slice of generated digits, NOT MNIST" in ended.out
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_quantity_and_says_what_a_gpu_lacks(report: dict[str, Any]) -> None:
     lines = bench.table([report]).splitlines()
     for line in report["rows"]:
@@ -137,6 +142,7 @@ def test_the_table_has_a_line_for_each_quantity_and_says_what_a_gpu_lacks(report
     assert sum("would bring less than 10 % more images/s" in line or "still help" in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_two_reports_stand_side_by_side(
     report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +204,7 @@ def test_the_restated_network_is_interchangeable_with_ours() -> None:
         assert torch.equal(ours(images), theirs(images))
 
 
+@pytest.mark.slow
 def test_the_restated_tutorial_learns_and_counts_every_image(setup: Setup, threads: None) -> None:
     train, test = reference.tutorial_loaders(setup.dataset, setup.root)
     tutorial = reference.Tutorial()

@@ -65,7 +65,7 @@ def test_equal_states_are_equal_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_step_restored_from_its_snapshot_is_the_same_step(precision: Any) -> None:
+def test_a_step_restored_from_its_snapshot_is_the_same_step(process_of_a_job: None, precision: Any) -> None:
     images = torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8)
     from ddp_mnist.data import Batch
 

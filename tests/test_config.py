@@ -223,6 +223,7 @@ def test_help_and_a_wrong_flag_are_answered_without_torch(arguments: list[str], 
     assert not imported & {"torch", "torchvision", "accelerate", "wandb", "numpy", "matplotlib"}
 
 
+@pytest.mark.slow
 def test_the_package_offers_its_names_without_importing_torch() -> None:
     code = (
         "import sys, ddp_mnist, ddp_mnist.config as config\n"

@@ -129,6 +129,24 @@ def test_images_travel_with_their_labels() -> None:
             assert batch.images.flatten().tolist() == batch.labels.tolist()
 
 
+def test_every_share_has_a_seed_of_its_own() -> None:
+    """What dropout draws: another for each seed, epoch, step and rank, the same whenever it is asked for."""
+
+    def seeds() -> list[int]:
+        return [
+            batch.seed
+            for seed in range(3)
+            for rank in range(4)
+            for epoch in range(3)
+            for batch in TrainBatches(numbered(50), batch_size=8, rank=rank, world_size=4, seed=seed).epoch(epoch)
+        ]
+
+    found = seeds()
+    assert len(set(found)) == len(found) == 3 * 4 * 3 * 7
+    assert found == seeds()
+    assert all(0 <= seed < 2**63 for seed in found)
+
+
 def test_an_epoch_entered_in_the_middle_goes_on_as_if_it_had_been_read_from_the_start() -> None:
     batches = TrainBatches(numbered(100), batch_size=16, rank=1, world_size=2, seed=0)
     whole = [batch.labels.tolist() for batch in batches.epoch(2)]

@@ -20,6 +20,8 @@ from tutorial import TutorialCNN, count_correct, read_raw, train_losses
 
 from ddp_mnist.data import ShardSampler
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 RunAt = Callable[[int], Path]
 PROGRAM = (sys.executable, str(Path(rank_checks.__file__)))
 

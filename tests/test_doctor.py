@@ -33,19 +33,15 @@ def healthy(tiny: Path) -> list[str]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(
+    process_of_a_job: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Run:
     """The command in this process: one rank on the CPU, no network, no credentials, an empty working directory."""
-    import torch
-
-    from ddp_mnist import world
-
-    monkeypatch.setattr(world, "_has_accelerator", lambda world_size: False)
     monkeypatch.setattr(doctor, "look_for_devices", lambda local_rank: Devices("CUDA 13.2", False, []))
     monkeypatch.chdir(tmp_path)
     quiet = {"TORCH_CPP_LOG_LEVEL": "FATAL", "NETRC": str(tmp_path / "no-netrc"), "no_proxy": "", "NO_PROXY": ""}
     for name, value in {**jobs.OFFLINE, **quiet}.items():
         monkeypatch.setenv(name, value)
-    threads = torch.get_num_threads()
 
     def command(*arguments: Any) -> jobs.Ended:
         capfd.readouterr()
@@ -56,8 +52,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
             code = exit.code
         return jobs.Ended(code, *capfd.readouterr())
 
-    yield command
-    torch.set_num_threads(threads)
+    return command
 
 
 def lines_of(ended: jobs.Ended, status: str) -> list[str]:
@@ -79,6 +74,8 @@ def test_one_rank_that_would_start(run: Run, healthy: list[str], tmp_path: Path)
     assert list(tmp_path.iterdir()) == []  # no trace
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_ranks_meet_and_time_an_all_reduce_and_one_of_them_tells(healthy: list[str], tmp_path: Path) -> None:
     ended = jobs.run_ranks(2, *healthy, program=DOCTOR, cwd=tmp_path)
     jobs.succeeded(ended)
@@ -137,6 +134,8 @@ def test_a_world_size_that_does_not_divide_the_batch(
 # --- Ranks that do not come -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_rank_0_does_not_wait_for_ever_for_a_missing_rank(healthy: list[str], tmp_path: Path) -> None:
     ended = jobs.run([*DOCTOR, *healthy, "--timeout", "3"], jobs.rank_variables(2)[0], cwd=tmp_path)
     assert ended.code == 1
@@ -145,6 +144,8 @@ def test_rank_0_does_not_wait_for_ever_for_a_missing_rank(healthy: list[str], tm
     assert ended.out.endswith("would not start: 1 problem.\n")
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_rank_1_does_not_wait_for_ever_for_rank_0(healthy: list[str], tmp_path: Path) -> None:
     ended = jobs.run([*DOCTOR, *healthy, "--timeout", "3"], jobs.rank_variables(2)[1], cwd=tmp_path)
     assert "the 2 ranks could not be brought together" in jobs.the_message([ended], 1)
@@ -160,6 +161,8 @@ with World(TrainConfig(threads=1)):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_rank_that_dies_after_they_have_met(healthy: list[str], tmp_path: Path) -> None:
     environments = [jobs.environment(variables) for variables in jobs.rank_variables(2)]
     commands = [[*DOCTOR, *healthy, "--timeout", "20"], [sys.executable, "-c", DIES]]
@@ -332,6 +335,7 @@ def test_what_accelerate_launch_was_asked_for(tmp_path: Path, command: str, aske
     assert doctor.asked_processes(command.format(config=config).split(" ")) == asked
 
 
+@pytest.mark.slow
 def test_accelerate_launch_that_silently_starts_one_process(healthy: list[str], tmp_path: Path) -> None:
     launcher = [sys.executable, str(Path(sys.executable).with_name("accelerate")), "launch"]
     words = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m ddp_mnist.doctor"

@@ -106,18 +106,15 @@ COUNTS = ("train_correct", "train_count", "test_correct", "test_count")
 
 
 @pytest.fixture
-def rescore(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def rescore(process_of_a_job: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """The command in this process, one rank on the CPU."""
-    monkeypatch.setattr("ddp_mnist.world._has_accelerator", lambda world_size: False)
     monkeypatch.delenv("DDP_MNIST_DATA", raising=False)
-    threads = torch.get_num_threads()
 
     def run(*arguments: Any) -> jobs.Ended:
         capfd.readouterr()
         return jobs.Ended(main([*map(str, arguments), "--threads", "1"]), *capfd.readouterr())
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture
@@ -150,6 +147,8 @@ def test_a_finished_run_is_scored_again_to_its_summarys_counts_in_the_words_of_t
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_any_number_of_ranks_counts_the_same(run_at: RunAt, world_size: int) -> None:
     run_dir = run_at(1)
     ended = jobs.run_ranks(world_size, str(run_dir), "--json", "--threads", "1", program=PROGRAM)
@@ -188,6 +187,7 @@ def test_the_data_may_lie_elsewhere_by_now(rescore: Command, a_run: Path, tiny: 
     assert not (a_run / "gone").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_scored_at_its_newest_checkpoint_that_verifies(
     rescore: Command, train: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -306,6 +306,8 @@ def test_a_spoilt_or_foreign_run_directory_is_told_in_one_message(
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--threads", "1"], 1), (["--bogus"], 2), (["--threads", "-1"], 2)])
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_mistake_is_told_by_one_rank_and_all_leave(tmp_path: Path, arguments: list[str], code: int) -> None:
     ended = jobs.run_ranks(2, str(tmp_path / "nothing"), *arguments, program=PROGRAM)
     assert [process.code for process in ended] == [code, code]

@@ -397,6 +397,7 @@ def tiny_disk() -> None:
 
 @pytest.mark.parametrize("kind", ["read-only", "full"])
 @pytest.mark.parametrize("have", ["raw", "gz", "raw, one damaged, and gz", "nothing"])
+@pytest.mark.slow
 def test_folder_that_cannot_be_written(tmp_path: Path, kind: str, have: str) -> None:
     folder = fill(tmp_path, raw="raw" in have, packed="gz" in have)
     if "damaged" in have:
@@ -443,6 +444,7 @@ def test_lock_held_for_too_long(tmp_path: Path, mirrors: Callable[..., None]) ->
 # Downloads
 
 
+@pytest.mark.slow
 def test_eight_processes_download_once(tmp_path: Path, server: Mirrors) -> None:
     (ready := tmp_path / "ready").mkdir()
     (root := tmp_path / "data").mkdir()
@@ -500,6 +502,7 @@ def test_bad_mirrors(
 
 
 @pytest.mark.parametrize("moment", ["downloading", "unpacking"])
+@pytest.mark.slow
 def test_kill_leaves_nothing_bad(tmp_path: Path, server: Mirrors, mirrors: Callable[..., None], moment: str) -> None:
     folder = fill(tmp_path, packed=moment == "unpacking")
     victim = start(tmp_path, server.url("stall"), hang=moment == "unpacking")

@@ -23,6 +23,8 @@ from faults import Job
 
 from ddp_mnist import checkpoint, rundir
 
+pytestmark = pytest.mark.slow
+
 RUNS = (1, 2, 1, 2, 1)  # ranks of each
 SAVE_EVERY = 50
 
@@ -112,6 +114,7 @@ def assert_checkpoints_are_whole(run_dir: Path) -> None:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", range(len(RUNS)))
+@pytest.mark.distributed
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
     request: pytest.FixtureRequest,
     kill_flags: list[str],
@@ -155,6 +158,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bytes_of_one_that_
     print(f"{kills} kills of {world_size} ranks, {caught} in a save: equal")
 
 
+@pytest.mark.distributed
 def test_three_ranks_continue_with_the_same_bytes(
     flags: list[str], run_at: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -168,6 +172,7 @@ def test_three_ranks_continue_with_the_same_bytes(
     assert jobs.read_json(tmp_path / "summary.json")["resumed_from"] in range(18, STEPS + 1)
 
 
+@pytest.mark.distributed
 def test_a_run_may_change_its_number_of_ranks_three_times(
     flags: list[str], run_at: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -188,6 +193,7 @@ ENDLESS = ["--epochs", "100000"]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.distributed
 def test_the_other_ranks_of_one_that_was_killed_say_so_and_end(flags: list[str], tmp_path: Path, lost: int) -> None:
     with faults.start(2, *flags, *ENDLESS, "--checkpoint-every", 20, "--output-dir", tmp_path) as job:
         faults.wait_until_step(job, tmp_path, 45)
@@ -207,6 +213,7 @@ def test_the_other_ranks_of_one_that_was_killed_say_so_and_end(flags: list[str],
         assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.distributed
 def test_a_rank_that_does_not_answer_is_given_up(flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, *ENDLESS, "--timeout-minutes", "0.1", "--checkpoint-every", "20", "--output-dir", str(tmp_path)]
     with faults.start(2, *flags) as job:
@@ -222,6 +229,7 @@ def test_a_rank_that_does_not_answer_is_given_up(flags: list[str], tmp_path: Pat
         assert "lost contact" in job.errors(1)
 
 
+@pytest.mark.distributed
 def test_a_rank_that_is_killed_while_the_job_is_built_is_missed_too(flags: list[str], tmp_path: Path) -> None:
     # Rank 0 waits for the directory, which another job holds, and rank 1 for rank 0.
     holder = rundir.lock(tmp_path)

@@ -179,6 +179,8 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_local_ranks_requeue_and_end_with_the_same_bits(
     checkout: Path, flags: list[str], run_at: Callable[[int], Path]
 ) -> None:
@@ -206,6 +208,7 @@ def test_two_local_ranks_requeue_and_end_with_the_same_bits(
     assert (run_dir / "model.safetensors").read_bytes() == (run_at(2) / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_local_job_that_fails_is_no_success(checkout: Path, flags: list[str]) -> None:
     (checkout / "taken").touch()
     ended = submit(checkout, "--cluster=local", "--follow", "--", *flags, "--output-dir=taken")
@@ -213,6 +216,7 @@ def test_a_local_job_that_fails_is_no_success(checkout: Path, flags: list[str]) 
     assert "error: --output-dir taken is a file" in ended.out and "Traceback" not in ended.out
 
 
+@pytest.mark.slow
 def test_the_debug_executor_trains_in_this_process(
     checkout: Path, flags: list[str], run_at: Callable[[int], Path]
 ) -> None:
@@ -224,6 +228,7 @@ def test_the_debug_executor_trains_in_this_process(
     assert "--lr" in again.err and "Traceback" not in again.err
 
 
+@pytest.mark.slow
 def test_the_debug_executor_leaves_with_75_when_stopped(checkout: Path, flags: list[str]) -> None:
     ended = submit(checkout, "--cluster=debug", "--", *flags, "--output-dir=run", "--epochs=500", "--max-minutes=0.01")
     assert ended.code == 75, ended.err
@@ -237,6 +242,8 @@ CONFIGS = sorted((ROOT / "launch").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_accelerate_starts_as_many_processes_as_the_file_says(config: Path, tmp_path: Path) -> None:
     says = yaml.safe_load(config.read_text())
     machines, processes = says["num_machines"], says["num_processes"]
@@ -263,6 +270,8 @@ def test_accelerate_starts_as_many_processes_as_the_file_says(config: Path, tmp_
     )
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_the_cpu_file_trains_on_several_processes(
     checkout: Path, flags: list[str], run_at: Callable[[int], Path]
 ) -> None:

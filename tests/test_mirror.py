@@ -329,6 +329,7 @@ def mirrored(offline: Offline) -> Attempt:
     return attempt
 
 
+@pytest.mark.slow
 def test_an_offline_run_equals_metrics_jsonl(offline: Offline, mirrored: Attempt) -> None:
     assert_mirrored(mirrored.history, offline.run_dir)
     # The mirror's loss and rate are the metrics', so what the issue lists must be in those.
@@ -339,6 +340,7 @@ def test_an_offline_run_equals_metrics_jsonl(offline: Offline, mirrored: Attempt
     assert mirrored.exit_code == 0 and not mirrored.preempting
 
 
+@pytest.mark.slow
 def test_an_epoch_has_its_classes_confusion_and_mistakes(offline: Offline, mirrored: Attempt) -> None:
     from PIL import Image
 
@@ -375,6 +377,7 @@ def flat(record: dict[str, Any], name: str) -> Any:
     return record[head][tail]
 
 
+@pytest.mark.slow
 def test_a_run_arrives_with_its_names_config_and_summary(offline: Offline, mirrored: Attempt) -> None:
     run = mirrored.run
     found = {name: run.get(name) for name in ("project", "entity", "run_group", "display_name", "tags", "run_id")}
@@ -399,10 +402,12 @@ def test_a_run_arrives_with_its_names_config_and_summary(offline: Offline, mirro
     assert summary["wandb_mode"] == "offline"
 
 
+@pytest.mark.slow
 def test_the_final_model_is_sent_where_that_is_wanted(offline: Offline, mirrored: Attempt) -> None:
     assert f'"model-{mirror.read_state(offline.run_dir)["id"]}"' in wandb("leet", "inspect", "--json", mirrored.path)
 
 
+@pytest.mark.slow
 def test_an_offline_run_says_how_to_send_it(offline: Offline) -> None:
     command = f"wandb sync '{offline.run_dir}/wandb'/offline-run-*-{mirror.read_state(offline.run_dir)['id']}"
     assert f"  W&B     offline; send it later with: {command}\n" in offline.ended.out
@@ -411,10 +416,12 @@ def test_an_offline_run_says_how_to_send_it(offline: Offline) -> None:
     assert "Would sync 1 run(s)" in ended.out + ended.err
 
 
+@pytest.mark.slow
 def test_the_training_itself_never_imports_wandb(offline: Offline) -> None:
     assert offline.ended.out.splitlines()[-1] == "False"
 
 
+@pytest.mark.slow
 def test_a_mirrored_run_has_the_same_weights(offline: Offline, run_at: Callable[[int], Path]) -> None:
     faults.assert_same_result(offline.run_dir, run_at(1))
 
@@ -426,6 +433,7 @@ def assert_no_secret(secret: str, run_dir: Path, ended: jobs.Ended) -> None:
     assert [path for path in paths if secret.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.slow
 def test_a_key_is_nowhere_in_an_offline_run(offline: Offline) -> None:
     assert_no_secret(NEW_KEY, offline.run_dir, offline.ended)
 
@@ -433,6 +441,7 @@ def test_a_key_is_nowhere_in_an_offline_run(offline: Offline) -> None:
 # --- Several attempts at a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_one_id_and_every_step_once(train: Train, tmp_path: Path) -> None:
     command = ["--wandb", "offline", "--output-dir", tmp_path]
     assert train(*command, "--max-steps", 20).code == 0
@@ -446,6 +455,7 @@ def test_a_continued_run_has_one_id_and_every_step_once(train: Train, tmp_path: 
     assert_mirrored([lines[step] for step in sorted(lines)], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fresh_start_has_a_new_id(tmp_path: Path, train: Train) -> None:
     command = ["--wandb", "offline", "--output-dir", tmp_path, "--max-steps", 2]
     assert train(*command).code == 0
@@ -461,6 +471,7 @@ def offline_job(run_dir: Path, *arguments: Any, flags: list[str]) -> faults.Job:
     return faults.Job([list(map(str, command))], [jobs.environment(account(run_dir.parent))])
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_marked_failed_and_continues_its_curve(flags: list[str], train: Train, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with offline_job(run_dir, "--checkpoint-every", 40, flags=flags) as job:
@@ -480,6 +491,7 @@ def test_a_killed_run_is_marked_failed_and_continues_its_curve(flags: list[str],
     assert len(set(steps(found))) == len(steps(found)) and found[1].history[0]["step"] > last
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_leaves_no_gap_in_the_curve(tmp_path: Path) -> None:
     """Training, mirror and wandb's service at once: what that had not written yet is sent again."""
     run_dir = hand_made(tmp_path)
@@ -497,6 +509,7 @@ def test_a_node_that_dies_leaves_no_gap_in_the_curve(tmp_path: Path) -> None:
     assert steps(attempts(run_dir)) == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_marked_preempting(flags: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with offline_job(run_dir, flags=flags) as job:
@@ -510,6 +523,7 @@ def test_a_stopped_run_is_marked_preempting(flags: list[str], tmp_path: Path) ->
     assert attempt.summary["stop_reason"] == "SIGTERM"
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_marked_failed(train: Train, tmp_path: Path) -> None:
     init, run_dir = weights_file(tmp_path / "init.safetensors", OVERFLOWING), tmp_path / "run"
     ended = train("--wandb", "offline", "--init-from", init, "--output-dir", run_dir)
@@ -531,6 +545,7 @@ def assert_unhurt(ended: jobs.Ended, run_dir: Path, expected: Path, mode: str) -
 
 
 @pytest.mark.parametrize("trouble", ["no key", "dead server", "silent server"])
+@pytest.mark.slow
 def test_no_server_means_offline_with_a_warning(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
@@ -554,6 +569,7 @@ def test_no_server_means_offline_with_a_warning(
 
 
 @pytest.mark.parametrize("mood", ["hang", "500"])
+@pytest.mark.slow
 def test_a_server_that_does_not_take_the_run_means_offline(
     monkeypatch: pytest.MonkeyPatch,
     server: wandb_server.Server,
@@ -574,6 +590,7 @@ def test_a_server_that_does_not_take_the_run_means_offline(
     assert_no_secret(KEY, tmp_path, ended)
 
 
+@pytest.mark.slow
 def test_the_training_comes_first_where_the_cpu_is_short(tmp_path: Path) -> None:
     """Also where Linux shares it out by sessions, and niceness counts only within one; until the training is over."""
     run_dir = hand_made(tmp_path / "run")
@@ -589,6 +606,8 @@ def test_the_training_comes_first_where_the_cpu_is_short(tmp_path: Path) -> None
     found.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_of_several_ranks_one_has_a_mirror(flags: list[str], tmp_path: Path) -> None:
     words = [*flags, "--wandb", "offline", "--output-dir", str(tmp_path)]
     ranks = [variables | account(tmp_path) for variables in jobs.rank_variables(2)]
@@ -598,6 +617,7 @@ def test_of_several_ranks_one_has_a_mirror(flags: list[str], tmp_path: Path) -> 
     assert_mirrored(attempt.history, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_mirror_that_is_killed_is_not_missed(
     monkeypatch: pytest.MonkeyPatch, train: Train, run_at: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -617,6 +637,7 @@ def test_a_mirror_that_is_killed_is_not_missed(
     assert "W&B: its process ended with -9" in ended.out
 
 
+@pytest.mark.slow
 def test_a_wandb_that_does_not_import_is_not_missed(
     monkeypatch: pytest.MonkeyPatch, train: Train, run_at: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -676,6 +697,7 @@ def test_a_run_directory_without_room_for_the_mirror_is_trained_in(
 # --- With a server ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_online_run_sends_every_step_once_over_its_attempts(
     server: wandb_server.Server, train: Train, run_at: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -695,6 +717,7 @@ def test_an_online_run_sends_every_step_once_over_its_attempts(
     assert_no_secret(KEY, tmp_path, ended)
 
 
+@pytest.mark.slow
 def test_a_rewound_run_sends_only_what_the_server_has_not(server: wandb_server.Server, tmp_path: Path) -> None:
     run_dir = hand_made(tmp_path, last=7)
     assert "/runs/" in finished(start(run_dir, "online"), preempted=True, exit_code=75)
@@ -709,6 +732,7 @@ def test_a_rewound_run_sends_only_what_the_server_has_not(server: wandb_server.S
     assert [line["step"] for line in server.history(found.id)] == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_what_a_killed_mirror_has_not_sent_is_sent_by_the_next(server: wandb_server.Server, tmp_path: Path) -> None:
     run_dir = hand_made(tmp_path)
     server.moods["PUT"] = server.moods["STREAM"] = "hang"
@@ -725,6 +749,7 @@ def test_what_a_killed_mirror_has_not_sent_is_sent_by_the_next(server: wandb_ser
     assert [line["step"] for line in server.history(found.id)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_offline_goes_on_where_the_server_was_left(server: wandb_server.Server, tmp_path: Path) -> None:
     run_dir = hand_made(tmp_path)
     finished(start(run_dir, "online"))
@@ -737,6 +762,7 @@ def test_offline_goes_on_where_the_server_was_left(server: wandb_server.Server, 
     assert [json.loads(line)["step"] for line in run["lines"]["wandb-history.jsonl"]] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_offline_attempts_are_synced_into_one_curve(server: wandb_server.Server, tmp_path: Path) -> None:
     run_dir = hand_made(tmp_path)
     finished(start(run_dir, "offline"))
@@ -753,6 +779,7 @@ def test_offline_attempts_are_synced_into_one_curve(server: wandb_server.Server,
     assert [line["step"] for line in server.history(run)] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_checkout_is_sent(
     monkeypatch: pytest.MonkeyPatch, server: wandb_server.Server, tmp_path: Path
 ) -> None:
@@ -775,6 +802,7 @@ def test_no_secret_of_the_checkout_is_sent(
 # --- The mirror's process ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_signals_for_everybody_do_not_end_the_mirror(server: wandb_server.Server, tmp_path: Path) -> None:
     """Ctrl-C in a terminal does not reach it; a cluster's signal may, and ends wandb's own service."""
     run_dir = hand_made(tmp_path)
@@ -795,6 +823,7 @@ def test_signals_for_everybody_do_not_end_the_mirror(server: wandb_server.Server
     assert [line["step"] for line in server.history(found.id)] == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_an_attempt_right_after_another_waits_for_its_mirror(tmp_path: Path) -> None:
     run_dir = hand_made(tmp_path)
     first = start(run_dir, "offline")
@@ -811,6 +840,7 @@ def test_an_attempt_right_after_another_waits_for_its_mirror(tmp_path: Path) -> 
     assert [attempt.exit_code for attempt in attempts(run_dir)] == [1, 0]
 
 
+@pytest.mark.slow
 def test_a_mirror_of_a_run_that_was_started_over_leaves_the_new_one_alone(tmp_path: Path) -> None:
     run_dir = hand_made(tmp_path)
     old = start(run_dir, "offline")

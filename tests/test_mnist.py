@@ -60,6 +60,7 @@ def test_one_epoch_of_the_fast_recipe_reaches_98_percent(mnist: Path, tmp_path: 
     assert (summary["recipe"], summary["test_count"]) == ("fast", 10_000)
 
 
+@pytest.mark.slow
 def test_the_real_data_are_skipped_with_a_reason_but_not_where_they_are_required() -> None:
     this = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", "mnist", os.path.abspath(__file__)]
     skipped, failed = (jobs.run(this, {"DDP_MNIST_REQUIRE": names}) for names in ("", "mnist"))

@@ -44,6 +44,8 @@ def finished(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "mine"
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_the_readmes_example_is_short_and_learns(script: Path, finished: Path) -> None:
     assert len([line for line in script.read_text().splitlines() if line.strip()]) <= 25
     summary = jobs.read_json(finished / "summary.json")
@@ -53,6 +55,8 @@ def test_the_readmes_example_is_short_and_learns(script: Path, finished: Path) -
     assert len(summary["test_confusion"]) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_it_is_killed_and_continued_bit_for_bit(script: Path, finished: Path, tmp_path: Path) -> None:
     """Dropout's draws and batch norm's averages included."""
     command = [sys.executable, str(script)]
@@ -67,6 +71,8 @@ def test_it_is_killed_and_continued_bit_for_bit(script: Path, finished: Path, tm
     faults.assert_same_result(run_dir, finished)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_it_stops_on_a_signal_with_75_and_the_command_that_continues(
     script: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +89,8 @@ def test_it_stops_on_a_signal_with_75_and_the_command_that_continues(
     faults.assert_same_result(run_dir, finished)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_the_averages_that_are_saved_are_those_that_were_scored(script: Path, finished: Path) -> None:
     """Rank 0's buffers; the two passes that settle DDP's buckets do not count."""
     tensors = load_file(finished / "model.safetensors")
@@ -98,6 +106,7 @@ def test_the_averages_that_are_saved_are_those_that_were_scored(script: Path, fi
     assert correct == jobs.read_json(finished / "summary.json")["test_correct"]
 
 
+@pytest.mark.slow
 def test_as_a_whole_command_it_has_the_flags_and_exit_codes(script: Path, tmp_path: Path) -> None:
     text = script.read_text().split("config =")[0].replace("import TrainConfig, fit", "import run")
     path = tmp_path / "command.py"
@@ -123,11 +132,7 @@ def points(count: int, seed: int = 0) -> TensorDataset:
 
 
 @pytest.fixture
-def fit_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    from ddp_mnist import world
-
-    monkeypatch.setattr(world, "_has_accelerator", lambda world_size: False)
-
+def fit_here(tmp_path: Path, process_of_a_job: None) -> Callable[..., Result]:
     def run(name: str = "run", model: Any = linear, data: Any = None, **settings: Any) -> Result:
         config = TrainConfig(batch_size=20, epochs=2, threads=1, output_dir=tmp_path / name, **settings)
         return fit(config, model=model, data=data or (points(101), points(31, seed=1)))
@@ -146,6 +151,7 @@ def test_a_result_has_the_summary_and_the_trained_network(fit_here: Callable[...
     assert again.summary == result.summary
 
 
+@pytest.mark.slow
 def test_what_is_drawn_follows_from_the_seed_and_the_step(fit_here: Callable[..., Result]) -> None:
     whole = fit_here("whole").model.state_dict()
     fit_here("parts", max_steps=5)
@@ -154,6 +160,35 @@ def test_what_is_drawn_follows_from_the_seed_and_the_step(fit_here: Callable[...
     other = fit_here("other", seed=1).model.state_dict()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+class Noisy(nn.Module):
+    """Remembers what it has drawn, and how often it was called, as batch norm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(12, 3)
+        self.calls = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.drawn: list[float] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.drawn.append(torch.rand(()).item())
+            self.calls += 1
+        return self.out(images.flatten(1))
+
+
+def test_every_step_draws_anew(fit_here: Callable[..., Result]) -> None:
+    net = fit_here(model=Noisy).model
+    assert isinstance(net, Noisy)
+    assert len(set(net.drawn)) == len(net.drawn) == 12
+
+
+def test_buffers_go_on_where_they_were(fit_here: Callable[..., Result]) -> None:
+    fit_here(model=Noisy, max_steps=5)
+    result = fit_here(model=Noisy)
+    assert result.summary["resumed_from"] == 5
+    assert load_file(result.run_dir / "model.safetensors")["calls"].item() == 12
 
 
 @pytest.mark.parametrize(
@@ -258,21 +293,85 @@ result.exit()
 """
 
 
-def run_script(folder: Path, ranks: int, *, labels: str = "2", seed: str = "0", settings: str = "") -> list[jobs.Ended]:
+# Its answer in evaluation follows from a buffer, which each rank has changed in another way after the last step.
+SHIFTED = """
+import os, torch
+from torch import nn
+from ddp_mnist import TrainConfig, fit
+
+rank = int(os.environ.get("RANK", "0"))
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(4, 5)
+        self.register_buffer("shift", torch.zeros((), dtype=torch.int64))
+    def forward(self, images):
+        logits = self.unused(images.flatten(1))
+        if self.training:
+            self.shift += 1 + rank
+            return logits
+        return 0 * logits + nn.functional.one_hot(self.shift % 5, 5)
+def points(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 4, generator=draw), torch.arange(count) % 5
+config = TrainConfig(batch_size=100, epochs=1, output_dir="run")
+fit(config, model=Shifted, data=(points(3000, 0), points(2500, 1))).exit()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_all_ranks_score_with_rank_0s_buffers(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(SHIFTED)
+    jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(path)], cwd=tmp_path))
+    shift = load_file(tmp_path / "run" / "model.safetensors")["shift"].item()
+    confusion = jobs.read_json(tmp_path / "run" / "summary.json")["test_confusion"]
+    assert [[count > 0 for count in row] for row in confusion] == [[place == shift % 5 for place in range(5)]] * 5
+    assert sum(map(sum, confusion)) == 2500
+
+
+# 101 images in batches of 20: in the last step of an epoch rank 1 has none, and `view` cannot tell 0 rows from others.
+VIEWED = SCRIPT.replace("nn.Flatten(), nn.Linear(4, 2)", "Viewed(), nn.Linear(4, 2)").replace(
+    "def network", "class Viewed(nn.Module):\n    def forward(self, x):\n        return x.view(len(x), -1)\ndef network"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_network_that_takes_no_empty_share_has_the_same_curve_at_two_ranks(tmp_path: Path) -> None:
+    assert "Viewed()" in VIEWED
+    losses = []
+    for ranks in (1, 2):
+        settings = f"output_dir='run-{ranks}', log_every=1, threads=1, lr=0.1"
+        jobs.succeeded(run_script(tmp_path, ranks, settings=settings, script=VIEWED))
+        losses.append([line["train/loss"] for line in jobs.read_metrics(tmp_path / f"run-{ranks}")])
+    assert len(losses[0]) == 12
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def run_script(
+    folder: Path, ranks: int, *, labels: str = "2", seed: str = "0", settings: str = "", script: str = SCRIPT
+) -> list[jobs.Ended]:
     path = folder / "script.py"
-    path.write_text(SCRIPT.replace("LABELS", labels).replace("SEED", seed).replace("SETTINGS", settings))
+    path.write_text(script.replace("LABELS", labels).replace("SEED", seed).replace("SETTINGS", settings))
     return jobs.run_ranks(ranks, program=[sys.executable, str(path)], cwd=folder)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_ranks_that_were_given_different_data_are_told(tmp_path: Path) -> None:
     message = jobs.the_message(run_script(tmp_path, 2, seed="rank"), 2)
     assert "rank 1: it was given other data than rank 0" in message
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_mistake_in_a_script_is_one_message_and_2(tmp_path: Path) -> None:
     assert "there is a label 2" in jobs.the_message(run_script(tmp_path, 2, labels="3"), 2)
 
 
+@pytest.mark.slow
 def test_the_printed_command_says_what_the_script_has_to_change(tmp_path: Path) -> None:
     (ended,) = run_script(tmp_path, 1, settings="max_steps=3")
     jobs.succeeded([ended])

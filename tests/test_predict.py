@@ -201,6 +201,7 @@ def test_the_margins_need_not_be_equal(save: Callable[..., Path]) -> None:
     assert_alike(prepare(save(sheet), "mnist"), prepare(save(ink), "mnist"))
 
 
+@pytest.mark.slow
 def test_a_shadow_over_the_paper_is_no_ink(save: Callable[..., Path]) -> None:
     for digit in range(10):
         ink = stroke(digit, margin=1)
@@ -343,6 +344,7 @@ def test_whatever_a_damaged_file_holds_is_told_or_prepared(tmp_path: Path) -> No
                 assert str(path) in str(error)
 
 
+@pytest.mark.slow
 def test_whatever_the_pixels_are_they_are_told_or_prepared(save: Callable[..., Path]) -> None:
     generator = np.random.default_rng(0)
     for attempt in range(300):

@@ -43,7 +43,7 @@ def test_the_first_signal_is_the_reason_and_changes_nothing_else(name: str) -> N
     assert [signal.getsignal(signal.Signals[other]) for other in SIGNALS] == before
 
 
-def test_on_the_way_out_every_signal_is_ignored() -> None:
+def test_on_the_way_out_every_signal_is_ignored(process_of_a_job: None) -> None:
     stop = StopSignal()
     stop.__enter__()
     stop.ignore_from_now_on()
@@ -84,6 +84,7 @@ def test_without_a_launcher_a_parent_may_leave_first(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.slow
 def test_ctrl_c_twice_leaves_at_once_whatever_began_the_stop(first: str) -> None:
     script = f"""
 import os, signal
@@ -137,10 +138,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [jobs.read_json(folder / f"rank-{rank}.json") for rank in range(3)]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_all_ranks_get_the_same_answer_at_the_same_step(answers: list[dict[str, Any]]) -> None:
     assert answers[1] == answers[0] and answers[2] == answers[0]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_one_rank_that_was_signalled_is_enough(answers: list[dict[str, Any]]) -> None:
     for case, reason, step in (("rank 2", "SIGUSR2", 77), ("at once", "SIGTERM", 0)):
         found = answers[0][case]
@@ -152,6 +157,8 @@ def test_one_rank_that_was_signalled_is_enough(answers: list[dict[str, Any]]) ->
     assert answers[0]["two reasons"]["reason"] == "SIGTERM"
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_they_ask_about_every_100_ms_whatever_a_step_takes(answers: list[dict[str, Any]]) -> None:
     asked = answers[0]["never"]["asked"]
     intervals = [later - earlier for earlier, later in itertools.pairwise(asked)]
@@ -166,7 +173,7 @@ def test_they_ask_about_every_100_ms_whatever_a_step_takes(answers: list[dict[st
 
 
 @pytest.mark.parametrize("at", [0, 13, STEPS // 2 - 1])
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", [SIGNALS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SIGNALS[1:])])
 def test_a_signal_ends_in_a_checkpoint_and_a_command_that_continues(
     train: Train, run_at: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int
 ) -> None:
@@ -218,11 +225,9 @@ def test_a_stop_right_after_a_resume_keeps_the_checkpoint_it_came_from(train: Tr
     assert (path.stat().st_ino, faults.train_losses(tmp_path)) == before
 
 
-def test_fit_puts_back_the_handlers_it_found(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_mnist import world
+def test_fit_puts_back_the_handlers_it_found(flags: list[str], tmp_path: Path, process_of_a_job: None) -> None:
     from ddp_mnist.config import parse
 
-    monkeypatch.setattr(world, "_has_accelerator", lambda world_size: False)
     before = [signal.getsignal(signal.Signals[name]) for name in SIGNALS]
     trainer.fit(parse([*flags, "--max-steps", "2", "--output-dir", str(tmp_path)]))
     assert [signal.getsignal(signal.Signals[name]) for name in SIGNALS] == before

@@ -135,6 +135,7 @@ def test_a_finished_run_has_three_pictures_and_a_page_that_holds_them(run: Path)
     assert all((run / name).read_bytes() == content for name, content in before.items())
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_other_file_and_no_network(run: Path) -> None:
     report.draw(run)
     page = Page(run / "report.html")
@@ -303,6 +304,7 @@ def test_the_dataset_stands_in_every_picture(tmp_path: Path, tiny: Path, dataset
         assert figure.get_suptitle().splitlines()[-1].startswith(f"{title}: ")
 
 
+@pytest.mark.slow
 def test_generated_digits_are_drawn_again_and_cannot_be_taken_for_mnist(tmp_path: Path, tiny: Path) -> None:
     from ddp_mnist.synthetic import make_digits
 
@@ -388,6 +390,7 @@ def test_lines_of_an_older_version_are_enough(tmp_path: Path, tiny: Path, keep: 
     assert [path.name for path in report.draw(run)] == ["curves.png", picture, "report.html"]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run_that_was_set_aside_do_not_stay(run: Path, tiny: Path) -> None:
     report.draw(run)
     (run / "metrics.jsonl").write_text(json.dumps(metrics({})[0]) + "\n")
@@ -411,6 +414,7 @@ def test_without_the_images_the_mistakes_are_a_table(
     assert "listed without their images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_of_another_data_set_are_not_shown_as_mistakes(run: Path, tmp_path: Path) -> None:
     from conftest import write_digits
 
@@ -420,6 +424,7 @@ def test_images_of_another_data_set_are_not_shown_as_mistakes(run: Path, tmp_pat
     assert "not those that the run was scored on" in Page(run / "report.html").text
 
 
+@pytest.mark.slow
 def test_the_images_are_found_through_the_environment(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +491,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path: Path, t
     assert report.labels(runs) == ["a/run", "b/run", "c"]
 
 
+@pytest.mark.slow
 def test_one_run_can_be_drawn_elsewhere(run: Path, tmp_path: Path) -> None:
     before = sorted(run.iterdir())
     assert report.main([str(run), "--output", str(tmp_path / "a" / "b")]) == 0
@@ -539,6 +545,7 @@ def test_a_place_that_cannot_be_written_is_named(run: Path, tmp_path: Path) -> N
         report.draw(run, output=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_pyplot_is_imported_and_matplotlib_only_to_draw(run: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ddp_mnist import report; before = set(sys.modules)\n"
@@ -552,5 +559,6 @@ def test_neither_torch_nor_pyplot_is_imported_and_matplotlib_only_to_draw(run: P
 # A run of the job itself
 
 
+@pytest.mark.slow
 def test_a_run_of_the_job_can_be_drawn(run_at: Any, tmp_path: Path) -> None:
     assert tmp_path / "curves.png" in report.draw(run_at(1), output=tmp_path)

@@ -47,6 +47,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 # The first step, the last of an epoch, the first of the next and the last but one, with a line of the log between.
 @pytest.mark.parametrize("log_every", [1, 7])
+@pytest.mark.slow
 def test_a_run_in_pieces_ends_with_the_bytes_of_one_in_one(
     train: Train, expected: Path, tmp_path: Path, log_every: int
 ) -> None:
@@ -72,10 +73,10 @@ def test_a_run_in_pieces_ends_with_the_bytes_of_one_in_one(
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--mixed-precision", "bf16"],
-        ["--schedule", "onecycle", "--lr", "0.01"],
+        pytest.param(["--mixed-precision", "bf16"], marks=pytest.mark.slow),
+        pytest.param(["--schedule", "onecycle", "--lr", "0.01"], marks=pytest.mark.slow),
         ["--accumulate", "3", "--grad-clip", "0.05", "--widths", "4", "6", "--seed", "5"],
-        ["--init-from", "weights.safetensors"],
+        pytest.param(["--init-from", "weights.safetensors"], marks=pytest.mark.slow),
     ],
     ids=lambda settings: settings[0],
 )
@@ -139,6 +140,7 @@ def test_what_is_no_part_of_the_result_may_differ(
 
 
 @pytest.mark.parametrize("change", [["--threads", "2"], ["--mixed-precision", "bf16"]], ids=lambda change: change[0])
+@pytest.mark.slow
 def test_threads_and_precision_may_differ(train: Train, stopped: Path, expected: Path, change: list[str]) -> None:
     assert train(*change, "--output-dir", stopped).code == 0
     found, whole = jobs.read_metrics(stopped), jobs.read_metrics(expected)
@@ -204,6 +206,7 @@ def test_a_run_that_was_killed_after_its_last_step_is_completed_without_training
     assert again["resumed_from"] == STEPS
 
 
+@pytest.mark.slow
 def test_no_summary_of_an_earlier_attempt_speaks_for_one_that_died(
     train: Train, expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +227,7 @@ def _die(*_: object) -> None:
     raise ZeroDivisionError("no error of a user")
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_and_loses_nothing(train: Train, stopped: Path, expected: Path) -> None:
     before = everything(stopped)
     ended = train("--fresh", "--seed", 0, "--output-dir", stopped)
@@ -279,6 +283,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, halve, empty, lengthen, flip, Path.unlink], ids=lambda how: how.__name__)
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_used(
     train: Train,
     stopped: Path,
@@ -374,6 +379,7 @@ def infinite_rate(at: int) -> Callable[..., float]:
 
 
 @pytest.mark.parametrize("at", [25, STEPS - 1], ids=["in the middle", "in the last step"])
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_how_to_go_on(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:

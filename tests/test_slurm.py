@@ -30,7 +30,7 @@ SHORT = ("--dataset", "fashion-mnist", "--epochs", "3", "--log-every", "5", "--n
 LONG = ("--dataset", "fashion-mnist", "--epochs", "40", "--log-every", "5", "--no-pictures")
 """640 steps: enough that a job is still training when a test that has seen its first line acts."""
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ import slow_save
 from ddp_mnist import checkpoint, rundir
 from ddp_mnist.errors import JobError
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 ENDLESS = ["--epochs", "100000", "--log-every", "5"]
 TWO_BY_ACCELERATE = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 WAYS = {

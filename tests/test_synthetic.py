@@ -137,6 +137,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_small_network_learns_the_digits_without_solving_them(train, test, one_thread):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -36,7 +36,7 @@ SUMMARY_KEYS = {
 # --- What a run leaves behind
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", jobs.sizes(1, 2))
 def test_the_summary_says_what_was_run_and_what_came_of_it(run_at: RunAt, world_size: int) -> None:
     summary = jobs.read_json(run_at(world_size) / "summary.json")
     assert summary.keys() >= SUMMARY_KEYS
@@ -66,7 +66,7 @@ def test_the_summary_says_what_was_run_and_what_came_of_it(run_at: RunAt, world_
     assert summary["train_accuracy"] == summary["train_correct"] / TRAIN_IMAGES
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", jobs.sizes(1, 2))
 def test_the_saved_configuration_is_resolved_and_says_how_it_was_started(
     run_at: RunAt, tiny: Path, world_size: int
 ) -> None:
@@ -91,7 +91,7 @@ def test_the_saved_configuration_is_resolved_and_says_how_it_was_started(
     assert saved["git"] is None or len(saved["git"]["commit"]) == 40
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", jobs.sizes(1, 2, 3))
 def test_the_weights_are_six_plain_fp32_tensors_without_metadata(run_at: RunAt, world_size: int) -> None:
     with safe_open(run_at(world_size) / "model.safetensors", "pt") as file:
         assert file.metadata() is None
@@ -104,7 +104,7 @@ def test_the_weights_are_six_plain_fp32_tensors_without_metadata(run_at: RunAt, 
     assert {value.dtype for value in found.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", jobs.sizes(1, 2))
 def test_metrics_have_a_line_for_every_interval_and_the_score_at_each_epochs_end(
     run_at: RunAt, world_size: int
 ) -> None:
@@ -157,6 +157,7 @@ def test_the_console_says_what_runs_and_scores_in_the_tutorials_words(
 # --- The same result, or deliberately another one
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_result(train: Train, run_at: RunAt, tmp_path: Path) -> None:
     for seed in (0, 1):
         assert train("--seed", seed, "--output-dir", tmp_path / str(seed)).code == 0
@@ -167,12 +168,9 @@ def test_the_seed_decides_the_result(train: Train, run_at: RunAt, tmp_path: Path
     assert second != alone
 
 
-def test_fit_returns_the_summary_it_writes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddp_mnist.world._has_accelerator", lambda world_size: False)
+def test_fit_returns_the_summary_it_writes(tiny: Path, tmp_path: Path, process_of_a_job: None) -> None:
     config = TrainConfig(dataset="fashion-mnist", data_dir=tiny, output_dir=tmp_path, max_steps=2, threads=1)
-    threads = torch.get_num_threads()
     summary = fit(config).summary
-    torch.set_num_threads(threads)
     assert summary == jobs.read_json(tmp_path / "summary.json")
     assert summary["steps"] == 2
 
@@ -305,6 +303,7 @@ def test_widths_change_the_network(train: Train, tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors")["conv2.weight"].shape == (5, 3, 3, 3)
 
 
+@pytest.mark.slow
 def test_auto_without_files_and_network_is_generated_digits_and_says_so(train: Train, tmp_path: Path) -> None:
     arguments = ["--dataset", "auto", "--data-dir", tmp_path / "data", "--max-steps", "1", "--log-every", "50"]
     ended = train(*arguments, "--output-dir", tmp_path / "run")
@@ -319,7 +318,7 @@ def test_auto_without_files_and_network_is_generated_digits_and_says_so(train: T
 # --- Bad input: one message from one rank, the right exit code, nobody left behind
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", jobs.sizes(1, 2))
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -355,7 +354,8 @@ def test_a_batch_that_the_ranks_do_not_divide_names_the_nearest_sizes(tmp_path: 
         assert word in message
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", jobs.sizes(1, 2))
+@pytest.mark.slow
 def test_fp16_without_a_gpu_is_refused_before_anything_is_written(
     flags: list[str], tmp_path: Path, world_size: int
 ) -> None:
@@ -387,6 +387,8 @@ def test_an_unusable_output_directory_is_named(train: Train, tmp_path: Path, kin
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_an_unusable_output_directory_ends_all_ranks_with_one_message(flags: list[str], tmp_path: Path) -> None:
     path, why = unusable_directories(tmp_path)["below a file"]
     message = jobs.the_message(jobs.run_ranks(2, *flags, "--output-dir", str(path)), 1)
@@ -436,12 +438,16 @@ def test_a_bad_data_file_is_named_with_what_is_wrong_and_what_to_do(train: Train
 
 
 @pytest.mark.parametrize("kind", ["short", "magic", "hash"])
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_bad_data_file_is_one_message_from_two_ranks(flags: list[str], tmp_path: Path, kind: str) -> None:
     data_dir, why = damaged(tmp_path, kind)
     ended = jobs.run_ranks(2, *flags, "--data-dir", data_dir, "--output-dir", str(tmp_path / "run"))
     says_what_to_do_about(jobs.the_message(ended, 1), tmp_path, why)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_data_that_are_bad_on_one_rank_alone_end_all_ranks_and_name_it(flags: list[str], tmp_path: Path) -> None:
     data_dir, why = damaged(tmp_path, "short")
     ended = jobs.run_ranks(
@@ -523,6 +529,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_at_which_step(
     ended_as_nan(run_dir, jobs.the_message([ended], 1), step)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_message(flags: list[str], tmp_path: Path) -> None:
     init, run_dir = weights_file(tmp_path / "init.safetensors", OVERFLOWING), tmp_path / "run"
     ended = jobs.run_ranks(2, *flags, "--init-from", str(init), "--log-every", "5", "--output-dir", str(run_dir))
@@ -542,6 +550,8 @@ def test_weights_that_the_last_step_has_ruined_are_not_published(
     jobs.read_metrics(run_dir)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_ranks_that_would_each_train_alone_refuse_to(flags: list[str], tmp_path: Path) -> None:
     """mpirun's variables: Accelerate takes them for two ranks, while WORLD_SIZE is not set."""
     common = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -556,6 +566,8 @@ def test_ranks_that_would_each_train_alone_refuse_to(flags: list[str], tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_ranks_that_accelerate_does_not_see_refuse_to_train_alone(tmp_path: Path) -> None:
     """Accelerate without cpu=True counts one process on a machine without a GPU, whatever the launcher says."""
     program = (
@@ -571,6 +583,8 @@ def test_ranks_that_accelerate_does_not_see_refuse_to_train_alone(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_missing_rendezvous_address_is_explained(flags: list[str], tmp_path: Path) -> None:
     variables = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     ended = jobs.run([*jobs.TRAIN, *flags, "--output-dir", str(tmp_path / "run")], variables)
