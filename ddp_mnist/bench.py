@@ -2,7 +2,7 @@
 
 `python -m ddp_mnist.bench` (`make bench`) measures, prints one table and, with --json, keeps every figure with the
 machine's facts; `--table FILE...` prints the table of such files again, side by side. What is measured is in
-`bench_rows.py`, the other side in `reference.py`.
+`bench_rows.py`, in what surroundings in `bench_setup.py`, the other side in `reference.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_mnist import rundir
-from ddp_mnist.config import default_data_dir, world_size_from_environment
+from ddp_mnist import provenance, rundir
+from ddp_mnist.config import default_data_dir
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.process import world_size_from_environment
 
 if TYPE_CHECKING:
-    from ddp_mnist.bench_rows import Line, Setup
+    from ddp_mnist.bench_rows import Line
+    from ddp_mnist.bench_setup import Setup
     from ddp_mnist.data import Split
 
 ROWS = (
@@ -91,13 +93,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All chosen rows as JSON types. Raises: JobError."""
-    environment = dict(os.environ)
-    path = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(path)  # this very package, also where another one is installed
+    environment = _environment()
     load = [round(value, 2) for value in os.getloadavg()]
     import torch
 
-    from ddp_mnist import bench_rows
+    from ddp_mnist import bench_setup
 
     threads = torch.get_num_threads()
     cuda = torch.cuda.is_available()
@@ -106,8 +106,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ddp-mnist-bench-") as folder:
         root = Path(folder, "data")
-        setup = bench_rows.Setup(
-            dataset=bench_rows.stage(name, train, test, root),
+        setup = bench_setup.Setup(
+            dataset=bench_setup.stage(name, train, test, root),
             root=root,
             scratch=Path(folder),
             train=train,
@@ -138,6 +138,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _environment() -> dict[str, str]:
+    """This process's, with this very package in front, also where another one is installed."""
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
+
+
 def _rows(setup: Setup, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     from ddp_mnist import bench_rows
 
@@ -156,17 +162,14 @@ def _rows(setup: Setup, names: Sequence[str]) -> tuple[list[dict[str, Any]], dic
 
 def _digits(options: argparse.Namespace, images: int) -> tuple[str, Split, Split]:
     """(name, train, test): the first `images` of the training set, and in proportion of the test set."""
-    import torch
-
     from ddp_mnist import data, synthetic
 
     root = options.data_dir or default_data_dir()
     name = data.resolve(options.dataset, root)
     if name == "synthetic":
         print(data.SYNTHETIC_WARNING, file=sys.stderr)
-        pairs = [synthetic.make_digits("train", count=images), synthetic.make_digits("test", count=images // 6)]
-        train, test = (data.Split(torch.from_numpy(a).unsqueeze(1), torch.from_numpy(b).long()) for a, b in pairs)
-        return name, train, test
+        train = data.as_split(*synthetic.make_digits("train", count=images))
+        return name, train, data.as_split(*synthetic.make_digits("test", count=images // 6))
     train, test = data.load(name, root)
     return (
         name,
@@ -178,7 +181,7 @@ def _digits(options: argparse.Namespace, images: int) -> tuple[str, Split, Split
 def _machine(threads: int) -> dict[str, Any]:
     import torch
 
-    facts = rundir.facts(1)
+    facts = provenance.facts(1)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cuda = torch.cuda.is_available()
     return {

@@ -155,6 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from ddp_mnist.train import leave
+    from ddp_mnist.process import leave
 
     leave(main())

@@ -4,36 +4,27 @@ does so to both, and calls this job as its users do: the very steps, batches, sc
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
-import json
 import math
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ddp_mnist import reference
 from ddp_mnist.bench_rank import RANK_BATCHES, bare_seconds, full_seconds
+from ddp_mnist.bench_setup import Setup, child, on_cpu, rank_variables, run_ranks, run_together
 from ddp_mnist.checkpoint import Checkpoints, Snapshot, TrainState
-from ddp_mnist.config import RECIPES, TrainConfig
-from ddp_mnist.data import Batch, Split, TrainBatches, to_float
-from ddp_mnist.errors import JobError
+from ddp_mnist.config import RECIPES
+from ddp_mnist.data import Batch, TrainBatches, to_float
 from ddp_mnist.evaluate import evaluate
 from ddp_mnist.reference import Tutorial, timed
 from ddp_mnist.step import TrainStep
-from ddp_mnist.trainer import fit
 from ddp_mnist.world import World
 
 TO_98 = "fast"
@@ -41,46 +32,6 @@ TO_99 = "record" if "record" in RECIPES else "fast"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 HELPS = 1.1  # twice the ranks are worth having where they bring 10 % more images/s
 TUTORIAL = "the tutorial's loop"
-PATIENCE = 1800.0  # seconds for one child process: a bound against hangs, not an expectation
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the rows share."""
-
-    dataset: str
-    """The name under which the job finds the staged files."""
-    root: Path
-    """torchvision's root with the raw files both sides read."""
-    scratch: Path
-    train: Split
-    test: Split
-    repeats: int
-    seeds: int
-    steps: int
-    """Optimizer steps that the step, checkpoint and scaling rows take for one figure."""
-    epochs: int
-    """Of the runs that the overhead row compares; the default recipe's."""
-    threads: int
-    """What torch chooses by itself: what the competitors run with."""
-    environment: dict[str, str]
-    """For child processes: this one's, before runs of ours in it have set the threads."""
-
-    def config(self, recipe: str = "tutorial", **changes: Any) -> TrainConfig:
-        preset = RECIPES[recipe] | {"recipe": recipe, "dataset": self.dataset, "data_dir": self.root}
-        return TrainConfig(**(preset | {"wandb": "disabled", "progress": False, "pictures": False} | changes))
-
-    def job(self, recipe: str = "tutorial", **changes: Any) -> dict[str, Any]:
-        """The summary of one whole run in this process. Raises: JobError; KeyboardInterrupt when it was stopped."""
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder, contextlib.redirect_stdout(io.StringIO()):
-            summary = fit(self.config(recipe, output_dir=Path(folder), **changes)).summary
-        if summary["exit_code"]:  # the job takes a Ctrl-C as the wish to save and leave
-            raise KeyboardInterrupt
-        return summary
-
-    def as_the_tutorial(self) -> None:
-        """Undo the thread count that a run of ours has set."""
-        torch.set_num_threads(self.threads)
 
 
 @dataclass
@@ -356,20 +307,8 @@ def overhead(setup: Setup) -> list[Line]:
 def scaling(setup: Setup) -> dict[str, Any]:
     """Images/s at 1 ... 64 ranks, estimated from what one rank and one all-reduce take here."""
     gpus = torch.cuda.device_count()
-    on_gpu = gpus > 0
-    sizes = sorted({batch // ranks for batch in RANK_BATCHES for ranks in RANKS})
     # A rank on a CPU is one core: what a machine of so many cores would give each of them.
-    config = setup.config(threads=0 if on_gpu else 1)
-    steps = {}
-    with World(config) as world:
-        for size in sizes:
-            batches = few_batches(setup, world, size)
-            train_step = TrainStep(config.replace(batch_size=size), world)
-            train_step(batches[0], config.lr)
-            steps[size] = statistics.median(
-                timed(lambda: [train_step(batch, config.lr) for batch in batches]) / len(batches)  # noqa: B023
-                for _ in range(setup.repeats)
-            )
+    steps = share_seconds(setup, threads=0 if gpus else 1)
     setup.as_the_tutorial()
     world_size = gpus if gpus > 1 else 2
     if gpus > 1:
@@ -377,30 +316,43 @@ def scaling(setup: Setup) -> dict[str, Any]:
         exchange = run_ranks(setup, environments, "all-reduce", 0, setup.steps, jobs=1)
     else:
         exchange = on_cpu(setup, world_size, "all-reduce", 1, setup.steps, jobs=1)
-    estimates = []
-    for batch in RANK_BATCHES:
-        speeds = {
-            size: batch / (steps[batch // size] + exchange["seconds"] * math.log2(size) / math.log2(world_size))
-            for size in RANKS
-        }
-        # The first number of ranks that twice as many do not outdo by much.
-        enough = next((n for n in RANKS[:-1] if speeds[2 * n] < HELPS * speeds[n]), RANKS[-1])
-        estimates.append(
-            {
-                "batch": batch,
-                "enough_ranks": enough,
-                "images_per_second": {str(size): round(speed, 1) for size, speed in speeds.items()},
-                "efficiency": {str(size): round(speed / size / speeds[1], 4) for size, speed in speeds.items()},
-            }
-        )
     return {
         "estimate": True,
         "how": "global batch / (one rank's step on its share + the all-reduce x log2(ranks) / log2(measured ranks)); "
         "one GPU or one CPU core for each rank, nothing overlaps, a network between machines is slower",
-        "device": "cuda" if on_gpu else "cpu",
+        "device": "cuda" if gpus else "cpu",
         "step_seconds": {str(size): float(f"{seconds:.4g}") for size, seconds in steps.items()},
         "all_reduce": exchange,
-        "batches": estimates,
+        "batches": [estimate(batch, steps, exchange["seconds"] / math.log2(world_size)) for batch in RANK_BATCHES],
+    }
+
+
+def share_seconds(setup: Setup, *, threads: int) -> dict[int, float]:
+    """Median seconds of one rank's step on each share of a global batch that RANKS give it, by images."""
+    config = setup.config(threads=threads)
+    steps = {}
+    with World(config) as world:
+        for size in sorted({batch // ranks for batch in RANK_BATCHES for ranks in RANKS}):
+            batches = few_batches(setup, world, size)
+            train_step = TrainStep(config.replace(batch_size=size), world)
+            train_step(batches[0], config.lr)
+            steps[size] = statistics.median(
+                timed(lambda: [train_step(batch, config.lr) for batch in batches]) / len(batches)  # noqa: B023
+                for _ in range(setup.repeats)
+            )
+    return steps
+
+
+def estimate(batch: int, steps: dict[int, float], exchange: float) -> dict[str, Any]:
+    """Of one global batch. `steps`: seconds by images of a share; `exchange`: seconds of an all-reduce of 2 ranks."""
+    speeds = {size: batch / (steps[batch // size] + exchange * math.log2(size)) for size in RANKS}
+    # The first number of ranks that twice as many do not outdo by much.
+    enough = next((n for n in RANKS[:-1] if speeds[2 * n] < HELPS * speeds[n]), RANKS[-1])
+    return {
+        "batch": batch,
+        "enough_ranks": enough,
+        "images_per_second": {str(size): round(speed, 1) for size, speed in speeds.items()},
+        "efficiency": {str(size): round(speed / size / speeds[1], 4) for size, speed in speeds.items()},
     }
 
 
@@ -417,105 +369,3 @@ ROWS: dict[str, Callable[[Setup], list[Line]]] = {
     "ranks": ranks,
     "overhead": overhead,
 }
-
-
-def on_cpu(setup: Setup, world_size: int, what: str, threads: int, count: int, *, jobs: int) -> dict[str, Any]:
-    environments = [variables | {"CUDA_VISIBLE_DEVICES": ""} for variables in rank_variables(world_size)]
-    return run_ranks(setup, environments, what, threads, count, jobs=jobs)
-
-
-def run_ranks(
-    setup: Setup, environments: Sequence[dict[str, str]], what: str, threads: int, count: int, *, jobs: int
-) -> dict[str, Any]:
-    """What rank 0 of `bench_rank` found. Each of its jobs opens a process group of its own, so it needs `jobs` ports.
-
-    Raises: JobError.
-    """
-    with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
-        ports = [str(port) for port in free_ports(jobs)]
-        words = [
-            *(
-                "-m",
-                "ddp_mnist.bench_rank",
-                what,
-                str(count),
-                "--dataset",
-                setup.dataset,
-                "--data-dir",
-                str(setup.root),
-            ),
-            *("--output-dir", folder, "--threads", str(threads)),
-            *("--epochs", str(setup.epochs), "--ports", *ports),
-        ]
-        return json.loads(run_together(setup, [words] * len(environments), environments)[0])
-
-
-def child(setup: Setup, words: Sequence[str]) -> dict[str, Any]:
-    return json.loads(run_together(setup, [words], [{}])[0])
-
-
-def run_together(setup: Setup, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> list[str]:
-    """The last line each Python process prints; when one fails, the others are ended. Raises: JobError."""
-    processes: list[subprocess.Popen[bytes]] = []
-    with contextlib.ExitStack() as stack:
-        texts = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
-        try:
-            for words, variables, (out, err) in zip(commands, environments, texts, strict=True):
-                own = setup.environment | variables
-                processes.append(subprocess.Popen([sys.executable, *words], env=own, stdout=out, stderr=err))
-            deadline = time.monotonic() + PATIENCE
-            while None in (codes := [process.poll() for process in processes]):
-                if any(codes) or time.monotonic() > deadline:
-                    break
-                time.sleep(0.005)
-        finally:
-            for process in processes:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                process.wait()
-        lines = []
-        for code, words, (out, err) in zip(codes, commands, texts, strict=True):
-            out.seek(0), err.seek(0)
-            if code:
-                said = (err.read().strip().splitlines() or ["nothing"])[-1]
-                raise JobError(f"`python {' '.join(words)}` ended with {code} and said: {said}")
-            lines.append((out.read().strip().splitlines() or [""])[-1])
-        if None in codes:
-            raise JobError(f"`python {' '.join(commands[0])}` did not end within {PATIENCE:.0f} s.")
-        return lines
-
-
-def rank_variables(world_size: int) -> list[dict[str, str]]:
-    """What a launcher would set for each rank of a job on this machine; nothing for a single one."""
-    common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    if world_size == 1:
-        return [{}]
-    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def staged(images: Tensor, labels: Tensor) -> Iterator[tuple[str, bytes]]:
-    """(name's ending, content) of the two IDX files of a split."""
-    for ending, array in {"images-idx3-ubyte": images.squeeze(1), "labels-idx1-ubyte": labels.to(torch.uint8)}.items():
-        sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-        yield ending, bytes([0, 0, 8, array.ndim]) + sizes + array.numpy().tobytes()
-
-
-def stage(name: str, train: Split, test: Split, root: Path) -> str:
-    """Write both splits as raw files below `root`; returns the data set's name for the job and for torchvision.
-
-    Whole MNIST stays `mnist`. A slice of it, or generated digits, goes as `fashion-mnist`: neither side knows what its
-    raw files must hash to.
-    """
-    whole = name == "mnist" and (len(train), len(test)) == (60_000, 10_000)
-    folder = root / ("MNIST" if whole else "FashionMNIST") / "raw"
-    folder.mkdir(parents=True)
-    for prefix, split in {"train": train, "t10k": test}.items():
-        for ending, content in staged(split.images, split.labels):
-            (folder / f"{prefix}-{ending}").write_bytes(content)
-    return "mnist" if whole else "fashion-mnist"

@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import arg
 
 from ddp_mnist.errors import UsageError
+from ddp_mnist.process import muted, rank_from_environment
 
 Recipe = Literal["tutorial", "fast", "record"]
 Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
@@ -294,21 +295,9 @@ def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> Tr
     default = TrainConfig(recipe=recipe if recipe in RECIPES else "tutorial", **preset)
     if quiet is None:
         quiet = rank_from_environment() != 0
-    with contextlib.ExitStack() as stack:
-        if quiet:  # tyro's console_outputs=False leaves out its help, but not its messages about values
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+    # tyro's console_outputs=False leaves out its help, but not its messages about values.
+    with muted() if quiet else contextlib.nullcontext():
         return tyro.cli(TrainConfig, args=args, default=default, prog="python -m ddp_mnist.train")
-
-
-def rank_from_environment() -> int:
-    """This process's rank as its launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size_from_environment() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _bad(name: str, found: object, expected: str) -> UsageError:

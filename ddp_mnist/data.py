@@ -69,7 +69,11 @@ def load(dataset: str, root: Path) -> tuple[Split, Split]:
 
 
 def _split(dataset: str, root: Path, name: files.SplitName) -> Split:
-    images, labels = files.read_split(dataset, root, name)
+    return as_split(*files.read_split(dataset, root, name))
+
+
+def as_split(images: files.Array, labels: files.Array) -> Split:
+    """uint8 (N, 28, 28) and (N,), as files and drawing give them."""
     return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long())
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 
 from ddp_mnist import data, rundir
 from ddp_mnist.checkpoint import Saved, open_saved
-from ddp_mnist.config import TrainConfig, default_data_dir, rank_from_environment
+from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import Split, evaluation_batches, to_float
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.process import leave, tell
-from ddp_mnist.world import World, is_lost_rank, lost_rank
+from ddp_mnist.process import leave, muted, rank_from_environment, show_warnings, tell
+from ddp_mnist.world import World, lost_ranks_told
 
 WORST = 25
 """Mistakes that a Score remembers."""
@@ -179,22 +177,14 @@ def rescore(run_dir: Path, world: World, data_dir: Path | None = None) -> tuple[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: scored. 1: the counts are not the run's own, or something could not be read. 2: a wrong flag."""
-    rank = rank_from_environment()
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="warning: %(message)s")
-    with contextlib.ExitStack() as stack:
-        if rank != 0:  # a wrong flag is told once
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+    main_rank = rank_from_environment() == 0
+    show_warnings(main=main_rank)
+    with contextlib.nullcontext() if main_rank else muted():  # a wrong flag is told once
         options = _parser().parse_args(argv)
     try:
         with World(TrainConfig(threads=options.threads, mixed_precision="no")) as world:
-            try:
+            with lost_ranks_told(world):
                 saved, train, test = rescore(options.run_dir, world, options.data_dir)
-            except RuntimeError as error:
-                if not is_lost_rank(error):
-                    raise
-                raise lost_rank(error, world) from error
             if world.is_main:
                 _tell(saved, train, test, world, options)
         _compare(saved, train, test, world)

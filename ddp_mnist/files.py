@@ -148,9 +148,11 @@ class _Place(NamedTuple):
     folder: Path
     md5: Mapping[str, tuple[str, str]]
 
-    def failure(self, name: str, *reasons: str) -> DataError:
-        """The one message the user gets: which file, what was found, what to type next."""
+    def failure(self, name: str, *reasons: str, first: str = "") -> DataError:
+        """The one message the user gets: which file, what was found, what to type next; `first`: what before that."""
         advice = f"run `python -m ddp_mnist.data fetch --dataset {self.dataset} --data-dir {self.root}`"
+        if first:
+            advice = f"`{first}`, then {advice}"
         if self.md5:
             advice += " on a machine with internet access, or use --dataset synthetic"
         return DataError(f"{self.folder / name}: {'; '.join(reasons)}. To mend it, {advice}.")
@@ -248,7 +250,7 @@ def _remake(place: _Place, name: str) -> dict[str, bytes]:
 
     files = {}
     for key, array in zip(NAMES[place.split], synthetic.make_digits(place.split), strict=True):
-        files[key] = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+        files[key] = pack(array)
     return files
 
 
@@ -261,6 +263,11 @@ def _unpack(place: _Place, name: str) -> bytes:
     return gzip.decompress(packed)
 
 
+def pack(array: Array) -> bytes:
+    """The IDX file that holds the array, whose magic number says: unsigned bytes in so many dimensions."""
+    return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
 def _parse(name: str, data: bytes) -> Array:
     """Return the array in an IDX file, (N, 28, 28) for images and (N,) for labels. Raises: ValueError."""
     ndim, item, size = (3, [28, 28], 784) if "images" in name else (1, [], 1)
@@ -268,7 +275,7 @@ def _parse(name: str, data: bytes) -> Array:
     if len(data) < header:
         raise ValueError(f"short: {len(data)} bytes, expected a header of {header}")
     magic, count, *rest = struct.unpack_from(f">{1 + ndim}I", data)
-    if magic != 0x800 + ndim:  # 2051 or 2049: unsigned bytes in so many dimensions
+    if magic != 0x800 + ndim:  # 2051 or 2049, see `pack`
         raise ValueError(f"magic number {magic}, expected {0x800 + ndim}")
     if count == 0 or rest != item:
         raise ValueError(f"dimensions {[count, *rest]}, expected {['N', *item]}")
@@ -308,8 +315,12 @@ def _install(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _download(place: _Place, name: str, *found: str) -> None:
     """Put the .gz of `name` into the folder. Raises: DataError with all mirrors' errors; OSError."""
-    from torchvision import datasets  # takes seconds, hence not above
-
+    try:
+        from torchvision import datasets  # takes seconds, hence not above
+    except Exception as error:  # one that was built for another torch may raise anything
+        why = f"torchvision, which knows the mirrors, cannot be imported ({type(error).__name__}: {error})"
+        again = "pip install --force-reinstall torch torchvision"
+        raise place.failure(name, *found, why, first=again) from error
     published = getattr(datasets, SOURCES[place.dataset].folder)
     filename = f"{name}.gz"
     errors = []

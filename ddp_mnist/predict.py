@@ -239,11 +239,11 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> Floats:
     import torch
 
     from ddp_mnist.checkpoint import open_saved
+    from ddp_mnist.data import to_float
 
     net = open_saved(run_dir).net
     with torch.no_grad():
-        # By the very division of data.to_float, whose module also brings the training data's machinery.
-        logits = net(torch.from_numpy(np.stack(images)).unsqueeze(1).to(torch.float32).div_(255))
+        logits = net(to_float(torch.from_numpy(np.stack(images)).unsqueeze(1)))
     return logits.double().softmax(1).numpy()
 
 

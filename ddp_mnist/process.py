@@ -1,15 +1,41 @@
-"""How a rank's process ends: one message from one rank, an exit code, and no interpreter shutdown."""
+"""A rank's process: which one it is, as its launcher says, what it prints, and how it ends.
+
+One message from one rank, an exit code, and no interpreter shutdown.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn
 
-from ddp_mnist.config import rank_from_environment
 from ddp_mnist.errors import JobError
+
+
+def rank_from_environment() -> int:
+    """This process's rank as its launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size_from_environment() -> int:
+    """How many ranks the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def show_warnings(*, main: bool) -> None:
+    """Warnings go to the console from the `main` rank, errors from all of them."""
+    logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="warning: %(message)s")
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Nothing that is printed is seen, such as a wrong flag, which every rank would tell of."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def tell(error: JobError) -> int:

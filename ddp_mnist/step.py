@@ -178,8 +178,8 @@ class TrainStep:
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of optimizer step `step` (from 0): a function of the step alone, so resuming needs no state.
 
-    onecycle is torch's OneCycleLR with linear warm-up over the first quarter and a cosine down; linear is its linear form,
-    with warm-up over the first tenth. Both start at 1/25 of the peak and end at next to nothing.
+    onecycle is torch's OneCycleLR with linear warm-up over the first quarter and a cosine down; linear is its linear
+    form, with warm-up over the first tenth. Both start at 1/25 of the peak and end at next to nothing.
     """
     if config.schedule == "constant":
         return config.lr

@@ -5,14 +5,20 @@ Flags are parsed before torch is imported, so `--help` is instant and a wrong fl
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from ddp_mnist.config import parse, rank_from_environment, world_size_from_environment
+from ddp_mnist.config import parse
 from ddp_mnist.errors import JobError
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import code_of, leave, tell
+from ddp_mnist.process import (
+    code_of,
+    leave,
+    rank_from_environment,
+    show_warnings,
+    tell,
+    world_size_from_environment,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,8 +46,7 @@ def main(
     data: Callable[[], Pair] | None = None,
 ) -> int:
     """Run one rank's part of the job; returns its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
-    rank = rank_from_environment()
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="warning: %(message)s")
+    show_warnings(main=rank_from_environment() == 0)
     stop = StopSignal()
     try:
         config = parse(argv)

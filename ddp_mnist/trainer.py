@@ -7,27 +7,27 @@ import logging
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from ddp_mnist import rundir
+from ddp_mnist import provenance, rundir
 from ddp_mnist.checkpoint import MODEL, Checkpoints, SaveClock, Snapshot, TrainState, publish_weights
-from ddp_mnist.config import TrainConfig, rank_from_environment
-from ddp_mnist.data import SYNTHETIC_WARNING, Pair, Split, TrainBatches, load
+from ddp_mnist.config import TrainConfig
+from ddp_mnist.data import Pair, Split, TrainBatches, load
 from ddp_mnist.data import own as own_data
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import Score, class_count, evaluate
 from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mode, decide
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import code_of, leave, tell_uncaught
+from ddp_mnist.process import code_of, leave, rank_from_environment, tell_uncaught
 from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.step import TrainStep, learning_rate
+from ddp_mnist.summary import banner, summary_of
 from ddp_mnist.tracking import Tracker
-from ddp_mnist.world import World, is_lost_rank, lost_rank
+from ddp_mnist.world import World, lost_ranks_told
 
 log = logging.getLogger(__name__)
 
@@ -88,31 +88,34 @@ def fit(
             same_data(config.dataset, world)
         run = trainer = None
         try:
-            run = stack.enter_context(open_run(config, world))
-            if run.finished:
-                if world.is_main:
-                    print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
-                return Result(run.path, run.finished, TrainStep(run.config, world, run.snapshot, model).net.eval())
-            trainer = Trainer(run, world, stop, mode, model, own)
-            stack.enter_context(trainer.tracker)
-            trainer.program = {"script": not takes_flags or bool(model or own), "asked": asked}
-            return Result(run.path, trainer.run(), trainer.step.net.eval())
+            with lost_ranks_told(world):
+                run = stack.enter_context(open_run(config, world))
+                if run.finished:
+                    return already_finished(run, world, model)
+                trainer = Trainer(run, world, stop, mode, model, own)
+                stack.enter_context(trainer.tracker)
+                trainer.program = {"script": not takes_flags or bool(model or own), "asked": asked}
+                return Result(run.path, trainer.run(), trainer.step.net.eval())
         except JobError as error:
             if trainer is not None:
                 trainer.give_up(error)
-            elif run is not None and world.is_main:  # the data, say: nothing is built yet
-                state = run.snapshot.state if run.snapshot else TrainState()
-                summary = summary_of(run.config, world, state, stop_reason=error.stop_reason, exit_code=error.exit_code)
-                with contextlib.suppress(OSError):
-                    rundir.write_json(run.path / rundir.SUMMARY, summary)
+            elif run is not None and world.is_main:
+                give_up_early(run, world, error)
             raise
-        except RuntimeError as error:
-            if not is_lost_rank(error):
-                raise
-            lost = lost_rank(error, world)
-            if trainer is not None:
-                trainer.give_up(lost)
-            raise lost from error
+
+
+def already_finished(run: Run, world: World, model: Callable[[], nn.Module] | None) -> Result:
+    if world.is_main:
+        print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
+    return Result(run.path, run.finished, TrainStep(run.config, world, run.snapshot, model).net.eval())
+
+
+def give_up_early(run: Run, world: World, error: JobError) -> None:
+    """Leave a summary of an attempt that failed before anything was built: the data, say. Raises nothing."""
+    state = run.snapshot.state if run.snapshot else TrainState()
+    summary = summary_of(run.config, world, state, stop_reason=error.stop_reason, exit_code=error.exit_code)
+    with contextlib.suppress(OSError):
+        rundir.write_json(run.path / rundir.SUMMARY, summary)
 
 
 def same_data(name: str, world: World) -> None:
@@ -160,6 +163,7 @@ class Trainer:
         self.state = run.snapshot.state if run.snapshot else TrainState()
         self.resumed_from = self.state.step if run.snapshot else None
         self.before = (self.state.samples_seen, self.state.train_seconds)
+        self.banner = banner(run, world, self.batches, len(self.test_set))
         self.scored: tuple[int, Score] | None = None
         sizes = [self.batches.global_size(step) for step in range(len(self.batches))]
         metrics_bytes = run.snapshot.metrics_bytes if run.snapshot else 0
@@ -174,7 +178,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         self.world.agree(self.write_config)
         self.step.settle_buckets(self.batches)
-        self.tracker.say(self.banner())
+        self.tracker.say(self.banner)
         self.tracker.start_mirror()
         reason = self.loop()
         self.stop.close()
@@ -294,7 +298,7 @@ class Trainer:
         if self.world.is_main:
             try:
                 settings = {"settings": self.config.to_dict(), "network": self.step.name}
-                content = settings | rundir.facts(self.world.size)
+                content = settings | provenance.facts(self.world.size)
                 rundir.write_json(self.run_dir / rundir.CONFIG, content)
             except OSError as error:
                 raise JobError(f"{self.run_dir} cannot be written: {error.strerror}.") from error
@@ -380,77 +384,6 @@ class Trainer:
                 rundir.write_json(path, summary)
             except OSError as error:
                 raise JobError(f"{path} could not be written: {error.strerror}.") from error
-
-    def banner(self) -> str:
-        config, world = self.config, self.world
-        threads = f"{world.threads} thread" + ("s" if world.threads > 1 else "")
-        ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
-        if world.shares_gpus:
-            ranks += " sharing GPUs over gloo"
-        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-        share = f"{config.batch_size} images, {self.batches.local_size} per rank"
-        if config.accumulate > 1:
-            share += f" in {config.accumulate} parts"
-        lines = [
-            f"ddp_mnist: {config.recipe} recipe on {config.dataset}, "
-            f"{len(self.train_set):,} training and {len(self.test_set):,} test images",
-            f"  device  {device}, {ranks}, {threads} each, precision {config.mixed_precision}",
-            f"  batch   {share}; {config.epochs} epoch{'s' if config.epochs > 1 else ''} of {len(self.batches)} steps; "
-            f"Adam {config.lr:g} {config.schedule}",
-            f"  output  {self.run_dir}",
-        ]
-        if self.resumed_from is not None:
-            lines.append(f"  resumed at step {self.resumed_from} of {self.total_steps}")
-        if config.dataset == "synthetic":
-            lines.append(SYNTHETIC_WARNING)
-        return "\n".join(lines)
-
-
-def summary_of(
-    config: TrainConfig,
-    world: World,
-    state: TrainState,
-    *,
-    stop_reason: str,
-    exit_code: int,
-    train: Score | None = None,
-    test: Score | None = None,
-    images_per_second: float | None = None,
-    resumed_from: int | None = None,
-    wandb_mode: str = "disabled",
-) -> dict[str, Any]:
-    """summary.json's content; null for what is not known."""
-    return {
-        "finished": stop_reason == "finished",
-        "stop_reason": stop_reason,
-        "exit_code": exit_code,
-        "dataset": config.dataset,
-        "recipe": config.recipe,
-        "epochs": config.epochs,
-        "steps": state.step,
-        "samples_seen": state.samples_seen,
-        "world_size": world.size,
-        "device": world.device.type,
-        "mixed_precision": config.mixed_precision,
-        "threads": world.threads,
-        "skipped_steps": state.skipped_steps,
-        "train_correct": train and train.correct,
-        "train_count": train and train.count,
-        "train_accuracy": train and train.accuracy,
-        "train_loss": train and train.loss,
-        "test_correct": test and test.correct,
-        "test_count": test and test.count,
-        "test_accuracy": test and test.accuracy,
-        "test_loss": test and test.loss,
-        "train_seconds": round(state.train_seconds, 3),
-        "eval_seconds": round(state.eval_seconds, 3),
-        "wall_seconds": round(state.wall_seconds, 3),
-        "images_per_second": images_per_second,
-        "resumed_from": resumed_from,
-        "wandb_mode": wandb_mode,
-        "test_confusion": test and [list(row) for row in test.confusion],
-        "test_mistakes": test and [asdict(mistake) for mistake in test.mistakes],
-    }
 
 
 class Stopwatch:

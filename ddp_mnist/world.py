@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from ddp_mnist.config import TrainConfig, world_size_from_environment
+from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.process import world_size_from_environment
 
 T = TypeVar("T")
 
@@ -163,12 +164,21 @@ class World:
         return result
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
-    """A collective that failed because another rank died or did not answer in time, not a bug of ours."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+@contextlib.contextmanager
+def lost_ranks_told(world: World) -> Iterator[None]:
+    """What a collective raises when another rank died or did not answer in time becomes a JobError that says so.
+
+    Anything else is a bug of ours and goes on as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            raise _lost_rank(error, world) from error
+        raise
 
 
-def lost_rank(error: RuntimeError, world: World) -> JobError:
+def _lost_rank(error: RuntimeError, world: World) -> JobError:
     # gloo: "[/build/path/pair.cc:561] Connection closed by peer [address]. This is typically caused ..."
     last = str(error).strip().splitlines()[-1].split("] ", 1)[-1].split(". ")[0].rstrip(".")
     return JobError(

@@ -25,7 +25,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from ddp_mnist.config import TrainConfig, parse
 from ddp_mnist.errors import JobError
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import leave, tell
+from ddp_mnist.process import leave, show_warnings, tell
 
 STOPPED = 75
 """Exit code: stopped with a checkpoint, run me again."""
@@ -45,7 +45,7 @@ class Job:
         env = submitit.JobEnvironment()
         main = env.global_rank == 0
         self.join(env)
-        logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="warning: %(message)s")
+        show_warnings(main=main)
         logging.getLogger("submitit").propagate = False  # it prints by itself
         try:
             config = self.config(env)

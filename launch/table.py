@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_mnist.report import comparison, state
 from ddp_mnist.rundir import CONFIG, SUMMARY, read_json
+from ddp_mnist.runlog import comparison, state
 
 
 def table(run_dirs: Sequence[Path]) -> str:

@@ -15,8 +15,9 @@ import jobs
 import pytest
 import torch
 
-from ddp_mnist import bench, bench_rows, data, reference
-from ddp_mnist.bench_rows import Line, Setup
+from ddp_mnist import bench, bench_rows, bench_setup, data, reference
+from ddp_mnist.bench_rows import Line
+from ddp_mnist.bench_setup import Setup
 from ddp_mnist.errors import JobError
 from ddp_mnist.model import CNN
 
@@ -181,7 +182,7 @@ def test_both_sides_come_first_in_turn() -> None:
 
 def test_a_slice_reaches_both_sides_with_the_same_images(tmp_path: Path, setup: Setup) -> None:
     train = data.Split(setup.train.images[:100], setup.train.labels[:100])
-    name = bench_rows.stage("mnist", train, setup.test, tmp_path / "staged")
+    name = bench_setup.stage("mnist", train, setup.test, tmp_path / "staged")
     ours, _ = data.load(name, tmp_path / "staged")
     assert torch.equal(ours.images, train.images) and torch.equal(ours.labels, train.labels)
     theirs = reference.tutorial_loaders(name, tmp_path / "staged")[0].dataset
@@ -294,14 +295,14 @@ def test_a_failing_child_is_reported_in_its_own_words_and_ends_the_others(setup:
         ["-c", f"import sys; open({str(mark)!r}, 'w'); sys.exit('the disk is gone')"],
     ]
     with pytest.raises(JobError, match=r"ended with 1 and said: the disk is gone") as error:
-        bench_rows.run_together(setup, commands, [{}, {}])
+        bench_setup.run_together(setup, commands, [{}, {}])
     assert mark.exists() and "-9" not in str(error.value)
 
 
 def test_ctrl_c_in_a_run_of_ours_ends_the_benchmark(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_rows, "fit", lambda config: SimpleNamespace(summary={"exit_code": 75}))
+    monkeypatch.setattr(bench_setup, "fit", lambda config: SimpleNamespace(summary={"exit_code": 75}))
     monkeypatch.setattr(bench, "measure", lambda options: setup.job())
     assert bench.main([]) == 130
     assert capsys.readouterr().err == "stopped: no figures are kept\n"

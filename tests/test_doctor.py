@@ -17,9 +17,11 @@ from typing import Any
 import jobs
 import pytest
 
-from ddp_mnist import doctor, files
+from ddp_mnist import doctor, doctor_finding, doctor_job, doctor_machine, files
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.doctor import Devices, Finding, Rank
+from ddp_mnist.doctor import Rank
+from ddp_mnist.doctor_finding import Finding
+from ddp_mnist.doctor_machine import Devices
 
 DOCTOR = (sys.executable, "-m", "ddp_mnist.doctor")
 SECRET = "0123456789abcdef" * 2 + "01234567"
@@ -37,7 +39,7 @@ def run(
     process_of_a_job: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> Run:
     """The command in this process: one rank on the CPU, no network, no credentials, an empty working directory."""
-    monkeypatch.setattr(doctor, "look_for_devices", lambda local_rank: Devices("CUDA 13.2", False, []))
+    monkeypatch.setattr(doctor_machine, "look_for_devices", lambda local_rank: Devices("CUDA 13.2", False, []))
     monkeypatch.chdir(tmp_path)
     quiet = {"TORCH_CPP_LOG_LEVEL": "FATAL", "NETRC": str(tmp_path / "no-netrc"), "no_proxy": "", "NO_PROXY": ""}
     for name, value in {**jobs.OFFLINE, **quiet}.items():
@@ -68,7 +70,7 @@ def test_one_rank_that_would_start(run: Run, healthy: list[str], tmp_path: Path)
     ended = run(*healthy)
     assert (ended.code, ended.err) == (0, "")
     topics = [line.split()[1] for line in ended.out.splitlines()[:-1]]
-    assert topics == list(doctor.TOPICS)
+    assert topics == list(doctor_finding.TOPICS)
     assert "1 rank: plain python" in ended.out
     assert ended.out.endswith("\nThe job would start.\n")
     assert list(tmp_path.iterdir()) == []  # no trace
@@ -93,7 +95,7 @@ def test_json_is_the_text_as_data(run: Run, healthy: list[str], monkeypatch: pyt
     told = json.loads(data.out)
     assert (text.code, data.code, told["exit_code"]) == (0, 0, 0)
     findings = [Finding(**each) for each in told["findings"]]
-    assert doctor.as_text(findings) + "\n" == text.out
+    assert doctor_finding.as_text(findings) + "\n" == text.out
     assert [each.topic for each in findings if each.status == "warning"] == ["precision"]
 
 
@@ -128,7 +130,7 @@ def test_a_world_size_that_does_not_divide_the_batch(
     problem, alone = lines_of(ended, "problem")
     assert "--batch-size 64 does not divide by 3 ranks" in problem and "63 or 66" in problem
     assert "the 3 ranks could not be brought together" in alone  # nobody has set RANK
-    assert doctor.batch(TrainConfig(batch_size=66), 3).status == "ok"
+    assert doctor_job.batch(TrainConfig(batch_size=66), 3).status == "ok"
 
 
 # --- Ranks that do not come -------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_what_keeps_ranks_of_another_machine_from_meeting_is_said_there(
     for name, value in {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(
-        doctor, "look_for_devices", lambda local_rank: Devices("CUDA 13.2", True, [H100], failure="no kernel")
+        doctor_machine, "look_for_devices", lambda local_rank: Devices("CUDA 13.2", True, [H100], failure="no kernel")
     )
     assert "cannot compute: no kernel" in jobs.the_message([run(*healthy)], 1)
     monkeypatch.setenv("RANK", "3")
@@ -206,7 +208,7 @@ NEEDED = ["python>=3.11", "torch>=2.11", "torchvision"]
     ],
 )
 def test_packages_are_compared_with_what_the_project_requires(installed: dict[str, str], expected: list[str]) -> None:
-    found = doctor.packages(NEEDED, installed)
+    found = doctor_machine.packages(NEEDED, installed)
     problems = [each for each in found if each.status == "problem"]
     assert len(problems) == len(expected)
     assert all(each.text.startswith(text) and each.advice for each, text in zip(problems, expected, strict=True))
@@ -215,11 +217,11 @@ def test_packages_are_compared_with_what_the_project_requires(installed: dict[st
 
 def test_requirements_come_from_the_installed_package_or_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise doctor.metadata.PackageNotFoundError(name)
+        raise doctor_machine.metadata.PackageNotFoundError(name)
 
-    installed = doctor.requirements()
-    monkeypatch.setattr(doctor.metadata, "requires", missing)
-    for found in installed, doctor.requirements():
+    installed = doctor_machine.requirements()
+    monkeypatch.setattr(doctor_machine.metadata, "requires", missing)
+    for found in installed, doctor_machine.requirements():
         assert found[0] == "python>=3.11" and "torch>=2.11" in found
         assert not any("pytest" in each for each in found)
 
@@ -232,6 +234,14 @@ def test_a_package_that_cannot_be_imported_is_a_problem_not_a_traceback(
     assert ended.code == 1
     (problem,) = lines_of(ended, "problem")
     assert "ddp_mnist.world cannot be imported with" in problem and "-> make install" in problem
+
+
+def test_it_still_answers_without_the_first_package_that_the_job_imports(tmp_path: Path) -> None:
+    without = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('ddp_mnist.doctor', run_name='__main__')"
+    ended = jobs.run([sys.executable, "-c", without], cwd=tmp_path)
+    assert (ended.code, ended.err) == (1, "")
+    (problem,) = lines_of(ended, "problem")
+    assert "ddp_mnist.config cannot be imported with" in problem and "tyro" in problem and "-> make install" in problem
 
 
 @pytest.mark.parametrize(
@@ -247,7 +257,7 @@ def test_a_package_that_cannot_be_imported_is_a_problem_not_a_traceback(
     ],
 )
 def test_builds_that_may_not_fit_are_told_by_their_tags(torch: str, torchvision: str, doubtful: bool) -> None:
-    assert bool(doctor.mismatch(torch, torchvision)) == doubtful
+    assert bool(doctor_machine.mismatch(torch, torchvision)) == doubtful
 
 
 @pytest.mark.parametrize(("staged", "status"), [(True, "warning"), (False, "problem")])
@@ -259,24 +269,24 @@ def test_a_torchvision_built_for_another_torch(
     (broken / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
     (broken / "version.py").write_text("__version__ = '0.29.2+cu132'\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(doctor, "build", {"torch": "2.15.0+cpu", "torchvision": "0.29.2+cu132"}.__getitem__)
-    (found,) = doctor.torchvision(staged)
+    monkeypatch.setattr(doctor_machine, "build", {"torch": "2.15.0+cpu", "torchvision": "0.29.2+cu132"}.__getitem__)
+    (found,) = doctor_machine.torchvision(staged)
     assert found.status == status
     assert "operator torchvision::nms does not exist" in found.text
     assert "torch is 2.15.0+cpu, torchvision 0.29.2+cu132" in found.text
     (broken / "__init__.py").write_text("")
-    assert doctor.torchvision(staged) == []  # doubtful and works: not a word
+    assert doctor_machine.torchvision(staged) == []  # doubtful and works: not a word
 
 
 def test_an_import_that_hangs_is_given_up() -> None:
-    assert doctor.import_failure("time; time.sleep(1000)", limit=0.1) == "not done after 0 s"
+    assert doctor_machine.import_failure("time; time.sleep(1000)", limit=0.1) == "not done after 0 s"
 
 
 def test_the_build_is_read_without_importing() -> None:
     import torch
 
-    assert doctor.build("torch") == torch.__version__
-    assert doctor.build("no_such_package") == doctor.build("json") == ""
+    assert doctor_machine.build("torch") == torch.__version__
+    assert doctor_machine.build("no_such_package") == doctor_machine.build("json") == ""
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
@@ -300,7 +310,7 @@ def test_the_build_is_read_without_importing() -> None:
     ],
 )
 def test_the_world_size_and_who_has_set_it(variables: dict[str, str], expected: str) -> None:
-    assert doctor.launch(variables, []) == [Finding("ok", "launch", expected)]
+    assert doctor_job.launch(variables, []) == [Finding("ok", "launch", expected)]
 
 
 @pytest.mark.parametrize(
@@ -312,9 +322,9 @@ def test_the_world_size_and_who_has_set_it(variables: dict[str, str], expected: 
     ],
 )
 def test_processes_that_would_each_train_alone(variables: dict[str, str], text: str, advice: str) -> None:
-    (found,) = doctor.launch(variables, [])
+    (found,) = doctor_job.launch(variables, [])
     assert found.status == "problem" and found.text.startswith(text) and advice in found.advice
-    assert doctor.launch({**variables, "WORLD_SIZE": "2"}, [])[0].status == "ok"
+    assert doctor_job.launch({**variables, "WORLD_SIZE": "2"}, [])[0].status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -332,7 +342,7 @@ def test_processes_that_would_each_train_alone(variables: dict[str, str], text: 
 def test_what_accelerate_launch_was_asked_for(tmp_path: Path, command: str, asked: int) -> None:
     config = tmp_path / "cpu.yaml"
     config.write_text("distributed_type: MULTI_CPU\nnum_processes: 4\n")
-    assert doctor.asked_processes(command.format(config=config).split(" ")) == asked
+    assert doctor_job.asked_processes(command.format(config=config).split(" ")) == asked
 
 
 @pytest.mark.slow
@@ -378,13 +388,13 @@ H100 = ("NVIDIA H100", 80 * 2**30)
     ],
 )
 def test_the_device(found: Devices, variables: dict[str, str], status: str, text: str) -> None:
-    told = doctor.device(found, variables)
+    told = doctor_machine.device(found, variables)
     assert told.status == status and text in told.text
     assert bool(told.advice) == (status != "ok")
 
 
 def test_looking_for_devices_needs_none() -> None:
-    found = doctor.look_for_devices(0)
+    found = doctor_machine.look_for_devices(0)
     assert not found.failure and (found.gpus or not found.bf16)
 
 
@@ -401,7 +411,7 @@ def test_looking_for_devices_needs_none() -> None:
     ],
 )
 def test_the_precision(asked: str, gpus: list[Any], bf16: bool, status: str) -> None:
-    assert doctor.precision(asked, Devices("CUDA 13.2", bool(gpus), gpus, bf16)).status == status
+    assert doctor_machine.precision(asked, Devices("CUDA 13.2", bool(gpus), gpus, bf16)).status == status
 
 
 @pytest.mark.parametrize(
@@ -416,7 +426,7 @@ def test_the_precision(asked: str, gpus: list[Any], bf16: bool, status: str) -> 
     ],
 )
 def test_cpus_and_threads(quota: float | None, threads: int, ranks: int, status: str, text: str) -> None:
-    told = doctor.cpu(8, 16, quota, threads, {"LOCAL_WORLD_SIZE": str(ranks)})
+    told = doctor_machine.cpu(8, 16, quota, threads, {"LOCAL_WORLD_SIZE": str(ranks)})
     assert told.status == status and told.text.endswith(text)
     assert told.advice == ("--threads 1" if status == "warning" else "")
 
@@ -438,8 +448,8 @@ def test_the_quota_of_a_container(tmp_path: Path, own: str, contents: dict[str, 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
         path.with_name("cpu.cfs_period_us").write_text("100000")
-    assert doctor.cpu_quota(tmp_path / "cgroup", tmp_path / "own") == quota
-    assert doctor.cpu_quota(tmp_path / "nowhere", tmp_path / "nothing") is None
+    assert doctor_machine.cpu_quota(tmp_path / "cgroup", tmp_path / "own") == quota
+    assert doctor_machine.cpu_quota(tmp_path / "nowhere", tmp_path / "nothing") is None
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -464,13 +474,13 @@ def test_auto_says_that_it_would_not_be_mnist(run: Run) -> None:
 
 
 def test_data_that_could_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "reachable", lambda url: True)
-    told = doctor.dataset("mnist", tmp_path / "data")
+    monkeypatch.setattr(doctor_job, "reachable", lambda url: True)
+    told = doctor_job.dataset("mnist", tmp_path / "data")
     assert told.status == "warning" and told.text.endswith("the job would download it at its start")
 
 
 def test_data_that_are_only_there_as_gz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path) -> None:
-    monkeypatch.setattr(doctor, "reachable", lambda url: False)
+    monkeypatch.setattr(doctor_job, "reachable", lambda url: False)
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     sums = {}
@@ -480,20 +490,20 @@ def test_data_that_are_only_there_as_gz(monkeypatch: pytest.MonkeyPatch, tmp_pat
         sums[path.name] = (hashlib.md5(content).hexdigest(), "")
     monkeypatch.setitem(files.SOURCES, "mnist", files.Source("MNIST", sums))
     before = sorted(folder.iterdir())
-    told = doctor.dataset("mnist", tmp_path)
+    told = doctor_job.dataset("mnist", tmp_path)
     assert told.status == "ok" and "the .gz files" in told.text
     assert sorted(folder.iterdir()) == before  # still packed
     damaged = folder / "t10k-labels-idx1-ubyte.gz"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    told = doctor.dataset("mnist", tmp_path)
+    told = doctor_job.dataset("mnist", tmp_path)
     assert told.status == "problem" and "t10k-labels-idx1-ubyte is missing" in told.text
 
 
 def test_data_that_are_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "reachable", lambda url: False)
+    monkeypatch.setattr(doctor_job, "reachable", lambda url: False)
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\0" * 100)
-    told = doctor.dataset("mnist", tmp_path)
+    told = doctor_job.dataset("mnist", tmp_path)
     assert told.status == "problem" and "train-images-idx3-ubyte is damaged (magic number 0" in told.text
 
 
@@ -507,18 +517,18 @@ def test_an_output_directory_with_a_file_in_the_way(run: Run, healthy: list[str]
 
 
 def test_a_disk_without_room_or_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert doctor.output(tmp_path / "runs" / "deep").status == "ok"
+    assert doctor_job.output(tmp_path / "runs" / "deep").status == "ok"
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1e6}))
-        told = doctor.output(tmp_path)
+        told = doctor_job.output(tmp_path)
         assert told.status == "warning" and "0.0 GB free" in told.text and "make room" in told.advice
     with monkeypatch.context() as patch:
-        patch.setattr(doctor, "takes", lambda path: True)
-        told = doctor.output(tmp_path)
+        patch.setattr(doctor_job, "takes", lambda path: True)
+        told = doctor_job.output(tmp_path)
         assert told.status == "warning" and "no locks" in told.text
     with monkeypatch.context() as patch:
         patch.setattr("filelock.FileLock.acquire", lambda self: (_ for _ in ()).throw(OSError("no locks")))
-        assert doctor.output(tmp_path).status == "warning"
+        assert doctor_job.output(tmp_path).status == "warning"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -573,7 +583,7 @@ def test_wandb_with_and_without_server_and_credentials(
     def told(mode: str, key: str = "", url: str = answering) -> tuple[str, str]:
         for name, value in {"WANDB_MODE": mode, "WANDB_API_KEY": key, "WANDB_BASE_URL": url}.items():
             monkeypatch.setenv(name, value)
-        finding = doctor.wandb(TrainConfig())
+        finding = doctor_job.wandb(TrainConfig())
         assert finding.topic == "wandb" and bool(finding.advice) == (finding.status != "ok")
         return finding.status, finding.text
 
@@ -591,10 +601,10 @@ def test_wandb_with_and_without_server_and_credentials(
 
 def test_a_probe_goes_through_the_proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = "https://nothing.invalid"
-    assert doctor.reachable(server) and not doctor.reachable(nowhere)
+    assert doctor_job.reachable(server) and not doctor_job.reachable(nowhere)
     monkeypatch.setenv("https_proxy", server)
-    assert doctor.reachable(nowhere)
-    assert not doctor.reachable("http://127.0.0.1:port")
+    assert doctor_job.reachable(nowhere)
+    assert not doctor_job.reachable("http://127.0.0.1:port")
 
 
 def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,7 +615,7 @@ def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("too late")
 
     monkeypatch.setattr(socket, "create_connection", hang)
-    assert not doctor.reachable("http://127.0.0.1", limit=0.05)
+    assert not doctor_job.reachable("http://127.0.0.1", limit=0.05)
     over.set()
 
 
@@ -629,8 +639,8 @@ STEP = {**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": 
 def test_slurm_and_its_traps(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sbatch: bool, told: str, trap: str | None
 ) -> None:
-    monkeypatch.setattr(doctor, "time_left", lambda job: ", 9:59 left")
-    first, *traps = doctor.slurm(variables, sbatch, allowed=2)
+    monkeypatch.setattr(doctor_job, "time_left", lambda job: ", 9:59 left")
+    first, *traps = doctor_job.slurm(variables, sbatch, allowed=2)
     assert first.status == "ok" and first.text.startswith(told)
     assert [each.status for each in traps] == ["warning"] * (trap is not None)
     assert all(each.text.find(trap or "") >= 0 and each.advice for each in traps)

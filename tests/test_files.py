@@ -501,6 +501,37 @@ def test_bad_mirrors(
     assert strays(folder) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError('operator torchvision::nms does not exist')",  # built for another torch
+        "OSError('libcudart.so.13: cannot open shared object file')",
+        "ModuleNotFoundError('No module named torchvision')",
+    ],
+)
+def test_a_broken_torchvision_is_one_clear_error(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {error}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(files.DataError) as caught:
+        files.read_split("mnist", tmp_path / "data", "train")
+    for part in (
+        IMAGES,
+        "missing",
+        error.partition("(")[0],
+        error.split("'")[1],
+        "`pip install",
+        "--dataset synthetic",
+    ):
+        assert part in str(caught.value)
+    assert "cannot write" not in str(caught.value)
+    assert strays(tmp_path / "data" / "MNIST" / "raw") == []
+
+
 @pytest.mark.parametrize("moment", ["downloading", "unpacking"])
 @pytest.mark.slow
 def test_kill_leaves_nothing_bad(tmp_path: Path, server: Mirrors, mirrors: Callable[..., None], moment: str) -> None:

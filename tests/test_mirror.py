@@ -26,7 +26,7 @@ import pytest
 import wandb_server
 from test_train import OVERFLOWING, weights_file
 
-from ddp_mnist import mirror, rundir, tracking
+from ddp_mnist import mirror, mirror_process, rundir, tracking
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.mirror import Mirror, Mode, decide
 
@@ -360,7 +360,7 @@ def test_an_epoch_has_its_classes_confusion_and_mistakes(offline: Offline, mirro
             with Image.open(files / name) as picture:
                 assert picture.size == (112, 112) and picture.getextrema() != (0, 0)
     # The picture is that row of the test set.
-    images = mirror.test_images(offline.run_dir)
+    images = mirror_process.test_images(offline.run_dir)
     assert images is not None
     logged, line = pairs[-1]
     with Image.open(files / flat(logged, "test/mistakes.filenames")[0]) as picture:
@@ -858,7 +858,7 @@ def test_a_mirror_of_a_run_that_was_started_over_leaves_the_new_one_alone(tmp_pa
 def test_half_a_line_is_not_mirrored(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
-    lines = mirror.Lines(path)
+    lines = mirror_process.Lines(path)
     assert list(lines.new()) == [{"step": 1}]
     with path.open("a") as file:
         file.write('ep": 2}\n')
@@ -867,5 +867,5 @@ def test_half_a_line_is_not_mirrored(tmp_path: Path) -> None:
 
 
 def test_by_hand_it_says_what_starts_it() -> None:
-    ended = jobs.run([sys.executable, "-m", "ddp_mnist.mirror"])
+    ended = jobs.run([sys.executable, "-m", "ddp_mnist.mirror_process"])
     assert "python -m ddp_mnist.train" in jobs.the_message([ended], 2)

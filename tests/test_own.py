@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from ddp_mnist import Result, TrainConfig, fit
 from ddp_mnist.checkpoint import open_saved
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.rundir import without_secrets
+from ddp_mnist.provenance import without_secrets
 
 README = Path(__file__).parents[1] / "README.md"
 STEPS = 3 * 32

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddp_mnist import report
+from ddp_mnist import figures, report, runlog
 from ddp_mnist.errors import JobError, UsageError
 
 STEPS, PER_EPOCH, EVERY = 30, 15, 5  # two epochs, a line every five steps
@@ -117,7 +117,7 @@ class Page(HTMLParser):
 
 def test_a_matrix_of_many_classes_has_colours_only() -> None:
     confusion = [[5 if row == column else 1 for column in range(60)] for row in range(60)]
-    matrix, beside = report.confusion_figure(confusion, "own-123").axes
+    matrix, beside = figures.confusion_figure(confusion, "own-123").axes
     assert not matrix.texts and not beside.texts and matrix.images
 
 
@@ -160,7 +160,7 @@ def test_settings_are_text_and_not_markup(tmp_path: Path, tiny: Path) -> None:
 
 def test_the_curves_are_the_lines_of_the_file(run: Path) -> None:
     lines = jobs.read_metrics(run)
-    figure = report.curves_figure([report.read_run(run)])
+    figure = figures.curves_figure([runlog.read_run(run)])
     loss, accuracy = figure.axes
     assert [loss.get_ylabel(), accuracy.get_ylabel(), accuracy.get_xlabel()] == ["loss", "accuracy", "step"]
     for axes, key in (loss, "loss"), (accuracy, "accuracy"):
@@ -178,8 +178,8 @@ def test_the_curves_are_the_lines_of_the_file(run: Path) -> None:
 
 
 def test_the_epochs_stand_above_the_steps(run: Path) -> None:
-    figure = report.curves_figure([report.read_run(run)])
-    report.png(figure)
+    figure = figures.curves_figure([runlog.read_run(run)])
+    figures.png(figure)
     (epochs,) = figure.axes[0].child_axes
     assert epochs.get_xlabel() == "epoch"
     ticks = [tick for tick in epochs.get_xticks() if 0 <= tick <= 2]
@@ -188,8 +188,8 @@ def test_the_epochs_stand_above_the_steps(run: Path) -> None:
 
 
 def test_98_and_99_percent_are_apart_on_the_axis(run: Path) -> None:
-    figure = report.curves_figure([report.read_run(run)])
-    report.png(figure)
+    figure = figures.curves_figure([runlog.read_run(run)])
+    figures.png(figure)
     accuracy = figure.axes[1]
     heights = accuracy.transAxes.inverted().transform(
         accuracy.transData.transform([(0, share) for share in (0.9, 0.98, 0.99, 0.9933)])
@@ -201,20 +201,20 @@ def test_98_and_99_percent_are_apart_on_the_axis(run: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_accuracies_at_the_ends_are_inside_the_picture(tmp_path: Path, tiny: Path, share: float) -> None:
     lines = [line | {"train/accuracy": share} for line in metrics({})]
-    figure = report.curves_figure([report.read_run(make_run(tmp_path / "run", tiny, lines=lines))])
-    report.png(figure)
+    figure = figures.curves_figure([runlog.read_run(make_run(tmp_path / "run", tiny, lines=lines))])
+    figures.png(figure)
     low, high = figure.axes[1].get_ylim()
     assert low <= share <= high
 
 
 def test_a_resumed_run_is_one_curve(tmp_path: Path, tiny: Path) -> None:
     run = make_run(tmp_path / "run", tiny, summary={"resumed_from": 10})
-    train, _ = report.curves_figure([report.read_run(run)]).axes[0].lines
+    train, _ = figures.curves_figure([runlog.read_run(run)]).axes[0].lines
     assert list(train.get_xdata()) == [5, 10, 15, 20, 25, 30]
 
 
 def test_the_confusion_matrix_shows_each_count_and_the_errors_in_colour() -> None:
-    figure = report.confusion_figure(CONFUSION, "mnist", "name")
+    figure = figures.confusion_figure(CONFUSION, "mnist", "name")
     matrix, beside = figure.axes
     shown = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in matrix.texts}
     assert shown == {
@@ -236,28 +236,28 @@ def test_the_confusion_matrix_shows_each_count_and_the_errors_in_colour() -> Non
     assert [label.get_text() for label in matrix.get_xticklabels()] == list("0123456789")
     wrong = sum(map(sum, CONFUSION)) - 900
     assert f"{wrong} of {900 + wrong} wrong" in figure.get_supxlabel()
-    looks_drawn(report.png(figure))
+    looks_drawn(figures.png(figure))
 
 
 def test_an_error_weighs_more_in_a_class_of_few_images() -> None:
     counts = np.diag([10, *[1000] * 9])
     counts[0, 1] = counts[1, 0] = 1
-    colours = np.asarray(report.confusion_figure(counts.tolist(), "mnist").axes[0].images[0].get_array())
+    colours = np.asarray(figures.confusion_figure(counts.tolist(), "mnist").axes[0].images[0].get_array())
     assert colours[0, 1, 2] < colours[1, 0, 2] < 1  # orange has less blue than white
 
 
 def test_a_class_without_images_has_no_accuracy_and_a_perfect_score_is_drawn() -> None:
     perfect = [[9 if row == column else 0 for column in range(10)] for row in range(10)]
     perfect[4] = [0] * 10
-    figure = report.confusion_figure(perfect, "mnist")
+    figure = figures.confusion_figure(perfect, "mnist")
     assert list(figure.axes[1].lines[0].get_ydata()) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    looks_drawn(report.png(figure))
+    looks_drawn(figures.png(figure))
 
 
 def test_the_mistakes_have_their_images_classes_and_confidence(tiny: Path) -> None:
     found = mistakes(tiny)
     images = np.arange(7 * 784, dtype=np.uint8).reshape(7, 28, 28)
-    figure = report.mistakes_figure(images, found, "mnist", "name")
+    figure = figures.mistakes_figure(images, found, "mnist", "name")
     drawn = [axes for axes in figure.axes if axes.images]
     assert len(drawn) == 7
     for axes, image, mistake in zip(drawn, images, found, strict=True):
@@ -265,13 +265,13 @@ def test_the_mistakes_have_their_images_classes_and_confidence(tiny: Path) -> No
         share = f"{100 * mistake['confidence']:.2f} %"
         assert axes.get_title() == f"is {mistake['label']}, read as {mistake['prediction']}\n{share}"
     assert not any(axes.axison for axes in figure.axes if not axes.images)
-    looks_drawn(report.png(figure))
+    looks_drawn(figures.png(figure))
 
 
 def test_the_images_come_from_the_test_set(run: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     monkeypatch.setattr(
-        report, "mistakes_figure", lambda images, *rest: seen.update(images=images) or report._figure(6, 6)
+        report, "mistakes_figure", lambda images, *rest: seen.update(images=images) or figures._figure(6, 6)
     )
     report.draw(run)
     pixels = np.fromfile(tiny / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte", np.uint8, offset=16)
@@ -279,11 +279,11 @@ def test_the_images_come_from_the_test_set(run: Path, tiny: Path, monkeypatch: p
 
 
 def test_fashion_has_names_instead_of_digits(tiny: Path) -> None:
-    figure = report.confusion_figure(CONFUSION, "fashion-mnist")
+    figure = figures.confusion_figure(CONFUSION, "fashion-mnist")
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert (names[0], names[9]) == ("T-shirt/top", "Ankle boot")
     mistake = {"index": 0, "label": 6, "prediction": 0, "confidence": 0.5}
-    figure = report.mistakes_figure(np.zeros((1, 28, 28), np.uint8), [mistake], "fashion-mnist")
+    figure = figures.mistakes_figure(np.zeros((1, 28, 28), np.uint8), [mistake], "fashion-mnist")
     assert "Shirt" in figure.axes[0].get_title()
     assert "T-shirt/top" in figure.axes[0].get_title()
 
@@ -293,13 +293,13 @@ def test_fashion_has_names_instead_of_digits(tiny: Path) -> None:
     [("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST"), ("synthetic", "GENERATED DIGITS (NOT MNIST)")],
 )
 def test_the_dataset_stands_in_every_picture(tmp_path: Path, tiny: Path, dataset: str, title: str) -> None:
-    run = report.read_run(make_run(tmp_path / "run", tiny, dataset=dataset))
+    run = runlog.read_run(make_run(tmp_path / "run", tiny, dataset=dataset))
     image = np.zeros((1, 28, 28), np.uint8)
     for figure in (
-        report.curves_figure([run]),
-        report.curves_figure([run, run]),
-        report.confusion_figure(CONFUSION, dataset),
-        report.mistakes_figure(image, mistakes(tiny, 1), dataset),
+        figures.curves_figure([run]),
+        figures.curves_figure([run, run]),
+        figures.confusion_figure(CONFUSION, dataset),
+        figures.mistakes_figure(image, mistakes(tiny, 1), dataset),
     ):
         assert figure.get_suptitle().splitlines()[-1].startswith(f"{title}: ")
 
@@ -374,7 +374,7 @@ def test_the_score_of_a_run_stopped_within_an_epoch_is_in_its_summary(tmp_path: 
     summary["test_mistakes"] = mistakes(tiny)
     run = make_run(tmp_path / "run", tiny, lines=metrics({}, steps=10), summary=summary)
     assert [path.name for path in report.draw(run)] == ["curves.png", "confusion.png", "mistakes.png", "report.html"]
-    _, test = report.curves_figure([report.read_run(run)]).axes[1].lines
+    _, test = figures.curves_figure([runlog.read_run(run)]).axes[1].lines
     assert [*zip(*test.get_data(), strict=True)] == [(12, 0.5)]
     assert "no test score" not in Page(run / "report.html").text
 
@@ -438,7 +438,7 @@ def test_the_images_are_found_through_the_environment(
 
 def test_runs_are_told_apart_by_name_settings_colour_and_style(run: Path, tmp_path: Path, tiny: Path) -> None:
     others = [make_run(tmp_path / f"run-{number}", tiny, lr=0.01 * number) for number in range(1, 9)]
-    figure = report.curves_figure([report.read_run(path) for path in [run, *others]])
+    figure = figures.curves_figure([runlog.read_run(path) for path in [run, *others]])
     tests = figure.axes[0].lines[1::2]
     assert len({(line.get_color(), line.get_linestyle()) for line in tests}) == 9
     assert [tests[0].get_linestyle(), tests[1].get_linestyle()] == ["-", "--"]
@@ -448,13 +448,13 @@ def test_runs_are_told_apart_by_name_settings_colour_and_style(run: Path, tmp_pa
     assert texts[0] == "first: test 99.33 %, lr 0.001"
     assert texts[3] == "run-3: test 99.33 %, lr 0.03"
     assert figure.legends[0].get_lines()[1].get_color() == tests[1].get_color()
-    looks_drawn(report.png(figure))
+    looks_drawn(figures.png(figure))
 
 
 def test_runs_with_other_batches_are_drawn_over_epochs(run: Path, tmp_path: Path, tiny: Path) -> None:
     lines = [line | {"step": 2 * line["step"]} for line in metrics({})]
     other = make_run(tmp_path / "half", tiny, lines=lines, batch_size=32, summary={"steps": 2 * STEPS})
-    figure = report.curves_figure([report.read_run(run), report.read_run(other)])
+    figure = figures.curves_figure([runlog.read_run(run), runlog.read_run(other)])
     loss, accuracy = figure.axes
     assert accuracy.get_xlabel().startswith("epoch")
     assert not loss.child_axes
@@ -487,8 +487,8 @@ def test_the_page_of_several_runs_has_the_best_first(
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path: Path, tiny: Path) -> None:
-    runs = [report.read_run(make_run(tmp_path / name, tiny)) for name in ("a/run", "b/run", "c")]
-    assert report.labels(runs) == ["a/run", "b/run", "c"]
+    runs = [runlog.read_run(make_run(tmp_path / name, tiny)) for name in ("a/run", "b/run", "c")]
+    assert runlog.labels(runs) == ["a/run", "b/run", "c"]
 
 
 @pytest.mark.slow

@@ -469,6 +469,19 @@ def test_mnist_without_files_and_network_says_how_to_get_it(train: Train, tmp_pa
         assert word in message
 
 
+def test_a_rank_that_is_lost_before_anything_is_built_leaves_a_summary(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise RuntimeError("[/build/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:20000")
+
+    monkeypatch.setattr("ddp_mnist.trainer.load", load)
+    message = jobs.the_message([train("--output-dir", tmp_path)], 1)
+    assert "lost contact with another rank" in message and "(Connection closed by peer" in message
+    summary = jobs.read_json(tmp_path / "summary.json")
+    assert (summary["stop_reason"], summary["exit_code"]) == ("lost_rank", 1)
+
+
 @pytest.mark.parametrize(
     ("content", "code", "why"),
     [
