@@ -88,6 +88,11 @@ COMMANDS: dict[str, Here | By | Not] = {
     "python -m ddp_mnist.bench --json docs/benchmarks/<gpu>-<date>.json": by(BENCH, "ddp_mnist.bench", "--json"),
     "source .venv/bin/activate": here(""),
     "export DDP_MNIST_DATA=/scratch/data": here(""),
+    "pip install .": by(
+        "tests/test_package.py::test_the_wheel_trains_where_there_is_neither_checkout_nor_git",
+        '"install"',
+        "jobs.TRAIN",
+    ),
     "pip install pre-commit && pre-commit install": Not("installs a package that nothing else needs"),
     "python -m pytest -m gpu": Not("needs an NVIDIA GPU"),
     # training
@@ -259,7 +264,7 @@ def checkout(tmp_path: Path, run_at: Callable[[int], Path], tiny: Path) -> Calla
     def run(command: str, **variables: str) -> jobs.Ended:
         places = {"FLAGS": flags, "PORT": str(jobs.free_port()), "<job>": "4711"}
         for place, value in places.items():
-            command = re.sub(rf"(?<![\w-]){place}(?![\w-])|(?<=-){re.escape(place)}(?!\w)", value, command)
+            command = command.replace(place, value)
         environment = {
             "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
             "DDP_MNIST_DATA": str(tiny),
@@ -423,7 +428,8 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=documents.name)
 def test_files_that_are_named_exist(document: Path) -> None:
-    named = [span for span in documents.spans(document) if re.fullmatch(r"[\w./-]+\.(py|sh|md|yaml|toml|txt)", span)]
+    spans = [span.partition("::")[0] for span in documents.spans(document)]
+    named = [span for span in spans if re.fullmatch(r"[\w./-]+\.(py|sh|md|yaml|toml|txt)", span)]
     folders = [ROOT, document.parent, ROOT / "ddp_mnist", ROOT / "launch"]
     of_the_reader = {"mine.py", "rates.txt"}
     assert [each for each in named if each not in of_the_reader and not any((f / each).exists() for f in folders)] == []
@@ -433,7 +439,10 @@ def test_each_claim_names_the_test_that_proves_it() -> None:
     claims = documents.rows(documents.section(README, "What makes it different"))
     assert len(claims) > 5
     for claim, proof in claims:
-        assert re.findall(r"`tests/test_\w+\.py`", proof), claim
+        tests = re.findall(r"`(tests/test_\w+\.py)(?:::(test_\w+))?`", proof)
+        assert tests, claim
+        for file, test in tests:
+            assert not test or test in top_level(ROOT / file), f"{file} has no {test}"
 
 
 def test_the_readme_is_short_and_in_order() -> None:
