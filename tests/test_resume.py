@@ -350,6 +350,16 @@ def test_lines_beyond_the_checkpoint_are_cut(train: Train, stopped: Path, expect
     faults.assert_same_result(stopped, expected)
 
 
+def test_lines_that_are_missing_before_the_checkpoint_are_told(
+    train: Train, stopped: Path, expected: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = stopped / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+    assert train("--output-dir", stopped).code == 0
+    assert "earlier lines are missing" in caplog.text
+    assert (stopped / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
 def test_a_checkpoint_holds_nothing_that_must_be_unpickled(
     train: Train, stopped: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

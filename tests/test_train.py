@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tutorial import TutorialCNN, count_correct
 
 from ddp_mnist import TrainConfig, fit, rundir
+from ddp_mnist.process import tell_uncaught
 from ddp_mnist.step import learning_rate
 
 Train = Callable[..., jobs.Ended]
@@ -166,6 +168,25 @@ def test_the_seed_decides_the_result(train: Train, run_at: RunAt, tmp_path: Path
     )
     assert first == alone
     assert second != alone
+
+
+def test_a_terminal_gets_a_bar_and_the_lines_above_it(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    ended = train("--max-steps", 30, "--output-dir", tmp_path / "bar")
+    assert re.search(r"30/52 \[.*step/s, loss \d\.\d{4}, [\d,]+ images/s\]", ended.err)
+    assert "epoch 1/2 done: train loss" in ended.out and "step 1/52:" not in ended.out
+    assert "step/s" not in train("--max-steps", 3, "--no-progress", "--output-dir", tmp_path / "none").err
+
+
+def test_only_our_own_errors_are_told_in_one_line(process_of_a_job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(kind))
+    tell_uncaught()
+    tell_uncaught()  # once is enough
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError("a bug"), None)
+    assert told == [ZeroDivisionError]
 
 
 def test_fit_returns_the_summary_it_writes(tiny: Path, tmp_path: Path, process_of_a_job: None) -> None:
