@@ -46,6 +46,8 @@ HASTY_PATIENCE = 10.0
 """The same for a run that was told to stop: its 25 seconds are for the checkpoint."""
 NICENESS = 10
 """A tenth of what the training gets where they meet: it hardly notices, and the mirror is there in seconds."""
+YIELD_SECONDS = 20.0
+"""How long a mirror puts up with that: where others want the CPU as well, a tenth of it may be next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ def start(run_dir: Path, mode: Mode, config: TrainConfig, *, id: str, attempt: s
         "model": config.wandb_model,
         "watched": os.getpid(),
         "init_seconds": INIT_SECONDS,
+        "yield_seconds": YIELD_SECONDS,
     }
     command = [sys.executable, "-m", "ddp_mnist.mirror_process", str(run_dir), json.dumps(options)]
     with open(run_dir / FOLDER / LOG, "ab") as output:

@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run_dir, options = Path(arguments[0]), json.loads(arguments[1])
     end = Ending()
+    own_share = threading.Timer(options["yield_seconds"], share_cpu, (os.getpid(), 0))
+    own_share.daemon = True
+    own_share.start()
     try:
         # A killed attempt's mirror may still be at it.
         holder = rundir.lock(run_dir / FOLDER, PREDECESSOR_SECONDS)
