@@ -45,7 +45,8 @@ class Job:
                     self.processes.append(
                         subprocess.Popen(
                             command,
-                            env={**variables, MARK: self.mark},
+                            # What is killed cannot clean up: its temporary files go with those of the job.
+                            env={**variables, MARK: self.mark, "TMPDIR": self._folder.name},
                             cwd=cwd,
                             stdin=subprocess.DEVNULL,
                             stdout=out,

@@ -49,6 +49,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
 def account(home: Path) -> dict[str, str]:
     return {
         "HOME": str(home),
+        "TMPDIR": str(home),  # wandb's service leaves a folder when it is killed
         "WANDB_BASE_URL": f"http://127.0.0.1:{jobs.free_port()}",
         "PYTHONPATH": ROOT,
         "no_proxy": "127.0.0.1",
