@@ -64,7 +64,8 @@ class TrainConfig:
 
     recipe: Recipe = "tutorial"
     """Preset for the settings below; an explicit flag beats it. tutorial: Adam 1e-3, batch 64, 5 epochs.
-    fast: one-cycle schedule, 98 % after one epoch. record: three epochs, 98.9 %."""
+    fast: one-cycle schedule, 98 % after one epoch. record: two epochs of a wider network in
+    bf16, tuned for 99 %."""
 
     dataset: Dataset = "auto"
     """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
@@ -274,7 +275,15 @@ class TrainConfig:
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "fast": {"batch_size": 64, "lr": 1e-2, "schedule": "onecycle"},
-    "record": {"batch_size": 128, "epochs": 3, "lr": 2e-2, "beta2": 0.98, "schedule": "onecycle"},
+    "record": {
+        "widths": (8, 40),
+        "batch_size": 96,
+        "epochs": 2,
+        "lr": 1.2e-2,
+        "beta2": 0.98,
+        "schedule": "linear",
+        "mixed_precision": "bf16",
+    },
 }
 
 
