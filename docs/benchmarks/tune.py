@@ -1,9 +1,9 @@
 """How `--recipe record` was tuned: on 55,000 training images, scored on the other 5,000; never on the test set.
 
-    python docs/benchmarks/tune.py --seeds 12 published 8,32:96:2:1.2e-2:0.98:linear 8,16:128:3:2e-2:0.98:onecycle
+    python docs/benchmarks/tune.py --seeds 12 published 8,40:96:2:1.2e-2:0.98:linear:bf16
 
-Each word is widths:batch:epochs:peak rate:beta2:schedule, or `published`, the fast recipe of others as the bench
-restates it. Every seed holds out another 5,000, the same for all words, so that their differences are of equal images.
+Each word is widths:batch:epochs:peak rate:beta2:schedule:precision, or `published`, the fast recipe of others as the
+bench restates it. Every seed holds out another 5,000, the same for all words: differences are of equal images.
 Prints mean ± sd in percent, the difference to the first word ± its standard error, and training seconds.
 """
 
@@ -35,7 +35,7 @@ def split(data: Split, seed: int) -> tuple[Split, Split]:
 
 def ours(word: str, data: Split, seed: int, threads: int) -> tuple[float, float]:
     """(accuracy in percent, training seconds)"""
-    widths, batch, epochs, rate, beta2, schedule = word.split(":")
+    widths, batch, epochs, rate, beta2, schedule, precision = word.split(":")
     fitted, held = split(data, seed)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = TrainConfig(
@@ -45,6 +45,7 @@ def ours(word: str, data: Split, seed: int, threads: int) -> tuple[float, float]
             lr=float(rate),
             beta2=float(beta2),
             schedule=schedule,  # type: ignore[arg-type]
+            mixed_precision=precision,  # type: ignore[arg-type]
             seed=seed,
             threads=threads,
             output_dir=Path(folder),
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("recipes", nargs="+", metavar="WIDTHS:BATCH:EPOCHS:RATE:BETA2:SCHEDULE")
+    parser.add_argument("recipes", nargs="+", metavar="WIDTHS:BATCH:EPOCHS:RATE:BETA2:SCHEDULE:PRECISION")
     options = parser.parse_args()
     tell_uncaught()
     torch.set_num_threads(options.threads)
