@@ -137,6 +137,14 @@ class Devices(NamedTuple):
     """Of computing something on this rank's GPU."""
 
 
+def cpu_has_bf16(facts: Path = Path("/proc/cpuinfo")) -> bool:
+    """Arithmetic, not only conversions; False also where Linux does not say."""
+    try:
+        return bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", facts.read_text()))
+    except OSError:
+        return False
+
+
 def look_for_devices(local_rank: int) -> Devices:
     import torch
 
@@ -148,7 +156,7 @@ def look_for_devices(local_rank: int) -> Devices:
         warnings.simplefilter("always")
         visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
         properties = [torch.cuda.get_device_properties(index) for index in range(visible)]
-        bf16 = bool(properties) and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if properties else cpu_has_bf16()
         if visible:
             try:  # a GPU for which this torch has no kernels is listed all the same, and fails in the first step
                 torch.ones(8, device=f"cuda:{local_rank % visible}").sum().item()
@@ -200,13 +208,13 @@ def precision(asked: str, found: Devices) -> Finding:
     if asked == "fp16" and not found.gpus and not found.mps:
         return Finding("problem", "precision", "fp16 needs a GPU and there is none", "--mixed-precision no, or bf16")
     if asked == "bf16" and not found.bf16:
-        where = "this GPU has no" if found.gpus else "few CPUs have"
-        text = f"bf16, but {where} arithmetic for it: slower than fp32 (measured on a CPU: 3 times)"
+        device = "GPU" if found.gpus else "CPU"
+        text = f"bf16, but this {device} has no arithmetic for it: slower than fp32 (measured on a CPU: 3 times)"
         return Finding("warning", "precision", text, "--mixed-precision no")
     if asked != "no":
         return Finding("ok", "precision", f"{asked} in training, fp32 in evaluation")
-    possible = "; bf16 and fp16 are possible" if found.bf16 else "; fp16 is possible" if found.gpus else ""
-    return Finding("ok", "precision", f"fp32{possible}")
+    possible = [name for name, can in {"bf16": found.bf16, "fp16": bool(found.gpus)}.items() if can]
+    return Finding("ok", "precision", "fp32" + (f"; {' and '.join(possible)} can be had as well" if possible else ""))
 
 
 def cpu(allowed: int, present: int, quota: float | None, threads: int, env: Mapping[str, str]) -> Finding:

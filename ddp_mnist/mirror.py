@@ -21,6 +21,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -284,5 +285,12 @@ def yield_cpu(pid: int) -> None:
 def share_cpu(pid: int, niceness: int) -> None:
     """How a session's processes stand against those of other sessions, where Linux shares the CPU out by sessions
     (autogroups) and niceness counts only within one: a mirror that is merely nice would get half of it."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+    for _ in range(5):  # Linux takes one such wish in 0.1 s, of all its users together
+        try:
+            Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:
+            break
+        else:
+            break

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
 """That wandb's own service has to start: where the training takes every core, it gets only what is left."""
-PREDECESSOR_SECONDS = 120.0
+PREDECESSOR_SECONDS = START_SECONDS + 120.0
 """That a killed attempt's mirror may still be at it: wandb's own limits, added up."""
 POLL_SECONDS = 0.5
 FLUSH_SECONDS = 1.0

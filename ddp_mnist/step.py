@@ -22,8 +22,8 @@ from ddp_mnist.world import World
 
 
 class Adam(torch.optim.Adam):
-    """torch's own, less what lets torch.compile trace it: these wrappers import its compiler, a second at every start,
-    and cost a step 1 %. Where a torch has none, this is its Adam as it is."""
+    """torch's own, less what lets torch.compile trace it: these wrappers import its compiler, a second at every start.
+    Where a torch has none, this is its Adam as it is."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     state_dict = inspect.unwrap(torch.optim.Adam.state_dict)

@@ -99,15 +99,16 @@ def fit(
         except JobError as error:
             if trainer is not None:
                 trainer.give_up(error)
-            elif run is not None and world.is_main:
+            elif run is not None and not run.finished and world.is_main:
                 give_up_early(run, world, error)
             raise
 
 
 def already_finished(run: Run, world: World, model: Callable[[], nn.Module] | None) -> Result:
+    net = TrainStep(run.config, world, run.snapshot, model).net.eval()
     if world.is_main:
         print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
-    return Result(run.path, run.finished, TrainStep(run.config, world, run.snapshot, model).net.eval())
+    return Result(run.path, run.finished, net)
 
 
 def give_up_early(run: Run, world: World, error: JobError) -> None:

@@ -98,6 +98,14 @@ def test_the_fast_recipe_presets_a_one_cycle_schedule() -> None:
     assert config == TrainConfig(recipe="fast", **RECIPES["fast"])
 
 
+@pytest.mark.parametrize("precision", [None, "no", "bf16", "fp16"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_flags_of_a_configuration_give_it_again(recipe: str, precision: str | None) -> None:
+    config = parse(["--recipe", recipe, *(["--mixed-precision", precision] if precision else [])])
+    assert config.mixed_precision == (precision or RECIPES[recipe].get("mixed_precision", "no"))
+    assert parse(config.flags()) == config
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["recipe-first", "recipe-last"])
 @pytest.mark.parametrize("recipe", [["--recipe", "fast"], ["--recipe=fast"]], ids=["space", "equals"])
 def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(recipe: list[str], order: int) -> None:

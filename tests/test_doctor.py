@@ -395,7 +395,7 @@ def test_the_device(found: Devices, variables: dict[str, str], status: str, text
 
 def test_looking_for_devices_needs_none() -> None:
     found = doctor_machine.look_for_devices(0)
-    assert not found.failure and (found.gpus or not found.bf16)
+    assert not found.failure and (found.gpus or found.bf16 == doctor_machine.cpu_has_bf16())
 
 
 @pytest.mark.parametrize(
@@ -406,12 +406,21 @@ def test_looking_for_devices_needs_none() -> None:
         ("bf16", [H100], True, "ok"),
         ("bf16", [H100], False, "warning"),
         ("bf16", [], False, "warning"),
+        ("bf16", [], True, "ok"),
         ("fp16", [H100], False, "ok"),
         ("fp16", [], False, "problem"),
     ],
 )
 def test_the_precision(asked: str, gpus: list[Any], bf16: bool, status: str) -> None:
     assert doctor_machine.precision(asked, Devices("CUDA 13.2", bool(gpus), gpus, bf16)).status == status
+
+
+@pytest.mark.parametrize(("flags", "has"), [("fpu avx512f avx512_bf16", True), ("fpu avx512f", False), (None, False)])
+def test_a_cpu_with_arithmetic_for_bf16(tmp_path: Path, flags: str | None, has: bool) -> None:
+    facts = tmp_path / "cpuinfo"
+    if flags:
+        facts.write_text(f"processor : 0\nflags : {flags}\n")
+    assert doctor_machine.cpu_has_bf16(facts) is has
 
 
 @pytest.mark.parametrize(

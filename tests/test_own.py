@@ -207,6 +207,18 @@ def test_a_run_is_not_continued_as_another(
         fit_here(**change)
 
 
+def test_a_finished_run_stays_finished_for_another_network(
+    fit_here: Callable[..., Result], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = fit_here().run_dir
+    before = (run_dir / "summary.json").read_bytes()
+    capfd.readouterr()
+    with pytest.raises(UsageError, match="holds a run of another network"):
+        fit_here(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 4)))
+    assert (run_dir / "summary.json").read_bytes() == before
+    assert "is finished" not in capfd.readouterr().out
+
+
 ONE = torch.zeros(4, 3, 4)
 
 
