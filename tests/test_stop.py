@@ -90,8 +90,8 @@ def stopped(
     ]
     folder = tmp_path_factory.mktemp("stopped")
     with ThreadPoolExecutor(2) as pool:
-        yield {case: pool.submit(stop, case, folder / "-".join(case)) for case in CASES if case in chosen}
-        pool.shutdown(cancel_futures=True)
+        ended = {case: pool.submit(stop, case, folder / "-".join(case)) for case in CASES if case in chosen}
+    yield ended  # all of them: a test must not see the processes of another's case
 
 
 @pytest.mark.timeout(1200)
