@@ -1,6 +1,6 @@
 """What `bench` runs in processes of its own: the start of a job, and jobs of several ranks.
 
-`python -m ddp_mnist.bench_rank {startup,ranks,overhead,all-reduce} ...`: rank 0 prints one line of JSON.
+`python -m ddp_mnist.bench_rank {startup,ranks,bare,all-reduce} ...`: rank 0 prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -49,17 +49,6 @@ def startup(before: float, flags: Sequence[str]) -> dict[str, float]:
         marks.append(time.time())
     stages = ("launch", "imports", "world", "data", "first_step")
     return {name: end - begin for name, (begin, end) in zip(stages, pairwise(marks), strict=True)}
-
-
-def full_seconds(config: TrainConfig) -> float:
-    """Wall seconds of a run without its scores: steps, log, metrics.jsonl, checkpoints, agreement on stops, summary."""
-    from ddp_mnist.trainer import fit
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        summary = fit(config).summary
-    if summary["exit_code"]:
-        raise KeyboardInterrupt
-    return summary["wall_seconds"] - summary["eval_seconds"]
 
 
 def bare_seconds(config: TrainConfig) -> float:
@@ -116,8 +105,10 @@ def all_reduce(config: TrainConfig, repeats: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddp_mnist.bench_rank", allow_abbrev=False)
-    parser.add_argument("what", choices=["startup", "ranks", "overhead", "all-reduce"])
-    parser.add_argument("number", type=float, help="startup: time of the launch; ranks: epochs; else: how often")
+    parser.add_argument("what", choices=["startup", "ranks", "bare", "all-reduce"])
+    parser.add_argument(
+        "number", type=float, help="startup: time of the launch; ranks: epochs; bare: seed; else: how often"
+    )
     parser.add_argument("--ports", nargs="*", default=[], help="one for each process group, free on all ranks")
     options, flags = parser.parse_known_args(argv)
     flags += ["--wandb", "disabled", "--no-progress", "--no-pictures"]
@@ -138,11 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {}
     if options.what == "all-reduce":
         found = all_reduce(job("all-reduce"), number)
-    elif options.what == "overhead":
-        found = {"full": [], "bare": []}
-        for seed in range(number):
-            found["full"].append(full_seconds(job(f"full-{seed}", seed=seed)))
-            found["bare"].append(bare_seconds(job(f"bare-{seed}", seed=seed)))
+    elif options.what == "bare":
+        found = {"seconds": bare_seconds(job("bare", seed=number))}
     else:
         from ddp_mnist.trainer import fit
 

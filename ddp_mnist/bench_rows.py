@@ -5,11 +5,12 @@ does so to both, and calls this job as its users do: the very steps, batches, sc
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 from ddp_mnist import reference
-from ddp_mnist.bench_rank import RANK_BATCHES, bare_seconds, full_seconds
-from ddp_mnist.bench_setup import Setup, child, on_cpu, rank_variables, run_ranks, run_together
+from ddp_mnist.bench_rank import RANK_BATCHES
+from ddp_mnist.bench_setup import Setup, child, free_ports, on_cpu, rank_variables, run_ranks, run_together
 from ddp_mnist.checkpoint import Checkpoints, Snapshot, TrainState
 from ddp_mnist.config import RECIPES
 from ddp_mnist.data import Batch, TrainBatches, to_float
@@ -282,26 +283,37 @@ def ranks(setup: Setup) -> list[Line]:
 
 
 def overhead(setup: Setup) -> list[Line]:
-    """The default run without its scores, from the first line of its log to its last file, against its steps alone."""
+    """The default command without its scores, from the first line of its log to its last file, against its very batches
+    and steps alone; every run in processes of its own. A few percent need more turns than the other rows."""
     bare = "its batches and steps alone"
     epochs = f"{setup.epochs} epoch{'s' if setup.epochs > 1 else ''}"
     one = Line(f"training with checkpoints, tracking, stop agreement: {epochs}", "s", bare)
     two = Line("the same on the CPU, 2 ranks x 1 thread", "s", bare)
-
-    def ours(number: int) -> None:
-        with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
-            one.ours.append(
-                full_seconds(setup.config(seed=number, epochs=setup.epochs, output_dir=Path(folder), wandb="offline"))
-            )
-
-    in_turn(
-        setup.repeats,
-        ours,
-        lambda number: one.other.append(bare_seconds(setup.config(seed=number, epochs=setup.epochs))),
-    )
-    seconds = on_cpu(setup, 2, "overhead", 1, setup.repeats, jobs=2 * setup.repeats)
-    two.ours, two.other = seconds["full"], seconds["bare"]
+    on_two = [variables | {"CUDA_VISIBLE_DEVICES": ""} for variables in rank_variables(2)]
+    for line, environments, threads, turns in ((one, [{}], 0, 3 * setup.repeats), (two, on_two, 1, setup.repeats)):
+        in_turn(
+            1 if setup.repeats == 1 else turns,
+            lambda seed: line.ours.append(full_seconds(setup, environments, threads, seed)),  # noqa: B023
+            lambda seed: line.other.append(  # noqa: B023
+                run_ranks(setup, environments, "bare", threads, seed, jobs=1)["seconds"]  # noqa: B023
+            ),
+        )
     return [one, two]
+
+
+def full_seconds(setup: Setup, environments: Sequence[dict[str, str]], threads: int, seed: int) -> float:
+    """Wall seconds of a run without its scores: steps, log, metrics.jsonl, W&B, checkpoints, agreement, summary."""
+    with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
+        port = str(free_ports(1)[0])
+        words = [
+            *("-m", "ddp_mnist.train", "--dataset", setup.dataset, "--data-dir", str(setup.root), "--seed", str(seed)),
+            *("--epochs", str(setup.epochs), "--threads", str(threads), "--wandb", "offline", "--no-pictures"),
+            *("--output-dir", folder),
+        ]
+        ranks = [variables | ({"MASTER_PORT": port} if variables else {}) for variables in environments]
+        run_together(setup, [words] * len(ranks), ranks)
+        summary = json.loads(Path(folder, "summary.json").read_text())
+        return summary["wall_seconds"] - summary["eval_seconds"]
 
 
 def scaling(setup: Setup) -> dict[str, Any]:

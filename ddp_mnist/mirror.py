@@ -65,6 +65,17 @@ class Mode:
 
 def decide(config: TrainConfig) -> Mode:
     """What `--wandb` and WANDB_MODE ask for, as far as it can be had. Takes at most PROBE_SECONDS; raises nothing."""
+    wish = asked_for(config)
+    if wish.name in ("disabled", "offline"):
+        return wish
+    obstacle = no_credentials() or no_server()
+    if obstacle:
+        return Mode("offline", obstacle, surprising=wish.name == "online")
+    return Mode("online")
+
+
+def asked_for(config: TrainConfig) -> Mode:
+    """What `--wandb` and WANDB_MODE ask for, `auto` included; disabled where there is no wandb. Raises nothing."""
     asked: str = config.wandb
     if asked == "auto":
         asked = (os.environ.get("WANDB_MODE") or "auto").lower()
@@ -78,12 +89,7 @@ def decide(config: TrainConfig) -> Mode:
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a mere folder `wandb`, as wandb leaves them where it ran
         return Mode("disabled", "wandb is not installed", surprising=asked != "auto")
-    if asked == "offline":
-        return Mode("offline")
-    obstacle = no_credentials() or no_server()
-    if obstacle:
-        return Mode("offline", obstacle, surprising=asked == "online")
-    return Mode("online")
+    return Mode(asked)
 
 
 def server() -> str:
@@ -146,22 +152,68 @@ def no_server() -> str:
 
 
 class Mirror:
-    """The mirror's process as rank 0 sees it. Nothing here raises."""
+    """The mirror's process as rank 0 sees it; on other ranks nothing. Nothing here raises."""
 
-    def __init__(self, run_dir: Path, mode: Mode, config: TrainConfig) -> None:
-        self.run_dir = run_dir
-        self.mode = mode
+    def __init__(self, config: TrainConfig, *, is_main: bool) -> None:
+        """Starts the process, if there may be something to mirror to: it imports wandb while this one imports torch,
+        on a core that has nothing else to do then. `is_main`: this is rank 0."""
+        self.config = config
+        self.mode = asked_for(config) if is_main else Mode("disabled")
         self.id = "*"
+        self.run_dir = Path()
+        """Known to `follow`."""
         self._attempt = secrets.token_hex(4)
         self._child: subprocess.Popen[bytes] | None = None
-        if mode.name == "disabled":
+        if self.mode.name != "disabled":
+            try:
+                self._child = start()
+            except OSError as error:
+                self._give_up(error)
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is not None:  # it has nothing to follow yet, or nobody waits for it
+            self._drop(self._child)
+
+    def decide(self) -> Mode:
+        """Where to mirror to, for good. Takes at most PROBE_SECONDS."""
+        if self.mode.name != "disabled":
+            self.mode = decide(self.config)
+        return self.mode
+
+    def follow(self, run_dir: Path) -> None:
+        """Let it mirror that run, whose config.json is written, from now on."""
+        self.run_dir = run_dir
+        if self._child is None:
             return
         try:
             self.id = remember(run_dir)
-            self._child = start(run_dir, mode, config, id=self.id, attempt=self._attempt)
+            options = options_of(run_dir, self.mode, self.config, id=self.id, attempt=self._attempt)
+            self._tell(self._child, options)
         except OSError as error:
-            log.warning("W&B: the mirror could not be started (%s); metrics.jsonl has everything.", error)
-            self.mode = Mode("disabled")
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("W&B: the mirror could not be started (%s); metrics.jsonl has everything.", error)
+        self.mode = Mode("disabled")
+        if self._child is not None:
+            self._drop(self._child)
+
+    def _tell(self, child: subprocess.Popen[bytes], said: dict[str, Any]) -> None:
+        """Raises: OSError."""
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(said).encode() + b"\n")
+        child.stdin.flush()
+
+    def _drop(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = None
+        child.kill()
+        child.wait()
+        with contextlib.suppress(OSError):
+            assert child.stdin is not None
+            child.stdin.close()
 
     def greeting(self) -> str:
         """One line about where the run can be seen; empty when there is nothing to say."""
@@ -188,7 +240,8 @@ class Mirror:
         if self._child is None or self._child.stdin is None or self._child.stdin.closed:
             return
         with contextlib.suppress(OSError):
-            self._child.stdin.write(json.dumps({"preempted": preempted, "exit_code": exit_code}).encode() + b"\n")
+            self._tell(self._child, {"preempted": preempted, "exit_code": exit_code})
+        with contextlib.suppress(OSError):
             self._child.stdin.close()
 
     def wait(self, patience: float = PATIENCE) -> str:
@@ -242,12 +295,28 @@ def latest_news(run_dir: Path, attempt: str) -> dict[str, Any]:
     return latest if latest.get("attempt") == attempt else {}
 
 
-def start(run_dir: Path, mode: Mode, config: TrainConfig, *, id: str, attempt: str) -> subprocess.Popen[bytes]:
-    """The mirror's process. It leaves by itself when its standard input closes, as it does when this process dies.
+def start() -> subprocess.Popen[bytes]:
+    """The mirror's process: it imports wandb, then reads `options_of` a run from its standard input. It leaves by
+    itself when that closes, as it does when this process dies.
 
     Raises: OSError.
     """
-    options = {
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ddp_mnist.mirror_process", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,  # until it knows where its log is
+        stderr=subprocess.DEVNULL,
+        # Ctrl-C and a launcher's signals to the group are the training's to answer.
+        start_new_session=True,
+    )
+    yield_cpu(child.pid)
+    return child
+
+
+def options_of(run_dir: Path, mode: Mode, config: TrainConfig, *, id: str, attempt: str) -> dict[str, Any]:
+    """What the mirror's process needs to know of a run."""
+    return {
+        "run_dir": str(run_dir),
         "mode": mode.name,
         "id": id,
         "attempt": attempt,
@@ -257,22 +326,9 @@ def start(run_dir: Path, mode: Mode, config: TrainConfig, *, id: str, attempt: s
         "name": config.wandb_name or os.environ.get("WANDB_NAME") or run_dir.resolve().name,
         "tags": list(config.wandb_tags) or None,
         "model": config.wandb_model,
-        "watched": os.getpid(),
         "init_seconds": INIT_SECONDS,
         "yield_seconds": YIELD_SECONDS,
     }
-    command = [sys.executable, "-m", "ddp_mnist.mirror_process", str(run_dir), json.dumps(options)]
-    with open(run_dir / FOLDER / LOG, "ab") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            # Ctrl-C and a launcher's signals to the group are the training's to answer.
-            start_new_session=True,
-        )
-    yield_cpu(child.pid)
-    return child
 
 
 def yield_cpu(pid: int) -> None:

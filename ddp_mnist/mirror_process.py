@@ -19,7 +19,7 @@ from typing import Any
 
 from ddp_mnist import files, rundir
 from ddp_mnist.errors import JobError
-from ddp_mnist.mirror import FOLDER, PATIENCE, STATE, latest_news, read_state, share_cpu
+from ddp_mnist.mirror import FOLDER, LOG, PATIENCE, STATE, latest_news, read_state, share_cpu
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +35,26 @@ FLUSH_SECONDS = 1.0
 def main(argv: list[str] | None = None) -> int:
     """Follow a run until standard input closes. Returns the exit code: 0 if all went to the server, or to the disk."""
     arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 2:
+    if len(arguments) != 1:
         print("error: the training starts its mirror itself: `python -m ddp_mnist.train --wandb ...`", file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # `scancel` and the like send them to everybody
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's telemetry would try for 10 s without a network
+    with contextlib.suppress(Exception):  # the next import fails in the same way, and can say so
+        # Ahead of time, while the training imports torch; the others are what a run's start and its pictures import.
+        import PIL.Image  # noqa: F401
+        import wandb
+        import wandb.apis.public  # noqa: F401
+    said = told()
+    if not said:  # the run has failed before it began, or is finished already
+        return 0
+    options: dict[str, Any] = json.loads(said) | {"watched": int(arguments[0])}
+    run_dir = Path(options["run_dir"])
+    with contextlib.suppress(OSError), open(run_dir / FOLDER / LOG, "ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run_dir, options = Path(arguments[0]), json.loads(arguments[1])
     end = Ending()
     own_share = threading.Timer(options["yield_seconds"], share_cpu, (os.getpid(), 0))
     own_share.daemon = True
@@ -166,7 +178,10 @@ def last_step(run: Any, mode: str, run_dir: Path) -> int:
     if mode == "online":
         return int(run.summary.get("step") or -1) if run.resumed else -1
     written = -1
+    own = Path(run.dir).resolve().parent
     for path in sorted((run_dir / FOLDER).glob(f"offline-run-*-{run.id}"), reverse=True):
+        if path.resolve() == own:  # nothing in it yet, and the reader is half a second of CPU
+            continue
         written = max(steps_in(path), default=-1)
         if written >= 0:
             break
@@ -260,6 +275,13 @@ class Lines:
                 yield json.loads(line)
 
 
+def told() -> bytes:
+    """The next line from the training; empty when there is none to come."""
+    # Raw: an interpreter that ends while a thread reads the buffered one aborts.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+        return raw.readline()
+
+
 class Ending:
     """What the training says at its end; without a word it was killed."""
 
@@ -277,9 +299,7 @@ class Ending:
         self._come.wait(seconds)
 
     def _listen(self) -> None:
-        # Raw: an interpreter that ends while a thread reads the buffered one aborts.
-        with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
-            line = raw.readline()
+        line = told()
         share_cpu(os.getpid(), 0)  # the training is over, and its end waits for this
         with contextlib.suppress(ValueError):  # cut short, or empty
             said = json.loads(line)

@@ -26,7 +26,7 @@ from ddp_mnist.checkpoint import TrainState
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError
 from ddp_mnist.evaluate import Score
-from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mirror, Mode
+from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mirror
 from ddp_mnist.world import World
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,11 @@ class Tracker:
         run_dir: Path,
         state: TrainState,
         *,
-        mode: Mode,
+        mirror: Mirror,
         epoch_sizes: list[int],
         metrics_bytes: int,
     ) -> None:
-        """`mode`: where to mirror to. `epoch_sizes`: images in each global batch of an epoch. `metrics_bytes`: what to
+        """`mirror`: W&B's process. `epoch_sizes`: images in each global batch of an epoch. `metrics_bytes`: what to
         keep of metrics.jsonl.
 
         Raises: JobError on rank 0 when metrics.jsonl cannot be opened.
@@ -54,7 +54,6 @@ class Tracker:
         self.config = config
         self.world = world
         self.run_dir = run_dir
-        self.mode = mode
         self.epoch_sizes = epoch_sizes
         self.total_steps = len(epoch_sizes) * config.epochs
         self._losses: list[Tensor] = []
@@ -65,7 +64,7 @@ class Tracker:
         self._line_mark = (state.step, state.samples_seen, state.train_seconds)
         self._file: MetricsFile | None = None
         self._bar: Any = None
-        self._mirror: Mirror | None = None
+        self._mirror = mirror
         if world.is_main:
             self._file = MetricsFile(run_dir / rundir.METRICS, keep=metrics_bytes)
             if config.progress and sys.stderr.isatty():
@@ -84,13 +83,12 @@ class Tracker:
 
     def start_mirror(self) -> None:
         """Once config.json is written, which the mirror reads."""
-        if self.world.is_main:
-            self._mirror = Mirror(self.run_dir, self.mode, self.config)
-            if greeting := self._mirror.greeting():
-                if self.mode.surprising:
-                    log.warning("W&B is %s", greeting)
-                else:
-                    self.say(f"  W&B     {greeting}")
+        self._mirror.follow(self.run_dir)
+        if greeting := self._mirror.greeting():
+            if self._mirror.mode.surprising:
+                log.warning("W&B is %s", greeting)
+            else:
+                self.say(f"  W&B     {greeting}")
 
     def say(self, text: str) -> None:
         """One line (or block) on the console, from the main process only."""
@@ -104,16 +102,15 @@ class Tracker:
 
     def end(self, *, preempted: bool, exit_code: int) -> None:
         """The summary is written and nothing more comes; `wait` then waits for the mirror."""
-        if self._mirror is not None:
-            self._mirror.end(preempted=preempted, exit_code=exit_code)
+        self._mirror.end(preempted=preempted, exit_code=exit_code)
 
     def wait(self, patience: float = PATIENCE) -> None:
         """Until the mirror has sent everything, at most `patience` seconds."""
-        if self._mirror is not None and (news := self._mirror.wait(patience)):
+        if news := self._mirror.wait(patience):
             self.say(news)
 
     def wandb_mode(self) -> str:
-        return self._mirror.actual() if self._mirror is not None else "disabled"
+        return self._mirror.actual()
 
     def due(self, state: TrainState) -> bool:
         """An interval is full, and the epoch is not at its end, where `evaluated` writes the line."""

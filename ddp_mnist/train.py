@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ddp_mnist.config import parse
 from ddp_mnist.errors import JobError
+from ddp_mnist.mirror import Mirror
 from ddp_mnist.preemption import StopSignal
 from ddp_mnist.process import (
     code_of,
@@ -52,9 +53,12 @@ def main(
         config = parse(argv)
         config.check_world(world_size_from_environment())
         stop.__enter__()  # for good: a signal may come as late as the exit
-        from ddp_mnist.trainer import fit  # imports torch
+        with Mirror(config, is_main=rank_from_environment() == 0) as mirror:  # imports wandb meanwhile
+            from ddp_mnist.trainer import fit  # imports torch
 
-        return code_of(fit(config, model=model, data=data() if data else None, stop=stop, takes_flags=True).exit_code)
+            pair = data() if data else None
+            result = fit(config, model=model, data=pair, stop=stop, mirror=mirror, takes_flags=True)
+        return code_of(result.exit_code)
     except JobError as error:
         return tell(error)
     finally:

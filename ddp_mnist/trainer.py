@@ -20,7 +20,7 @@ from ddp_mnist.data import Pair, Split, TrainBatches, load
 from ddp_mnist.data import own as own_data
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import Score, class_count, evaluate
-from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mode, decide
+from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mirror
 from ddp_mnist.preemption import StopSignal
 from ddp_mnist.process import code_of, leave, rank_from_environment, tell_uncaught
 from ddp_mnist.resume import Run, continue_command, open_run
@@ -58,13 +58,15 @@ def fit(
     model: Callable[[], nn.Module] | None = None,
     data: Pair | None = None,
     stop: StopSignal | None = None,
+    mirror: Mirror | None = None,
     takes_flags: bool = False,
 ) -> Result:
     """Train as configured; every rank of the job calls it, with the same arguments. Only rank 0 writes files.
 
     `model` makes a network of the caller's own, images (n, ...) → logits (n, classes); default: the tutorial's CNN.
     `data`: a (training, test) pair of the caller's own tensors; default: `config.dataset`. uint8 images are scaled to
-    0-1, others taken as they are. `stop`: signal handlers that are installed already; else `fit` has its own.
+    0-1, others taken as they are. `stop`: signal handlers that are installed already, `mirror`: W&B's process, if it is
+    started already; else `fit` has its own.
     `takes_flags`: the program that calls has the flags of TrainConfig, for the command that continues the run.
 
     A run that `config.output_dir` holds is continued. Raises: JobError, the same on all ranks, with the exit code it
@@ -80,8 +82,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
-        # Before any rank waits for another: it may take seconds.
-        mode = decide(config) if rank_from_environment() == 0 else Mode("disabled")
+        mirror = mirror or stack.enter_context(Mirror(config, is_main=rank_from_environment() == 0))
+        mirror.decide()  # before any rank waits for another: it may take seconds
         world = stack.enter_context(World(config))
         config.check_world(world.size)
         if own is not None:
@@ -92,7 +94,7 @@ def fit(
                 run = stack.enter_context(open_run(config, world))
                 if run.finished:
                     return already_finished(run, world, model)
-                trainer = Trainer(run, world, stop, mode, model, own)
+                trainer = Trainer(run, world, stop, mirror, model, own)
                 stack.enter_context(trainer.tracker)
                 trainer.program = {"script": not takes_flags or bool(model or own), "asked": asked}
                 return Result(run.path, trainer.run(), trainer.step.net.eval())
@@ -138,7 +140,7 @@ class Trainer:
         run: Run,
         world: World,
         stop: StopSignal,
-        mode: Mode,
+        mirror: Mirror,
         model: Callable[[], nn.Module] | None,
         own: tuple[Split, Split] | None,
     ) -> None:
@@ -170,7 +172,7 @@ class Trainer:
         metrics_bytes = run.snapshot.metrics_bytes if run.snapshot else 0
         self.tracker = world.agree(
             lambda: Tracker(
-                config, world, run.path, self.state, mode=mode, epoch_sizes=sizes, metrics_bytes=metrics_bytes
+                config, world, run.path, self.state, mirror=mirror, epoch_sizes=sizes, metrics_bytes=metrics_bytes
             )
         )
         self.checkpoints = Checkpoints(run.path, config.keep_checkpoints)

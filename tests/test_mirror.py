@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -145,7 +146,10 @@ def grow(run_dir: Path, first: int, last: int) -> None:
 
 
 def start(run_dir: Path, mode: str) -> Mirror:
-    return Mirror(run_dir, Mode(mode), TrainConfig(output_dir=run_dir))
+    found = Mirror(TrainConfig(output_dir=run_dir, wandb=mode), is_main=True)  # type: ignore[arg-type]
+    found.mode = Mode(mode)  # as decided: there may be no key here
+    found.follow(run_dir)
+    return found
 
 
 def family(found: Mirror) -> list[psutil.Process]:
@@ -643,7 +647,7 @@ def test_a_mirror_that_is_killed_is_not_missed(
         real(self, state, *rest)
         if state.step == 10:
             wait_for_step(tmp_path, "offline", 10)
-            child = self._mirror and self._mirror._child
+            child = self._mirror._child
             assert child
             child.kill()
 
@@ -677,6 +681,47 @@ def test_disabled_imports_no_wandb_and_starts_no_process(
     assert ended.code == 0 and "W&B" not in ended.out + ended.err
     assert not marker.exists() and not list((tmp_path / "run").glob("wandb*"))
     assert jobs.read_json(tmp_path / "run" / "summary.json")["wandb_mode"] == "disabled"
+
+
+@pytest.mark.slow
+def test_wandb_is_imported_while_the_training_imports_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ahead of anything to mirror: wandb's start in the first steps of a run would slow them."""
+    marker = bad_wandb(monkeypatch, tmp_path / "bad")
+    with Mirror(TrainConfig(wandb="offline"), is_main=True) as found:
+        faults.wait_for(marker.exists, "the import")
+        processes = family(found)
+    assert_gone(processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["finished already", "of other settings"])
+def test_a_run_with_nothing_to_mirror_leaves_no_mirror(train: Train, tmp_path: Path, why: str) -> None:
+    """Its process is started before that is known; a fixture looks for processes that are left."""
+    assert train("--wandb", "disabled", "--output-dir", tmp_path).code == 0
+    ended = train("--wandb", "offline", "--output-dir", tmp_path, *([] if "already" in why else ["--seed", "17"]))
+    assert ended.code == (0 if "already" in why else 2)
+    assert "W&B" not in ended.out + ended.err and not list(tmp_path.glob("wandb*"))
+
+
+def test_other_ranks_have_no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "start", lambda: pytest.fail("a process"))
+    with Mirror(TrainConfig(wandb="online"), is_main=False) as found:
+        assert found.decide() == Mode("disabled") and found.greeting() == found.wait() == ""
+
+
+def test_what_an_attempt_writes_itself_is_not_asked_what_was_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Reading a local run takes a process of wandb's, in the first steps of the training."""
+    run_dir = hand_made(tmp_path / "run")
+    mirror.remember(run_dir)
+    names = ["offline-run-1-abc", "offline-run-2-abc"]
+    for name in names:
+        (run_dir / "wandb" / name / "files").mkdir(parents=True)
+    asked: list[str] = []
+    monkeypatch.setattr(mirror_process, "steps_in", lambda path: asked.append(path.name) or iter([7]))
+    own = SimpleNamespace(dir=str(run_dir / "wandb" / names[1] / "files"), id="abc")
+    assert (mirror_process.last_step(own, "offline", run_dir), asked) == (7, names[:1])
 
 
 def bad_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
