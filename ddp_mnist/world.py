@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import time
@@ -41,6 +42,7 @@ class World:
         # obeys it or takes all cores: the job sets it itself, so that it is the same under all of them.
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         torch.set_num_threads(self.threads)
+        _keep_freed_memory()
         try:
             self.accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
@@ -193,6 +195,19 @@ def default_threads() -> int:
     """CPUs this process may use, divided by the ranks on this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what one step frees for the next. By default it gives memory at the top of its heap back to the
+    system, and the next step takes new pages, some hundred a step, for as long as small tensors outlive a step there.
+    Where another allocator is at work, or the user has tuned this one, nothing changes."""
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, mebibytes in (m_trim_threshold, 256), (m_mmap_threshold, 256), (m_top_pad, 16):
+            mallopt(option, mebibytes << 20)
 
 
 def _has_accelerator(world_size: int) -> bool:

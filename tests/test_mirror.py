@@ -603,8 +603,9 @@ def test_the_training_comes_first_where_the_cpu_is_short(monkeypatch: pytest.Mon
     found = start(run_dir, "offline")
     wait_for_step(run_dir, "offline", 5)  # wandb's own processes are there as well
     processes = family(found)
-    assert len(processes) > 1 and {process.nice() for process in processes} == {10}
-    assert share_of(processes[0]) in ("10", None)
+    assert len(processes) > 1 and {process.nice() for process in processes} == {19}
+    assert {os.sched_getscheduler(process.pid) for process in processes} == {os.SCHED_BATCH}
+    assert share_of(processes[0]) in ("19", None)
     found.end(preempted=False, exit_code=0)
     faults.wait_for(lambda: share_of(processes[0]) in ("0", None), "its share of the CPU")
     found.wait()
