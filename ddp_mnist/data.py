@@ -203,9 +203,7 @@ def _mix(*numbers: int) -> int:
     return mixed >> 1
 
 
-def evaluation_batches(
-    split: Split, *, rank: int, world_size: int, size: int = 1000
-) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once over all ranks: whole chunks of `size`, dealt out in turn; nothing is padded.
 
     The chunks are the same at every world size, so an image is always scored in the same company and its logits

@@ -223,21 +223,28 @@ def _class_accuracies(beside: Axes, counts: NDArray[np.int64]) -> None:
 
 def mistakes_figure(images: Any, mistakes: Sequence[Mapping[str, Any]], dataset: str, name: str = "") -> Figure:
     """`images`: uint8 (N, 28, 28), the test images of `mistakes`, which are as in metrics.jsonl; five to a row."""
+    from matplotlib.patches import Rectangle
+
     rows = max(1, math.ceil(len(mistakes) / 5))
     names = ticks(dataset, mistakes)
     long = _long(names)
-    figure = _figure(8, 0.9 + (1.95 if long else 1.8) * rows)
-    grid = figure.subplots(rows, 5, squeeze=False)
-    for axes in grid.flat[len(mistakes) :]:
-        axes.set_axis_off()
-    for axes, image, mistake in zip(grid.flat, images, mistakes, strict=False):
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_color("#cccccc")
-        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
+    # In images' sides, of which one takes `side` inches: a place's width; its height, with room for the words.
+    wide = 1.75 if long else 1.35
+    side = 7.7 / (5 * wide)
+    high = 1.1 + (0.55 if long else 0.4) / side
+    figure = _figure(8, 1.0 + side * high * rows)
+    axes = figure.subplots()  # one pair for all: a pair for each costs more than all that is drawn into them
+    axes.set_axis_off()
+    for number, (image, mistake) in enumerate(zip(images, mistakes, strict=False)):
+        left, top = wide * (number % 5), high * (number // 5)
+        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(left, left + 1, top + 1, top))
+        axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor="#cccccc"))
         true, said = names[mistake["label"]], names[mistake["prediction"]]
         between = "\n" if long else ", "
-        axes.set_title(f"is {true}{between}read as {said}\n{percent(mistake['confidence'])}", fontsize=9)
+        said = f"is {true}{between}read as {said}\n{percent(mistake['confidence'])}"
+        axes.text(left + 0.5, top - 0.05, said, fontsize=9, ha="center", va="bottom")
+    axes.set_xlim(0.5 - wide / 2, 0.5 + 4.5 * wide)
+    axes.set_ylim(high * (rows - 1) + 1.05, 1.05 - high)
     caption = "Percentages: the probability that the network gave to its wrong answer." if mistakes else "No mistakes."
     _heading(figure, name, [dataset], "most confident mistakes on the test set", caption)
     return figure

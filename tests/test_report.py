@@ -258,13 +258,16 @@ def test_the_mistakes_have_their_images_classes_and_confidence(tiny: Path) -> No
     found = mistakes(tiny)
     images = np.arange(7 * 784, dtype=np.uint8).reshape(7, 28, 28)
     figure = figures.mistakes_figure(images, found, "mnist", "name")
-    drawn = [axes for axes in figure.axes if axes.images]
-    assert len(drawn) == 7
-    for axes, image, mistake in zip(drawn, images, found, strict=True):
-        assert (np.asarray(axes.images[0].get_array()) == image).all()
+    (axes,) = figure.axes
+    assert len(axes.images) == len(axes.texts) == len(axes.patches) == 7 and not axes.axison
+    for drawn, frame, text, image, mistake in zip(axes.images, axes.patches, axes.texts, images, found, strict=True):
+        assert (np.asarray(drawn.get_array()) == image).all()
         share = f"{100 * mistake['confidence']:.2f} %"
-        assert axes.get_title() == f"is {mistake['label']}, read as {mistake['prediction']}\n{share}"
-    assert not any(axes.axison for axes in figure.axes if not axes.images)
+        assert text.get_text() == f"is {mistake['label']}, read as {mistake['prediction']}\n{share}"
+        left, right, bottom, top = drawn.get_extent()
+        assert frame.get_xy() == (left, top) and left < text.get_position()[0] < right and text.get_position()[1] < top
+        assert axes.viewLim.x0 <= left < right <= axes.viewLim.x1 and axes.viewLim.y1 < top < bottom < axes.viewLim.y0
+    assert len({tuple(drawn.get_extent()) for drawn in axes.images}) == 7
     looks_drawn(figures.png(figure))
 
 
@@ -284,8 +287,7 @@ def test_fashion_has_names_instead_of_digits(tiny: Path) -> None:
     assert (names[0], names[9]) == ("T-shirt/top", "Ankle boot")
     mistake = {"index": 0, "label": 6, "prediction": 0, "confidence": 0.5}
     figure = figures.mistakes_figure(np.zeros((1, 28, 28), np.uint8), [mistake], "fashion-mnist")
-    assert "Shirt" in figure.axes[0].get_title()
-    assert "T-shirt/top" in figure.axes[0].get_title()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["is Shirt\nread as T-shirt/top\n50.00 %"]
 
 
 @pytest.mark.parametrize(
