@@ -1,4 +1,4 @@
-"""Signals, a time limit or a dead launcher → one flag → agreed by all ranks. The only place that touches `signal`.
+"""Signals, a time limit or a dead launcher → one flag → agreed by all ranks. The training touches `signal` here only.
 
 A handler only sets the flag: a save or a collective inside one could meet the model half-way through a step. The
 ranks add up their flags at step boundaries, about every 100 ms; one rank having seen a signal is enough.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: l
 
 @pytest.mark.slow
 def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) -> None:
-    """A second, at every start, that torch's optimizers take for it."""
+    """A second at every start, that torch's optimizers take for it; half a second, that Accelerate takes for DTensor."""
     command = [
         jobs.TRAIN[0],
         "-X",
@@ -90,4 +92,31 @@ def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) 
     assert ended.code == 0, ended.err
     imported = set(re.findall(r"^import time:.*\| +(\S+)$", ended.err, re.MULTILINE))
     assert "torch.optim" in imported
-    assert not imported & {"torch._dynamo", "torchvision", "matplotlib", "wandb"}
+    assert not imported & {"torch._dynamo", "torch.distributed.tensor", "sympy", "torchvision", "matplotlib", "wandb"}
+
+
+FAULTS = """
+import resource, torch
+from ddp_mnist import TrainConfig
+from ddp_mnist.data import Split, TrainBatches
+from ddp_mnist.step import TrainStep
+from ddp_mnist.world import World
+
+config, losses = TrainConfig(threads=1), []
+with World(config) as world:
+    split = Split(torch.zeros(12800, 1, 28, 28, dtype=torch.uint8), torch.zeros(12800, dtype=torch.int64))
+    step = TrainStep(config, world)
+    for number, batch in enumerate(TrainBatches(split, batch_size=64, rank=0, world_size=1, seed=0).epoch(0)):
+        losses = [*losses[-50:], step(batch, 1e-3)]  # the tracker keeps those of an interval
+        if number == 49:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 150)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_a_step_takes_no_fresh_pages_from_the_system() -> None:
+    ended = jobs.run([sys.executable, "-c", FAULTS])
+    assert ended.code == 0, ended.err
+    assert float(ended.out) < 10
