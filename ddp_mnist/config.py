@@ -276,10 +276,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "fast": {"batch_size": 64, "lr": 1e-2, "schedule": "onecycle"},
     "record": {
-        "widths": (8, 40),
-        "batch_size": 96,
+        "widths": (8, 32),
+        "batch_size": 80,
         "epochs": 2,
-        "lr": 1.2e-2,
+        "lr": 1.5e-2,
         "beta2": 0.98,
         "schedule": "linear",
         "mixed_precision": "bf16",

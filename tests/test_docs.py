@@ -133,7 +133,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     "torchrun --nproc-per-node 4 -m ddp_mnist.doctor": here("ok ", DOCTOR),
     "srun slurm/rank.sh python -m ddp_mnist.doctor": by("slurm/train.sh", "\nsrun ", "slurm/rank.sh"),
     # the benchmark's scripts
-    "python docs/benchmarks/variants.py": Not("minutes of measuring; test_each_program_has_help imports it"),
+    "python docs/benchmarks/variants.py --compile": Not("minutes of measuring; test_each_program_has_help imports it"),
     "python docs/benchmarks/tune.py": Not("hours of measuring; test_each_program_has_help imports it"),
     # SLURM
     "sbatch slurm/train.sh": by(SHAPES, 'site.sbatch("slurm/train.sh"'),

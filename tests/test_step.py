@@ -76,7 +76,7 @@ def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: l
 
 @pytest.mark.slow
 def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) -> None:
-    """A second at every start, that torch's optimizers take for it; half a second, that Accelerate takes for DTensor."""
+    """Of each start, a second that torch's optimizers take for it, and half a second that Accelerate does."""
     command = [
         jobs.TRAIN[0],
         "-X",
