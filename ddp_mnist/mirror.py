@@ -316,7 +316,7 @@ def start() -> subprocess.Popen[bytes]:
 def options_of(run_dir: Path, mode: Mode, config: TrainConfig, *, id: str, attempt: str) -> dict[str, Any]:
     """What the mirror's process needs to know of a run."""
     return {
-        "run_dir": str(run_dir),
+        "run_dir": str(run_dir.absolute()),
         "mode": mode.name,
         "id": id,
         "attempt": attempt,

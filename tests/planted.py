@@ -192,7 +192,10 @@ def planted(fault: Fault, root: Path = ROOT) -> tuple[Path, str]:
 def run_tests(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    try:
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"not done within {LIMIT} s")  # no test has failed
 
 
 def failed(output: str) -> set[str]:

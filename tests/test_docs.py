@@ -63,7 +63,6 @@ DIGITS = ("ddp_mnist.data fetch", "ddp_mnist.data fetch --dataset fashion-mnist"
 CHECK = ("ddp_mnist.data verify", "ddp_mnist.data verify --dataset fashion-mnist")
 DOCTOR = ("ddp_mnist.doctor", "ddp_mnist.doctor --dataset fashion-mnist")
 A_NAME = "the name of a program, not a command"
-OF_SLURM = "SLURM's own, asks and changes nothing"
 SETS_UP = "tests/test_slurm.py::test_requeues_are_counted"
 SHAPES = "tests/test_slurm.py::test_shapes"
 SWEEP = "tests/test_slurm.py::test_a_sweep_with_one_task_requeued_alone"
@@ -133,7 +132,9 @@ COMMANDS: dict[str, Here | By | Not] = {
     "torchrun --nproc-per-node 4 -m ddp_mnist.doctor": here("ok ", DOCTOR),
     "srun slurm/rank.sh python -m ddp_mnist.doctor": by("slurm/train.sh", "\nsrun ", "slurm/rank.sh"),
     # the benchmark's scripts
-    "python docs/benchmarks/variants.py --compile": Not("minutes of measuring; test_each_program_has_help imports it"),
+    "python docs/benchmarks/variants.py --compile --repeats 20": here(
+        "| torch.compile |", ("--repeats 20", "--repeats 1 --steps 2 --batch-size 8")
+    ),
     "python docs/benchmarks/tune.py": Not("hours of measuring; test_each_program_has_help imports it"),
     # SLURM
     "sbatch slurm/train.sh": by(SHAPES, 'site.sbatch("slurm/train.sh"'),
@@ -152,8 +153,8 @@ COMMANDS: dict[str, Here | By | Not] = {
         SETS_UP, "ENV_SETUP=", "slurm/train.sh"
     ),
     "sbatch --signal=USR2@600": by("slurm/train.sh", "#SBATCH --signal=USR2@120"),
-    "squeue --me": Not(OF_SLURM),
-    'sinfo -o "%P %G %c"': Not(OF_SLURM),
+    "squeue --me": by(SETS_UP, '"squeue", "--me"'),
+    'sinfo -o "%P %G %c"': by(SETS_UP, '"sinfo", "-o", "%P %G %c"'),
     "tail -f slurm-<job>.out": Not("does not end by itself"),
     "scontrol show job <job>": by("tests/slurm_cluster.py::Job", '"scontrol"', '"show", "job"'),
     "scontrol requeue <job>": by(

@@ -362,6 +362,8 @@ def test_requeues_are_counted(site: Site) -> None:
         ENV_SETUP=f"cat $NO_SUCH_VARIABLE; false; export PATH={Path(sys.executable).parent}:$PATH",
     )  # fmt: skip
     frozen = job.freeze()
+    assert re.search(rf"{job.id} .* R ", site.cluster.run("squeue", "--me"))
+    assert "gpu:2" in site.cluster.run("sinfo", "-o", "%P %G %c")
     site.cluster.run("scancel", "--signal=TERM", job.id)
     thaw(frozen, after=signal.SIGTERM)
     assert job.wait("FAILED")["ExitCode"] == "75:0"
