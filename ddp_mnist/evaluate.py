@@ -111,7 +111,7 @@ def _evaluate(net: nn.Module, split: Split, world: World, classes: int) -> Score
     home = torch.device("cpu") if world.device.type == "mps" else world.device
     totals = torch.zeros(1 + classes * classes, dtype=torch.float64, device=home)
     worst = torch.zeros(0, 4, dtype=torch.float64, device=home)
-    size = 250 if world.device.type == "cpu" else 10_000  # on a CPU what fits its caches: 1000 takes half as long again
+    size = 250 if world.device.type == "cpu" else 10_000  # on a CPU what fits its caches
     size = max(1, size * 784 // max(784, split.images[0].numel()))  # larger images, as much memory
     first = world.rank * size
     for images, labels in evaluation_batches(split, rank=world.rank, world_size=world.size, size=size):

@@ -180,7 +180,7 @@ def last_step(run: Any, mode: str, run_dir: Path) -> int:
     written = -1
     own = Path(run.dir).resolve().parent
     for path in sorted((run_dir / FOLDER).glob(f"offline-run-*-{run.id}"), reverse=True):
-        if path.resolve() == own:  # nothing in it yet, and the reader is half a second of CPU
+        if path.resolve() == own:  # nothing in it yet, and the reader is a whole Python process
             continue
         written = max(steps_in(path), default=-1)
         if written >= 0:

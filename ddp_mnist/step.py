@@ -71,7 +71,7 @@ class TrainStep:
         self.spare = spare if model else None
         self.adam = Adam(self.net.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=True)
         self.parameters = list(self.net.parameters())
-        # Placed already. Asking whether they may be placed imports torch's DTensor and with it sympy: 0.4 s of a start.
+        # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
         if config.compile:
             # On a GPU as CUDA graphs: launching its 25 kernels takes longer than they do. An epoch's last batch has

@@ -595,10 +595,8 @@ def test_digits_without_a_folder(tmp_path: Path, draws: list[str]) -> None:
 
 
 @pytest.mark.mnist
-def test_real_mnist(tmp_path: Path) -> None:
-    if not (root := os.environ.get("DDP_MNIST_DATA")):
-        pytest.skip("DDP_MNIST_DATA does not name a folder with MNIST/raw in it")
-    shutil.copytree(Path(root) / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
+def test_real_mnist(mnist: Path, tmp_path: Path) -> None:
+    shutil.copytree(mnist / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
     for split, count in (("train", 60_000), ("test", 10_000)):
         images, labels = files.read_split("mnist", tmp_path, split, fetch=False)  # type: ignore[arg-type]
         assert images.shape == (count, 28, 28) and labels.shape == (count,)
