@@ -206,8 +206,10 @@ def _keep_freed_memory() -> None:
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, mebibytes in (m_trim_threshold, 256), (m_mmap_threshold, 256), (m_top_pad, 16):
-            mallopt(option, mebibytes << 20)
+        # An old glibc takes no more than 32 MiB here. The order matters: either threshold, once set, freezes both.
+        if mallopt(m_mmap_threshold, 256 << 20) or mallopt(m_mmap_threshold, 32 << 20):
+            mallopt(m_trim_threshold, 256 << 20)
+            mallopt(m_top_pad, 16 << 20)
 
 
 def _has_accelerator(world_size: int) -> bool:

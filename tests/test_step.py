@@ -96,27 +96,26 @@ def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) 
 
 
 FAULTS = """
-import resource, torch
+import resource, statistics, torch
 from ddp_mnist import TrainConfig
-from ddp_mnist.data import Split, TrainBatches
-from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
 
-config, losses = TrainConfig(threads=1), []
-with World(config) as world:
-    split = Split(torch.zeros(12800, 1, 28, 28, dtype=torch.uint8), torch.zeros(12800, dtype=torch.int64))
-    step = TrainStep(config, world)
-    for number, batch in enumerate(TrainBatches(split, batch_size=64, rank=0, world_size=1, seed=0).epoch(0)):
-        losses = [*losses[-50:], step(batch, 1e-3)]  # the tracker keeps those of an interval
-        if number == 49:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 150)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(1 << 19) for _ in range(40)]  # 2 MiB each
+    del activations
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with World(TrainConfig(threads=1)):
+    rounds = [faults() for _ in range(10)]
+assert rounds[0] > 10, rounds  # it counts
+print(statistics.median(rounds[1:]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_a_step_takes_no_fresh_pages_from_the_system() -> None:
+def test_memory_that_a_step_frees_stays_for_the_next() -> None:
     ended = jobs.run([sys.executable, "-c", FAULTS])
     assert ended.code == 0, ended.err
-    assert float(ended.out) < 10
+    assert float(ended.out) < 10  # 20,448 pages are given back and taken again otherwise, or 40 huge ones
