@@ -244,20 +244,26 @@ def start_up(setup: Setup) -> list[Line]:
 
 
 def command(setup: Setup) -> list[Line]:
-    what = f"the whole command, {reference.TUTORIAL_EPOCHS} epochs and all scores"
-    line = Line(what, "s", "the tutorial's whole script")
+    script = "the tutorial's whole script"
+    line = Line(f"the whole command, {reference.TUTORIAL_EPOCHS} epochs and all scores", "s", script)
+    bare = Line("the same with --wandb disabled --no-pictures", "s", script)
     flags = ("--dataset", setup.dataset, "--data-dir", str(setup.root))
 
-    def ours(_: int) -> None:
+    def seconds(*more: str) -> float:
         with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
-            words = ("-m", "ddp_mnist.train", *flags, "--wandb", "offline", "--output-dir", folder)
-            line.ours.append(timed(lambda: run_together(setup, [words], [{}])))
+            words = ("-m", "ddp_mnist.train", *flags, *more, "--output-dir", folder)
+            return timed(lambda: run_together(setup, [words], [{}]))
+
+    def ours(_: int) -> None:
+        line.ours.append(seconds("--wandb", "offline"))
+        bare.ours.append(seconds("--wandb", "disabled", "--no-pictures"))
 
     def other(_: int) -> None:
         line.other.append(timed(lambda: run_together(setup, [("-m", "ddp_mnist.reference", *flags)], [{}])))
 
     in_turn(setup.repeats, ours, other)
-    return [line]
+    bare.other = line.other
+    return [line, bare]
 
 
 def ranks(setup: Setup) -> list[Line]:
@@ -288,26 +294,37 @@ def overhead(setup: Setup) -> list[Line]:
     bare = "its batches and steps alone"
     epochs = f"{setup.epochs} epoch{'s' if setup.epochs > 1 else ''}"
     one = Line(f"training with checkpoints, tracking, stop agreement: {epochs}", "s", bare)
-    two = Line("the same on the CPU, 2 ranks x 1 thread", "s", bare)
+    unmirrored = Line("the same with --wandb disabled", "s", bare)
+    two = Line("the first of them on the CPU, 2 ranks x 1 thread", "s", bare)
+
+    def alone(environments: Sequence[dict[str, str]], threads: int, seed: int) -> float:
+        return run_ranks(setup, environments, "bare", threads, seed, jobs=1)["seconds"]
+
+    def of_one(seed: int) -> None:
+        one.ours.append(full_seconds(setup, [{}], 0, seed))
+        unmirrored.ours.append(full_seconds(setup, [{}], 0, seed, wandb="disabled"))
+
     on_two = [variables | {"CUDA_VISIBLE_DEVICES": ""} for variables in rank_variables(2)]
-    for line, environments, threads, turns in ((one, [{}], 0, 3 * setup.repeats), (two, on_two, 1, setup.repeats)):
-        in_turn(
-            1 if setup.repeats == 1 else turns,
-            lambda seed: line.ours.append(full_seconds(setup, environments, threads, seed)),  # noqa: B023
-            lambda seed: line.other.append(  # noqa: B023
-                run_ranks(setup, environments, "bare", threads, seed, jobs=1)["seconds"]  # noqa: B023
-            ),
-        )
-    return [one, two]
+    turns = 1 if setup.repeats == 1 else 3 * setup.repeats
+    in_turn(turns, of_one, lambda seed: one.other.append(alone([{}], 0, seed)))
+    unmirrored.other = one.other
+    in_turn(
+        setup.repeats,
+        lambda seed: two.ours.append(full_seconds(setup, on_two, 1, seed)),
+        lambda seed: two.other.append(alone(on_two, 1, seed)),
+    )
+    return [one, unmirrored, two]
 
 
-def full_seconds(setup: Setup, environments: Sequence[dict[str, str]], threads: int, seed: int) -> float:
+def full_seconds(
+    setup: Setup, environments: Sequence[dict[str, str]], threads: int, seed: int, wandb: str = "offline"
+) -> float:
     """Wall seconds of a run without its scores: steps, log, metrics.jsonl, W&B, checkpoints, agreement, summary."""
     with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
         port = str(free_ports(1)[0])
         words = [
             *("-m", "ddp_mnist.train", "--dataset", setup.dataset, "--data-dir", str(setup.root), "--seed", str(seed)),
-            *("--epochs", str(setup.epochs), "--threads", str(threads), "--wandb", "offline", "--no-pictures"),
+            *("--epochs", str(setup.epochs), "--threads", str(threads), "--wandb", wandb, "--no-pictures"),
             *("--output-dir", folder),
         ]
         ranks = [variables | ({"MASTER_PORT": port} if variables else {}) for variables in environments]
