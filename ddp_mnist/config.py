@@ -277,9 +277,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"batch_size": 64, "lr": 1e-2, "schedule": "onecycle"},
     "record": {
         "widths": (8, 48),
-        "batch_size": 128,
+        "batch_size": 160,
         "epochs": 2,
-        "lr": 1.8e-2,
+        "lr": 2.2e-2,
         "beta2": 0.95,
         "schedule": "linear",
         "mixed_precision": "bf16",

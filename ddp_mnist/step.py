@@ -69,7 +69,9 @@ class TrainStep:
         self.name = f"{kind.__module__}.{kind.__qualname__}" if model else None
         """Of the caller's own network; None: it is ours."""
         self.spare = spare if model else None
-        self.adam = Adam(self.net.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=True)
+        # Fused, fp16's scaler leaves it to the kernel to skip a step that overflowed, and nobody learns that it did.
+        fused = config.mixed_precision != "fp16"
+        self.adam = Adam(self.net.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
         self.parameters = list(self.net.parameters())
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
@@ -98,8 +100,9 @@ class TrainStep:
                 value = snapshot.optimizer.get(f"{name}.{key}")
                 if value is None:  # saved before the first step
                     continue
-                # In the parameter's own memory layout: fused Adam walks both in storage order.
-                home = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                # In the parameter's own memory layout: fused Adam walks both in storage order. It counts on the device.
+                device = parameter.device if self.adam.defaults["fused"] else torch.device("cpu")
+                home = torch.zeros((), device=device) if key == "step" else torch.zeros_like(parameter)
                 self.adam.state[parameter][key] = home.copy_(value)
         scaler = self.world.accelerator.scaler
         if scaler is not None and snapshot.scaler:

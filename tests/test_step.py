@@ -74,6 +74,19 @@ def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: l
     torch.testing.assert_close(found, dict(expected), rtol=1e-3, atol=1e-4)
 
 
+def test_a_step_that_fp16_overflows_is_skipped_and_counted(world: World, batches: list[Batch]) -> None:
+    """As on a GPU, but for the kernels: the scaler works on a CPU, where fp16 itself is refused."""
+    world.accelerator.scaler = torch.amp.GradScaler("cpu")
+    step = TrainStep(CONFIG.replace(mixed_precision="fp16"), world)
+    step.net.fc1.bias.register_hook(lambda gradient: gradient / (number > 2))
+    before = step.snapshot()[0]
+    for number, batch in enumerate(batches[:6]):
+        step(batch, CONFIG.lr)
+        assert step.optimizer.step_was_skipped == (number <= 2)
+        same = all(torch.equal(value, before[name]) for name, value in step.snapshot()[0].items())
+        assert same == (number <= 2)
+
+
 @pytest.mark.slow
 def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) -> None:
     """Of each start, a second that torch's optimizers take for it, and half a second that Accelerate does."""
