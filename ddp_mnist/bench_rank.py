@@ -31,7 +31,7 @@ def startup(before: float, flags: Sequence[str]) -> dict[str, float]:
 
     config = parse(flags)
     from ddp_mnist import data, trainer
-    from ddp_mnist.reference import synchronize
+    from ddp_mnist.bench_clock import synchronize
     from ddp_mnist.world import World
 
     marks.append(time.time())
@@ -54,7 +54,7 @@ def startup(before: float, flags: Sequence[str]) -> dict[str, float]:
 def bare_seconds(config: TrainConfig) -> float:
     """Wall seconds of the very same batches and steps, with nothing around them."""
     from ddp_mnist import data
-    from ddp_mnist.reference import timed
+    from ddp_mnist.bench_clock import timed
     from ddp_mnist.step import TrainStep, learning_rate
     from ddp_mnist.world import World
 
@@ -88,8 +88,8 @@ def all_reduce(config: TrainConfig, repeats: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from ddp_mnist.bench_clock import timed
     from ddp_mnist.model import CNN
-    from ddp_mnist.reference import timed
     from ddp_mnist.world import World
 
     with World(config) as world:

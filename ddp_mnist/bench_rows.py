@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from ddp_mnist import reference
+from ddp_mnist.bench_clock import timed
 from ddp_mnist.bench_rank import RANK_BATCHES
 from ddp_mnist.bench_setup import Setup, child, free_ports, on_cpu, rank_variables, run_ranks, run_together
 from ddp_mnist.checkpoint import Checkpoints, Snapshot, TrainState
 from ddp_mnist.config import RECIPES
 from ddp_mnist.data import Batch, TrainBatches, to_float
 from ddp_mnist.evaluate import evaluate
-from ddp_mnist.reference import Tutorial, timed
+from ddp_mnist.reference import Tutorial
 from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
 

@@ -40,10 +40,6 @@ LOCAL_RANKS = (
     "MV2_COMM_WORLD_LOCAL_RANK",
     "SLURM_LOCALID",
 )
-MIRRORS = {
-    "mnist": "https://ossci-datasets.s3.amazonaws.com",
-    "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-}
 
 
 # --- Launch -----------------------------------------------------------------------------------------------------------
@@ -152,7 +148,7 @@ def dataset(name: str, root: Path) -> Finding:
         text += f" ({bad[0].reason})"
     which = "" if wanted == "mnist" else f" --dataset {wanted}"
     advice = f"python -m ddp_mnist.data fetch{which} --data-dir {shlex.quote(str(root))}, where there is internet"
-    if os.access(existing(root), os.W_OK) and reachable(MIRRORS[wanted]):
+    if os.access(existing(root), os.W_OK) and reachable(files.SOURCES[wanted].mirror):
         return Finding("warning", "data", f"{text}: the job would download it at its start", advice)
     if name == "auto":
         text += ": the job would train on generated digits, which are not MNIST"

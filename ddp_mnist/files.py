@@ -55,6 +55,7 @@ class Source(NamedTuple):
 
     folder: str  # also the name of torchvision's class
     md5: Mapping[str, tuple[str, str]]  # of the .gz and of the raw file ("": not known); none if it is drawn
+    mirror: str = ""  # one of torchvision's, for the doctor to knock at
 
 
 _MNIST = {
@@ -70,8 +71,10 @@ _FASHION_MNIST = {
     "t10k-labels-idx1-ubyte": ("bb300cfdad3c16e7a12a480ee83cd310", ""),
 }
 SOURCES: dict[str, Source] = {
-    "mnist": Source("MNIST", _MNIST),
-    "fashion-mnist": Source("FashionMNIST", _FASHION_MNIST),
+    "mnist": Source("MNIST", _MNIST, "https://ossci-datasets.s3.amazonaws.com"),
+    "fashion-mnist": Source(
+        "FashionMNIST", _FASHION_MNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+    ),
     "synthetic": Source("Synthetic", {}),
 }
 _FASHION_CLASSES = (
@@ -162,7 +165,7 @@ def _place(dataset: str, root: str | Path, split: SplitName, fetch: bool, timeou
     for given, known in (dataset, SOURCES), (split, NAMES):
         if given not in known:
             raise UsageError(f"there is no {given!r}: choose from {', '.join(known)}")
-    folder, md5 = SOURCES[dataset]
+    folder, md5, _ = SOURCES[dataset]
     if not md5:
         from ddp_mnist import synthetic
 

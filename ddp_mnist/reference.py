@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,22 +27,6 @@ Loader = DataLoader[tuple[Tensor, Tensor]]
 TUTORIAL_BATCH, TUTORIAL_EPOCHS, TUTORIAL_RATE = 64, 5, 1e-3
 PUBLISHED_BATCH, PUBLISHED_RATE, PUBLISHED_BETAS = 256, 1e-2, (0.7, 0.9)
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels in 0-1, as the fast recipe normalises
-
-
-def timed(action: Callable[[], object]) -> float:
-    """Seconds until the action is done, on the GPU too: kernels that were only queued are waited for."""
-    synchronize()
-    started = time.perf_counter()
-    action()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
 
 
 class TutorialCNN(nn.Module):

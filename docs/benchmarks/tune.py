@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from ddp_mnist import TrainConfig, fit
+from ddp_mnist.bench_clock import timed
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import Split, load
 from ddp_mnist.process import tell_uncaught
-from ddp_mnist.reference import published_accuracy, published_tensors, timed, train_published
+from ddp_mnist.reference import published_accuracy, published_tensors, train_published
 
 HELD_OUT = 5000
 
