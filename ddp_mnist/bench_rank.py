@@ -9,9 +9,8 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "number", type=float, help="startup: time of the launch; ranks: epochs; bare: seed; else: how often"
     )
-    parser.add_argument("--ports", nargs="*", default=[], help="one for each process group, free on all ranks")
     options, flags = parser.parse_known_args(argv)
     flags += ["--wandb", "disabled", "--no-progress", "--no-pictures"]
     if options.what == "startup":
@@ -119,11 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config, number = parse(flags), int(options.number)
     assert config.output_dir is not None
-    ports: Iterator[str] = iter(options.ports)
 
     def job(name: str, **changes: Any) -> TrainConfig:
-        """The next job's settings; a closed group's port may not be free again at once."""
-        os.environ["MASTER_PORT"] = next(ports)
         return config.replace(output_dir=Path(str(config.output_dir), name), **changes)
 
     found: dict[str, Any] = {}

@@ -20,7 +20,7 @@ import torch
 from ddp_mnist import reference
 from ddp_mnist.bench_clock import timed
 from ddp_mnist.bench_rank import RANK_BATCHES
-from ddp_mnist.bench_setup import Setup, child, free_ports, on_cpu, rank_variables, run_ranks, run_together
+from ddp_mnist.bench_setup import Setup, child, cpu_ranks, on_cpu, rank_variables, run_ranks, run_together
 from ddp_mnist.checkpoint import Checkpoints, Snapshot, TrainState
 from ddp_mnist.config import RECIPES
 from ddp_mnist.data import Batch, TrainBatches, to_float
@@ -275,7 +275,7 @@ def ranks(setup: Setup) -> list[Line]:
     }
 
     def measure(world_size: int, threads: int) -> dict[str, float]:
-        return on_cpu(setup, world_size, "ranks", threads, min(3, setup.epochs), jobs=len(RANK_BATCHES))
+        return on_cpu(setup, world_size, "ranks", threads, min(3, setup.epochs))
 
     def ours(_: int) -> None:
         for batch, speed in measure(2, 1).items():
@@ -299,20 +299,19 @@ def overhead(setup: Setup) -> list[Line]:
     two = Line("the first of them on the CPU, 2 ranks x 1 thread", "s", bare)
 
     def alone(environments: Sequence[dict[str, str]], threads: int, seed: int) -> float:
-        return run_ranks(setup, environments, "bare", threads, seed, jobs=1)["seconds"]
+        return run_ranks(setup, environments, "bare", threads, seed)["seconds"]
 
     def of_one(seed: int) -> None:
         one.ours.append(full_seconds(setup, [{}], 0, seed))
         unmirrored.ours.append(full_seconds(setup, [{}], 0, seed, wandb="disabled"))
 
-    on_two = [variables | {"CUDA_VISIBLE_DEVICES": ""} for variables in rank_variables(2)]
     turns = 1 if setup.repeats == 1 else 3 * setup.repeats
     in_turn(turns, of_one, lambda seed: one.other.append(alone([{}], 0, seed)))
     unmirrored.other = one.other
     in_turn(
         setup.repeats,
-        lambda seed: two.ours.append(full_seconds(setup, on_two, 1, seed)),
-        lambda seed: two.other.append(alone(on_two, 1, seed)),
+        lambda seed: two.ours.append(full_seconds(setup, cpu_ranks(2), 1, seed)),
+        lambda seed: two.other.append(alone(cpu_ranks(2), 1, seed)),
     )
     return [one, unmirrored, two]
 
@@ -322,14 +321,12 @@ def full_seconds(
 ) -> float:
     """Wall seconds of a run without its scores: steps, log, metrics.jsonl, W&B, checkpoints, agreement, summary."""
     with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
-        port = str(free_ports(1)[0])
         words = [
             *("-m", "ddp_mnist.train", "--dataset", setup.dataset, "--data-dir", str(setup.root), "--seed", str(seed)),
             *("--epochs", str(setup.epochs), "--threads", str(threads), "--wandb", wandb, "--no-pictures"),
             *("--output-dir", folder),
         ]
-        ranks = [variables | ({"MASTER_PORT": port} if variables else {}) for variables in environments]
-        run_together(setup, [words] * len(ranks), ranks)
+        run_together(setup, [words] * len(environments), environments)
         summary = json.loads(Path(folder, "summary.json").read_text())
         return summary["wall_seconds"] - summary["eval_seconds"]
 
@@ -343,9 +340,9 @@ def scaling(setup: Setup) -> dict[str, Any]:
     world_size = gpus if gpus > 1 else 2
     if gpus > 1:
         environments = rank_variables(world_size)
-        exchange = run_ranks(setup, environments, "all-reduce", 0, setup.steps, jobs=1)
+        exchange = run_ranks(setup, environments, "all-reduce", 0, setup.steps)
     else:
-        exchange = on_cpu(setup, world_size, "all-reduce", 1, setup.steps, jobs=1)
+        exchange = on_cpu(setup, world_size, "all-reduce", 1, setup.steps)
     return {
         "estimate": True,
         "how": "global batch / (one rank's step on its share + the all-reduce x log2(ranks) / log2(measured ranks)); "

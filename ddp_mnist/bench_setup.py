@@ -84,33 +84,19 @@ def stage(name: str, train: Split, test: Split, root: Path) -> str:
 # --- Processes --------------------------------------------------------------------------------------------------------
 
 
-def on_cpu(setup: Setup, world_size: int, what: str, threads: int, count: int, *, jobs: int) -> dict[str, Any]:
-    environments = [variables | {"CUDA_VISIBLE_DEVICES": ""} for variables in rank_variables(world_size)]
-    return run_ranks(setup, environments, what, threads, count, jobs=jobs)
+def on_cpu(setup: Setup, world_size: int, what: str, threads: int, count: int) -> dict[str, Any]:
+    return run_ranks(setup, cpu_ranks(world_size), what, threads, count)
 
 
 def run_ranks(
-    setup: Setup, environments: Sequence[dict[str, str]], what: str, threads: int, count: int, *, jobs: int
+    setup: Setup, environments: Sequence[dict[str, str]], what: str, threads: int, count: int
 ) -> dict[str, Any]:
-    """What rank 0 of `bench_rank` found. Each of its jobs opens a process group of its own, so it needs `jobs` ports.
-
-    Raises: JobError.
-    """
+    """What rank 0 of `bench_rank` found. Raises: JobError."""
     with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
-        ports = [str(port) for port in free_ports(jobs)]
         words = [
-            *(
-                "-m",
-                "ddp_mnist.bench_rank",
-                what,
-                str(count),
-                "--dataset",
-                setup.dataset,
-                "--data-dir",
-                str(setup.root),
-            ),
-            *("--output-dir", folder, "--threads", str(threads)),
-            *("--epochs", str(setup.epochs), "--ports", *ports),
+            *("-m", "ddp_mnist.bench_rank", what, str(count), "--dataset", setup.dataset),
+            *("--data-dir", str(setup.root), "--output-dir", folder),
+            *("--threads", str(threads), "--epochs", str(setup.epochs)),
         ]
         return json.loads(run_together(setup, [words] * len(environments), environments)[0])
 
@@ -151,14 +137,19 @@ def run_together(setup: Setup, commands: Sequence[Sequence[str]], environments: 
 
 
 def rank_variables(world_size: int) -> list[dict[str, str]]:
-    """What a launcher would set for each rank of a job on this machine; nothing for a single one."""
-    common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    """What a launcher would set for each rank of one job on this machine; nothing for a single one."""
     if world_size == 1:
         return [{}]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = meeting | {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
+def cpu_ranks(world_size: int) -> list[dict[str, str]]:
+    """The same, where a GPU is not to be used."""
+    return [variables | {"CUDA_VISIBLE_DEVICES": ""} for variables in rank_variables(world_size)]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

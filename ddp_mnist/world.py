@@ -43,13 +43,16 @@ class World:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         torch.set_num_threads(self.threads)
         _keep_freed_memory()
+        limit = timedelta(minutes=config.timeout_minutes)
         try:
+            if self.size > 1:
+                _meet_again(self.size, "gloo" if on_cpu else _backend(), limit)
             self.accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
                 # Without cpu=True each of several ranks on a machine without a GPU believes it is alone.
                 cpu=on_cpu,
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(minutes=config.timeout_minutes)),
+                    InitProcessGroupKwargs(backend=_backend(), timeout=limit),
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 ],
             )
@@ -60,6 +63,8 @@ class World:
                 "Check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start with accelerate launch or torchrun.",
                 local=True,
             ) from error
+        if self.size > 1:
+            _stores.append(dist.distributed_c10d._get_default_store())
         assert torch.get_num_threads() == self.threads
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
@@ -195,6 +200,22 @@ def default_threads() -> int:
     """CPUs this process may use, divided by the ranks on this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+_stores: list[dist.Store] = []
+"""Where the ranks of this process's worlds met, one after the other."""
+
+
+def _meet_again(size: int, backend: str, timeout: timedelta) -> None:
+    """The process group of a second and later world of a process: at the store of its first, under names of its own.
+
+    Under torchrun that store outlives a group, and the next one would find the addresses of the last; elsewhere rank 0
+    would have to open the port again that it has just closed, while others already knock at it.
+    """
+    if _stores:
+        store = dist.PrefixStore(f"world {len(_stores)}", _stores[0])
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _keep_freed_memory() -> None:

@@ -106,6 +106,34 @@ def test_the_averages_that_are_saved_are_those_that_were_scored(script: Path, fi
     assert correct == jobs.read_json(finished / "summary.json")["test_correct"]
 
 
+SEVERAL = """
+for seed in 0, 1, 2:
+    config = TrainConfig(batch_size=64, epochs=1, seed=seed, output_dir=f"runs/{seed}", wandb="disabled", threads=1)
+    result = fit(config, model=network, data=(stripes(317, seed=0), stripes(103, seed=1)))
+    if result.exit_code:
+        result.exit()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["variables", "torchrun"])
+def test_several_fits_in_one_script_are_those_of_a_script_each(script: Path, tmp_path: Path, launcher: str) -> None:
+    """They meet again and again at the same port."""
+    several, alone = tmp_path / "several.py", tmp_path / "alone.py"
+    several.write_text(script.read_text().split("config =")[0] + SEVERAL)
+    alone.write_text(several.read_text().replace("in 0, 1, 2:", "in (2,):").replace("runs/{seed}", "runs/alone"))
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(jobs.free_port())]
+        ended = jobs.run([*command, "--nproc-per-node", "2", str(several)], cwd=tmp_path)
+        assert ended.code == 0, ended.err
+    else:
+        jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(several)], cwd=tmp_path))
+    jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(alone)], cwd=tmp_path))
+    assert len({(tmp_path / "runs" / name / "model.safetensors").read_bytes() for name in ("0", "1", "2")}) == 3
+    faults.assert_same_result(tmp_path / "runs" / "2", tmp_path / "runs" / "alone")
+
+
 @pytest.mark.slow
 def test_as_a_whole_command_it_has_the_flags_and_exit_codes(script: Path, tmp_path: Path) -> None:
     text = script.read_text().split("config =")[0].replace("import TrainConfig, fit", "import run")
