@@ -54,10 +54,10 @@ def main(
         config.check_world(world_size_from_environment())
         stop.__enter__()  # for good: a signal may come as late as the exit
         with Mirror(config, is_main=rank_from_environment() == 0) as mirror:  # imports wandb meanwhile
-            from ddp_mnist.trainer import fit  # imports torch
+            from ddp_mnist.trainer import attempt  # imports torch
 
             pair = data() if data else None
-            result = fit(config, model=model, data=pair, stop=stop, mirror=mirror, takes_flags=True)
+            result = attempt(config, model=model, data=pair, stop=stop, mirror=mirror)
         return code_of(result.exit_code)
     except JobError as error:
         return tell(error)

@@ -52,30 +52,33 @@ class Result:
         leave(code_of(self.exit_code))
 
 
-def fit(
+def fit(config: TrainConfig, *, model: Callable[[], nn.Module] | None = None, data: Pair | None = None) -> Result:
+    """Train as configured; every rank of the job calls it, with the same arguments. Only rank 0 writes files.
+
+    `model` makes a network of the caller's own, images (n, ...) → logits (n, classes); default: the tutorial's CNN.
+    `data`: a (training, test) pair of the caller's own tensors; default: `config.dataset`. uint8 images are scaled to
+    0-1, others taken as they are.
+
+    A run that `config.output_dir` holds is continued. Raises: JobError, the same on all ranks, with the exit code it
+    deserves.
+    """
+    tell_uncaught()  # a user's mistake: one message also from a script
+    return attempt(config, model=model, data=data, asked=config)
+
+
+def attempt(
     config: TrainConfig,
     *,
     model: Callable[[], nn.Module] | None = None,
     data: Pair | None = None,
     stop: StopSignal | None = None,
     mirror: Mirror | None = None,
-    takes_flags: bool = False,
+    asked: TrainConfig | None = None,
 ) -> Result:
-    """Train as configured; every rank of the job calls it, with the same arguments. Only rank 0 writes files.
-
-    `model` makes a network of the caller's own, images (n, ...) → logits (n, classes); default: the tutorial's CNN.
-    `data`: a (training, test) pair of the caller's own tensors; default: `config.dataset`. uint8 images are scaled to
-    0-1, others taken as they are. `stop`: signal handlers that are installed already, `mirror`: W&B's process, if it is
-    started already; else `fit` has its own.
-    `takes_flags`: the program that calls has the flags of TrainConfig, for the command that continues the run.
-
-    A run that `config.output_dir` holds is continued. Raises: JobError, the same on all ranks, with the exit code it
-    deserves.
-    """
+    """What `fit` is, for programs that have more in hand. `stop`: signal handlers that are installed already; `mirror`:
+    W&B's process, if it is started already. `asked`: what a script has in its source; None: the program has the flags
+    of TrainConfig. The command that continues the run says so. Raises: JobError, as `fit`."""
     own: tuple[Split, Split] | None = None
-    asked = None if takes_flags else config
-    if asked is not None:
-        tell_uncaught()  # a user's mistake: one message also from a script
     if data is not None:
         name, own = own_data(data)
         config = config.replace(dataset=name)
@@ -94,9 +97,8 @@ def fit(
                 run = stack.enter_context(open_run(config, world))
                 if run.finished:
                     return already_finished(run, world, model)
-                trainer = Trainer(run, world, stop, mirror, model, own)
+                trainer = Trainer(run, world, stop, mirror, model, own, asked)
                 stack.enter_context(trainer.tracker)
-                trainer.program = {"script": not takes_flags or bool(model or own), "asked": asked}
                 return Result(run.path, trainer.run(), trainer.step.net.eval())
         except JobError as error:
             if trainer is not None:
@@ -143,11 +145,12 @@ class Trainer:
         mirror: Mirror,
         model: Callable[[], nn.Module] | None,
         own: tuple[Split, Split] | None,
+        asked: TrainConfig | None,
     ) -> None:
         self.run_dir, self.config = run.path, run.config
         self.world = world
         self.stop = stop
-        self.program: dict[str, Any] = {}
+        self.program: dict[str, Any] = {"script": bool(asked or model or own), "asked": asked}
         """What was started, for `continue_command`."""
         config = self.config
         train_set, test_set = own or world.agree(lambda: load(config.dataset, config.data_dir))

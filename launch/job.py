@@ -50,9 +50,9 @@ class Job:
         try:
             config = self.config(env)
             with StopSignal() as stop:
-                from ddp_mnist.trainer import fit  # imports torch
+                from ddp_mnist.trainer import attempt  # imports torch
 
-                summary = fit(config, stop=stop, takes_flags=True).summary
+                summary = attempt(config, stop=stop).summary
         except JobError as error:
             self.leave(env, tell(error))
         if main and summary["exit_code"] == STOPPED:
