@@ -96,13 +96,8 @@ fi
 layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
 
 # --- Where the ranks meet ---------------------------------------------------------------------------------------------
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# The address by which SLURM itself reaches the node; its name need not resolve.
-address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2) || true
-export MASTER_ADDR=${address:-$first}
-# Another one for every job and every restart, as two jobs may share a node and a closed port stays taken for a while;
-# below 32768, where the kernel deals out ports by itself.
-export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 21 + restarts % 21) % 22000))
+meeting=$(slurm/meet.sh "$SLURM_JOB_NODELIST" "$restarts")
+export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
 
 # --- Run --------------------------------------------------------------------------------------------------------------
 # The user's flags come last: they beat these.
@@ -117,7 +112,7 @@ export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
 export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts
 
 echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
-    "GPUs per node: $gpus, meeting at $MASTER_ADDR:$MASTER_PORT"
+    "GPUs per node: $gpus, meeting at $meeting"
 # One message in a second instead of one per rank after the imports.
 "$python" -m launch.check --world-size "$tasks" -- "${flags[@]}"
 

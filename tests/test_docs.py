@@ -132,7 +132,10 @@ COMMANDS: dict[str, Here | By | Not] = {
     "python -m ddp_mnist.doctor": here("ok ", DOCTOR),
     "python -m ddp_mnist.doctor --recipe fast": here("ok ", DOCTOR),
     "torchrun --nproc-per-node 4 -m ddp_mnist.doctor": here("ok ", DOCTOR),
-    "srun slurm/rank.sh python -m ddp_mnist.doctor": by("slurm/train.sh", "\nsrun ", "slurm/rank.sh"),
+    "srun slurm/rank.sh python -m ddp_mnist.doctor": by(
+        "tests/test_slurm.py::test_by_hand_inside_an_allocation",
+        '"srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.doctor"',
+    ),
     # the benchmark's scripts
     "python docs/benchmarks/variants.py --compile --repeats 20": here(
         "| torch.compile |", ("--repeats 20", "--repeats 1 --steps 2 --batch-size 8")

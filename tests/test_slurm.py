@@ -372,6 +372,26 @@ def test_requeues_are_counted(site: Site) -> None:
 
 
 @side_by_side
+def test_by_hand_inside_an_allocation(site: Site) -> None:
+    """The doctor's ranks meet, and then those of a job, whose printed command is typed."""
+    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
+
+    def allocated(*command: str) -> str:
+        return site.cluster.run("salloc", "--nodes=2", *command, cwd=site.checkout, env=env, timeout=300)
+
+    found = allocated("srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.doctor")
+    assert "2 ranks: slurm/rank.sh has set WORLD_SIZE=2" in found
+    assert "2 ranks met over gloo" in found
+    train = ["srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.train", *SHORT, "--max-steps=5"]
+    again = re.search(r"^ *(srun .*)$", allocated(*train), re.MULTILINE)
+    assert again
+    run_dir = site.checkout / again[1].partition("--output-dir ")[2].split()[0]
+    allocated("bash", "-c", again[1])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["finished"], summary["world_size"], summary["resumed_from"]) == (True, 2, 5)
+
+
+@side_by_side
 def test_mistakes_fail_before_any_rank_starts(site: Site) -> None:
     """Each with its code and its message in the log."""
     empty = site.checkout.parent / "empty"
