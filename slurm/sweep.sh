@@ -43,8 +43,9 @@ read_lines() { # FILE -> lines, without comments and empty ones
     ((${#lines[@]})) || fail "$1 has no line with flags"
 }
 
-words() { # a line -> words, with quotes as in a shell but nothing expanded
-    mapfile -d '' -t flags < <(xargs printf '%s\0' <<<"$1")
+words() { # a line -> flags, with quotes as in a shell but nothing expanded
+    mapfile -d '' -t flags < <(xargs printf '%s\0' <<<"$1" 2>/dev/null)
+    wait "$!" || fail "unmatched quote in $file: $1. Quote as in a shell: \"Bob's\""
 }
 
 (($#)) || fail "a file with lines of flags is missing. $usage"

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,25 @@ def test_the_ranks_of_a_step_meet_on_its_first_node(tmp_path: Path) -> None:
     others = [{"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "2"}, {"SLURM_JOB_ID": "4712"}]
     assert len({first, *(where_a_rank_meets(tmp_path, **other) for other in others)}) == 4
     assert where_a_rank_meets(tmp_path, MASTER_ADDR="10.9.9.9", MASTER_PORT="12345") == "10.9.9.9:12345"
+
+
+@pytest.mark.parametrize("place", [{}, {"SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "2"}], ids=["login node", "task"])
+@pytest.mark.parametrize("line", ["--wandb-tags a Bob's", '--wandb-tags a "b c'])
+def test_a_sweep_refuses_a_line_with_an_unmatched_quote(tmp_path: Path, place: dict[str, str], line: str) -> None:
+    """xargs gives the words before it, which are flags too."""
+    for name in ("slurm", "launch", "ddp_mnist"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "rates.txt").write_text(f"--lr 1e-3\n{line}\n")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\ntouch submitted\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = kept | {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path)} | place
+    command = ["slurm/sweep.sh", "rates.txt", "--", "--dataset=synthetic"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f'error: unmatched quote in rates.txt: {line}. Quote as in a shell: "Bob\'s"\n'
+    assert not (tmp_path / "submitted").exists()
 
 
 @pytest.mark.parametrize("script", ["train.sh", "rank.sh", "meet.sh", "sweep.sh"])
