@@ -20,6 +20,7 @@ from typing import Any
 import documents
 import jobs
 import pytest
+import yaml
 from documents import DOCUMENTS, README, ROOT
 
 # What is known of each command
@@ -319,6 +320,14 @@ def test_two_machines_without_slurm(checkout: Callable[..., jobs.Ended]) -> None
     assert ended.out.count("wrote runs/two-machines") == 1
     told = checkout("cat runs/two-machines/summary.json").out
     assert (json.loads(told)["world_size"], json.loads(told)["finished"]) == (2, True)
+
+
+def test_the_file_for_several_machines_says_what_the_readme_types() -> None:
+    (command,) = [command for command in documents.commands(README) if "--num_machines" in command]
+    says = yaml.safe_load((ROOT / "launch/multi_node.yaml").read_text())
+    assert says["distributed_type"] == "MULTI_GPU"
+    for name in ("num_machines", "num_processes", "main_process_port"):
+        assert f" --{name} {says[name]} " in command
 
 
 def shape(line: str) -> str:
