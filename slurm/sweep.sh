@@ -11,7 +11,7 @@
 #   --lr 3e-3 --batch-size 128
 #
 # It checks every line, submits the array, and prints the command for the final table. Each task is slurm/train.sh
-# with its own log, run directory and requeues.
+# with its own log, run directory and requeues, and with PROGRAM and the other settings from the environment.
 #
 # The same lines as in slurm/train.sh, which says what each is for:
 
@@ -74,7 +74,7 @@ read_lines "$file"
 
 for line in "${lines[@]}"; do
     words "$line"
-    python -m launch.check -- --dataset mnist "$@" "${flags[@]}" || fail "in $file: $line"
+    python -m launch.check --program="${PROGRAM:-}" -- --dataset mnist "$@" "${flags[@]}" || fail "in $file: $line"
 done
 # Tasks may start days later: they read a copy, so that FILE can be edited meanwhile.
 mkdir -p runs

@@ -13,6 +13,8 @@
 #   ENV_SETUP      shell commands that make Python available, such as "module load python; source ~/env/bin/activate"
 #                  (default: the environment active at submission, else .venv here)
 #   MAX_REQUEUES   how often the job may put itself back into the queue (default 20)
+#   PROGRAM        what Python runs: a script that uses ddp_mnist.run, such as mine.py, or "-m package.module"
+#                  (default: -m ddp_mnist.train)
 #
 # Each line below is a default: an option of the sbatch command and SBATCH_* variables beat it.
 
@@ -108,19 +110,25 @@ for flag in "$@"; do
 done
 # What the training prints in front of its flags when it says how to go on.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
+program=(-m ddp_mnist.train)
+if [[ -n ${PROGRAM:-} ]]; then
+    program=("$PROGRAM")
+    [[ $PROGRAM != "-m "* ]] || read -ra program <<<"$PROGRAM"
+    DDP_MNIST_LAUNCHER="PROGRAM=$(printf %q "$PROGRAM") $DDP_MNIST_LAUNCHER"
+fi
 # What config.json and the dashboard say of the launch.
 export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts
 
 echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
     "GPUs per node: $gpus, meeting at $meeting"
 # One message in a second instead of one per rank after the imports.
-"$python" -m launch.check --world-size "$tasks" -- "${flags[@]}"
+"$python" -m launch.check --world-size "$tasks" --program="${PROGRAM:-}" -- "${flags[@]}"
 
 code=0
 # Without --kill-on-bad-exit the ranks would wait for a dead one until the time limit. Where a whole node died, srun
 # waits until SLURM has noticed it, and SLURM requeues.
 srun "${layout[@]}" --kill-on-bad-exit=1 --label \
-    slurm/rank.sh "$python" -m ddp_mnist.train "${flags[@]}" || code=$?
+    slurm/rank.sh "$python" "${program[@]}" "${flags[@]}" || code=$?
 
 ((code != 140)) || echo "hint: USR2 came before training could start; it needs more than these two minutes" >&2
 ((code == 75)) || exit "$code"

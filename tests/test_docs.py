@@ -67,6 +67,8 @@ A_NAME = "the name of a program, not a command"
 SETS_UP = "tests/test_slurm.py::test_requeues_are_counted"
 SHAPES = "tests/test_slurm.py::test_shapes"
 SWEEP = "tests/test_slurm.py::test_a_sweep_with_one_task_requeued_alone"
+OWN = "tests/test_slurm.py::test_a_program_of_ones_own_is_requeued_to_its_end"
+AGAIN = "tests/test_slurm.py::test_a_line_of_a_sweep_once_more"
 SUBMIT = "tests/test_launch.py::test_the_batch_script_is_the_pinned_one"
 BENCH = "tests/test_bench.py::quick"
 
@@ -160,7 +162,10 @@ COMMANDS: dict[str, Here | By | Not] = {
     'ENV_SETUP="source ~/miniforge3/etc/profile.d/conda.sh; conda activate ddp" sbatch slurm/train.sh': by(
         SETS_UP, "ENV_SETUP=", "slurm/train.sh"
     ),
-    "sbatch --signal=USR2@600": by("slurm/train.sh", "#SBATCH --signal=USR2@120"),
+    "PROGRAM=mine.py sbatch slurm/train.sh": by(OWN, '"slurm/train.sh"', 'PROGRAM="mine.py"'),
+    "PROGRAM=mine.py sbatch slurm/train.sh --epochs 20": by(OWN, '"slurm/train.sh"', 'PROGRAM="mine.py"', "--epochs="),
+    "PROGRAM=mine.py slurm/sweep.sh rates.txt": by(AGAIN, '"PROGRAM": "mine.py"', 'run("slurm/sweep.sh"'),
+    "sbatch --signal=USR2@600": by(OWN, '"--signal=USR2@600"'),
     "squeue --me": by(SETS_UP, '"squeue", "--me"'),
     'sinfo -o "%P %G %c"': by(SETS_UP, '"sinfo", "-o", "%P %G %c"'),
     "tail -f slurm-<job>.out": Not("does not end by itself"),
@@ -177,7 +182,9 @@ COMMANDS: dict[str, Here | By | Not] = {
     ),
     "cat rates.txt": here("--lr 3e-3"),
     "slurm/sweep.sh rates.txt --gpus-per-node=1 -- --epochs 3": by(SWEEP, '"slurm/sweep.sh"', '"--"'),
-    "sbatch --array=2 slurm/sweep.sh rates.txt -- --epochs 3": by("slurm/sweep.sh", "sbatch ", " --array=", "slurm/"),
+    "sbatch --array=2 slurm/sweep.sh rates.txt -- --epochs 3": by(
+        AGAIN, 'site.sbatch("--array=2", "slurm/sweep.sh"', '"--"'
+    ),
     "python -m launch.submit": by(SUBMIT, "launch.submit"),
     "python -m launch.submit --help": here("--sbatch"),
     "python -m launch.submit --nodes 2 --gpus-per-node 8 --partition gpu --time-min 60 --follow -- --recipe fast": by(
