@@ -162,6 +162,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     'ENV_SETUP="source ~/miniforge3/etc/profile.d/conda.sh; conda activate ddp" sbatch slurm/train.sh': by(
         SETS_UP, "ENV_SETUP=", "slurm/train.sh"
     ),
+    "sbatch --time=30 slurm/train.sh": by(OWN, '"--time=30"', '"slurm/train.sh"'),
     "PROGRAM=mine.py sbatch slurm/train.sh": by(OWN, '"slurm/train.sh"', 'PROGRAM="mine.py"'),
     "PROGRAM=mine.py sbatch slurm/train.sh --epochs 20": by(OWN, '"slurm/train.sh"', 'PROGRAM="mine.py"', "--epochs="),
     "PROGRAM=mine.py slurm/sweep.sh rates.txt": by(AGAIN, '"PROGRAM": "mine.py"', 'run("slurm/sweep.sh"'),
@@ -187,6 +188,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     ),
     "python -m launch.submit": by(SUBMIT, "launch.submit"),
     "python -m launch.submit --help": here("--sbatch"),
+    "python -m launch.submit --sbatch NAME=VALUE": by(SUBMIT, "launch.submit", "--sbatch=constraint=a100"),
     "python -m launch.submit --nodes 2 --gpus-per-node 8 --partition gpu --time-min 60 --follow -- --recipe fast": by(
         SUBMIT, "launch.submit", "--nodes=2", "--gpus-per-node=", "--partition=gpu", "--time-min=", '"--"'
     ),
