@@ -123,4 +123,6 @@ def _launcher(world: World, module: str) -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = f"--nnodes {world.size // local} --node-rank ... --master-addr ... " if world.size > local else ""
         return f"torchrun {nodes}--nproc-per-node {local} {module}"
+    if world.size > 1 and "SLURM_STEP_ID" in os.environ:  # by hand, inside an allocation
+        return f"srun --ntasks={world.size} slurm/rank.sh python {module}"
     return f"python {module}"

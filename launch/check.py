@@ -9,19 +9,25 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 from ddp_mnist.config import TrainConfig, parse
-from ddp_mnist.errors import JobError
+from ddp_mnist.errors import JobError, UsageError
+
+OURS = "-m ddp_mnist.train"
 
 
-def check(flags: Sequence[str], world_size: int) -> TrainConfig:
+def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainConfig:
     """The configuration that these training flags give. Raises: JobError; SystemExit 2 (0 after --help), as argparse.
 
-    Data files are unpacked where only the .gz are there, but not downloaded: compute nodes seldom can.
+    Data files are unpacked where only the .gz are there, but not downloaded: compute nodes seldom can. `program`: as
+    PROGRAM of slurm/train.sh; one of the user's own has the flags of `run`, and mostly data of its own.
     """
+    check_program(program)
     config = parse(flags, quiet=False)
     config.check_world(world_size)
-    if config.dataset not in ("auto", "synthetic"):  # others can be made on the spot
+    if program == OURS and config.dataset not in ("auto", "synthetic"):  # others can be made on the spot
         from ddp_mnist import files  # numpy
 
         try:
@@ -39,6 +45,20 @@ def check(flags: Sequence[str], world_size: int) -> TrainConfig:
     return config
 
 
+def check_program(program: str) -> None:
+    """Raises: UsageError where Python could not run it."""
+    kind, _, module = program.partition(" ")
+    try:
+        found = find_spec(module.strip()) is not None if kind == "-m" else Path(program).is_file()
+    except (ImportError, ValueError):  # of the package around it; no name at all
+        found = False
+    if not found:
+        raise UsageError(
+            f"PROGRAM is {program!r}, which cannot be run in {Path.cwd()}; expected a script that uses ddp_mnist.run, "
+            "such as PROGRAM=mine.py, or PROGRAM='-m package.module'. Its flags stand behind slurm/train.sh."
+        )
+
+
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words before and after the first `--`."""
     words = list(argv)
@@ -48,11 +68,13 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     own, flags = split_flags(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m launch.check", usage="%(prog)s [--world-size N] -- TRAINING_FLAGS")
+    usage = "%(prog)s [--world-size N] [--program=PROGRAM] -- TRAINING_FLAGS"
+    parser = argparse.ArgumentParser(prog="python -m launch.check", usage=usage)
     parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--program", default="", help=f"as PROGRAM of slurm/train.sh; empty: {OURS}")
     options = parser.parse_args(own)
     try:
-        check(flags, options.world_size)
+        check(flags, options.world_size, options.program or OURS)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

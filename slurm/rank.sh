@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # One rank: SLURM's variables become torch's, then this process becomes Python, so that signals reach it directly.
-# Started by srun in slurm/train.sh, never by hand: `salloc` leaves variables of the same names in interactive shells.
+# Started by srun: in slurm/train.sh, or by hand inside an allocation, `srun slurm/rank.sh python -m ddp_mnist.doctor`.
+# Never without srun: `salloc` leaves variables of the same names in interactive shells.
 set -euo pipefail
 
-: "${SLURM_STEP_ID:?is started by srun, see slurm/train.sh}"
+: "${SLURM_STEP_ID:?is started by srun: srun slurm/rank.sh python -m ..., or sbatch slurm/train.sh}"
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
 
 # Ranks on this node, from a list such as 2(x3),1: three nodes with two tasks each, then one with one.
@@ -16,6 +17,12 @@ for group in "${groups[@]}"; do
     node=$((node - repeat))
 done
 export LOCAL_WORLD_SIZE=$count
+
+if [[ -z ${MASTER_ADDR:-} || -z ${MASTER_PORT:-} ]]; then # by hand; slurm/train.sh sets them
+    here=$(dirname "${BASH_SOURCE[0]}")
+    meeting=$("$here/meet.sh" "$SLURM_STEP_NODELIST" "$((${SLURM_RESTART_COUNT:-0} + SLURM_STEP_ID))")
+    export MASTER_ADDR=${MASTER_ADDR:-${meeting%:*}} MASTER_PORT=${MASTER_PORT:-${meeting##*:}}
+fi
 
 if ! command -v "$1" >/dev/null; then
     echo "error: $1 is not on $(hostname): keep the environment on a disk that all nodes share" >&2

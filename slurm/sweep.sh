@@ -11,7 +11,7 @@
 #   --lr 3e-3 --batch-size 128
 #
 # It checks every line, submits the array, and prints the command for the final table. Each task is slurm/train.sh
-# with its own log, run directory and requeues.
+# with its own log, run directory and requeues, and with PROGRAM and the other settings from the environment.
 #
 # The same lines as in slurm/train.sh, which says what each is for:
 
@@ -43,8 +43,9 @@ read_lines() { # FILE -> lines, without comments and empty ones
     ((${#lines[@]})) || fail "$1 has no line with flags"
 }
 
-words() { # a line -> words, with quotes as in a shell but nothing expanded
-    mapfile -d '' -t flags < <(xargs printf '%s\0' <<<"$1")
+words() { # a line -> flags, with quotes as in a shell but nothing expanded
+    mapfile -d '' -t flags < <(xargs printf '%s\0' <<<"$1" 2>/dev/null)
+    wait "$!" || fail "unmatched quote in $file: $1. Quote as in a shell: \"Bob's\""
 }
 
 (($#)) || fail "a file with lines of flags is missing. $usage"
@@ -73,7 +74,7 @@ read_lines "$file"
 
 for line in "${lines[@]}"; do
     words "$line"
-    python -m launch.check -- --dataset mnist "$@" "${flags[@]}" || fail "in $file: $line"
+    python -m launch.check --program="${PROGRAM:-}" -- --dataset mnist "$@" "${flags[@]}" || fail "in $file: $line"
 done
 # Tasks may start days later: they read a copy, so that FILE can be edited meanwhile.
 mkdir -p runs

@@ -13,6 +13,8 @@
 #   ENV_SETUP      shell commands that make Python available, such as "module load python; source ~/env/bin/activate"
 #                  (default: the environment active at submission, else .venv here)
 #   MAX_REQUEUES   how often the job may put itself back into the queue (default 20)
+#   PROGRAM        what Python runs: a script that uses ddp_mnist.run, such as mine.py, or "-m package.module"
+#                  (default: -m ddp_mnist.train)
 #
 # Each line below is a default: an option of the sbatch command and SBATCH_* variables beat it.
 
@@ -96,13 +98,8 @@ fi
 layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
 
 # --- Where the ranks meet ---------------------------------------------------------------------------------------------
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# The address by which SLURM itself reaches the node; its name need not resolve.
-address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2) || true
-export MASTER_ADDR=${address:-$first}
-# Another one for every job and every restart, as two jobs may share a node and a closed port stays taken for a while;
-# below 32768, where the kernel deals out ports by itself.
-export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 21 + restarts % 21) % 22000))
+meeting=$(slurm/meet.sh "$SLURM_JOB_NODELIST" "$restarts")
+export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
 
 # --- Run --------------------------------------------------------------------------------------------------------------
 # The user's flags come last: they beat these.
@@ -113,19 +110,25 @@ for flag in "$@"; do
 done
 # What the training prints in front of its flags when it says how to go on.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
+program=(-m ddp_mnist.train)
+if [[ -n ${PROGRAM:-} ]]; then
+    program=("$PROGRAM")
+    [[ $PROGRAM != "-m "* ]] || read -ra program <<<"$PROGRAM"
+    DDP_MNIST_LAUNCHER="PROGRAM=$(printf %q "$PROGRAM") $DDP_MNIST_LAUNCHER"
+fi
 # What config.json and the dashboard say of the launch.
 export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts
 
 echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
-    "GPUs per node: $gpus, meeting at $MASTER_ADDR:$MASTER_PORT"
+    "GPUs per node: $gpus, meeting at $meeting"
 # One message in a second instead of one per rank after the imports.
-"$python" -m launch.check --world-size "$tasks" -- "${flags[@]}"
+"$python" -m launch.check --world-size "$tasks" --program="${PROGRAM:-}" -- "${flags[@]}"
 
 code=0
 # Without --kill-on-bad-exit the ranks would wait for a dead one until the time limit. Where a whole node died, srun
 # waits until SLURM has noticed it, and SLURM requeues.
 srun "${layout[@]}" --kill-on-bad-exit=1 --label \
-    slurm/rank.sh "$python" -m ddp_mnist.train "${flags[@]}" || code=$?
+    slurm/rank.sh "$python" "${program[@]}" "${flags[@]}" || code=$?
 
 ((code != 140)) || echo "hint: USR2 came before training could start; it needs more than these two minutes" >&2
 ((code == 75)) || exit "$code"

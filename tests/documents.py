@@ -19,6 +19,7 @@ PROGRAMS = {
     *("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun", "wandb", ".ci/run", "slurm/sweep.sh"),
 }
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SET = re.compile(r"^(\w+=\S* )+")  # variables in front of the program
 _COMMENT = re.compile(r"(^|\s+)#.*")
 
 
@@ -51,7 +52,7 @@ def commands(path: Path) -> list[str]:
     for language, content in blocks(path):
         if language == "console":
             found += [line[2:] for line in content.splitlines() if line.startswith("$ ")]
-    found += [span for span in spans(path) if " " in span and span.split()[0] in PROGRAMS]
+    found += [span for span in spans(path) if " " in span and _SET.sub("", span).split()[0] in PROGRAMS]
     return [" ".join(command.split()) for command in dict.fromkeys(found) if command]
 
 

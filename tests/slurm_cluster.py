@@ -267,7 +267,9 @@ class Job:
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if not {b"ddp_mnist.train", b"submitit.core._submit"} & set(words) or words[0].endswith(b"srun"):
+                if not {b"ddp_mnist.train", b"mine.py", b"submitit.core._submit"} & set(words) or words[0].endswith(
+                    b"srun"
+                ):
                     continue
                 env = dict(
                     pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair

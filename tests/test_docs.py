@@ -20,6 +20,7 @@ from typing import Any
 import documents
 import jobs
 import pytest
+import yaml
 from documents import DOCUMENTS, README, ROOT
 
 # What is known of each command
@@ -66,6 +67,8 @@ A_NAME = "the name of a program, not a command"
 SETS_UP = "tests/test_slurm.py::test_requeues_are_counted"
 SHAPES = "tests/test_slurm.py::test_shapes"
 SWEEP = "tests/test_slurm.py::test_a_sweep_with_one_task_requeued_alone"
+OWN = "tests/test_slurm.py::test_a_program_of_ones_own_is_requeued_to_its_end"
+AGAIN = "tests/test_slurm.py::test_a_line_of_a_sweep_once_more"
 SUBMIT = "tests/test_launch.py::test_the_batch_script_is_the_pinned_one"
 BENCH = "tests/test_bench.py::quick"
 
@@ -132,7 +135,10 @@ COMMANDS: dict[str, Here | By | Not] = {
     "python -m ddp_mnist.doctor": here("ok ", DOCTOR),
     "python -m ddp_mnist.doctor --recipe fast": here("ok ", DOCTOR),
     "torchrun --nproc-per-node 4 -m ddp_mnist.doctor": here("ok ", DOCTOR),
-    "srun slurm/rank.sh python -m ddp_mnist.doctor": by("slurm/train.sh", "\nsrun ", "slurm/rank.sh"),
+    "srun slurm/rank.sh python -m ddp_mnist.doctor": by(
+        "tests/test_slurm.py::test_by_hand_inside_an_allocation",
+        '"srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.doctor"',
+    ),
     # the benchmark's scripts
     "python docs/benchmarks/variants.py --compile --repeats 20": here(
         "| torch.compile |", ("--repeats 20", "--repeats 1 --steps 2 --batch-size 8")
@@ -156,7 +162,11 @@ COMMANDS: dict[str, Here | By | Not] = {
     'ENV_SETUP="source ~/miniforge3/etc/profile.d/conda.sh; conda activate ddp" sbatch slurm/train.sh': by(
         SETS_UP, "ENV_SETUP=", "slurm/train.sh"
     ),
-    "sbatch --signal=USR2@600": by("slurm/train.sh", "#SBATCH --signal=USR2@120"),
+    "sbatch --time=30 slurm/train.sh": by(OWN, '"--time=30"', '"slurm/train.sh"'),
+    "PROGRAM=mine.py sbatch slurm/train.sh": by(OWN, '"slurm/train.sh"', 'PROGRAM="mine.py"'),
+    "PROGRAM=mine.py sbatch slurm/train.sh --epochs 20": by(OWN, '"slurm/train.sh"', 'PROGRAM="mine.py"', "--epochs="),
+    "PROGRAM=mine.py slurm/sweep.sh rates.txt": by(AGAIN, '"PROGRAM": "mine.py"', 'run("slurm/sweep.sh"'),
+    "sbatch --signal=USR2@600": by(OWN, '"--signal=USR2@600"'),
     "squeue --me": by(SETS_UP, '"squeue", "--me"'),
     'sinfo -o "%P %G %c"': by(SETS_UP, '"sinfo", "-o", "%P %G %c"'),
     "tail -f slurm-<job>.out": Not("does not end by itself"),
@@ -173,9 +183,12 @@ COMMANDS: dict[str, Here | By | Not] = {
     ),
     "cat rates.txt": here("--lr 3e-3"),
     "slurm/sweep.sh rates.txt --gpus-per-node=1 -- --epochs 3": by(SWEEP, '"slurm/sweep.sh"', '"--"'),
-    "sbatch --array=2 slurm/sweep.sh rates.txt -- --epochs 3": by("slurm/sweep.sh", "sbatch ", " --array=", "slurm/"),
+    "sbatch --array=2 slurm/sweep.sh rates.txt -- --epochs 3": by(
+        AGAIN, 'site.sbatch("--array=2", "slurm/sweep.sh"', '"--"'
+    ),
     "python -m launch.submit": by(SUBMIT, "launch.submit"),
     "python -m launch.submit --help": here("--sbatch"),
+    "python -m launch.submit --sbatch NAME=VALUE": by(SUBMIT, "launch.submit", "--sbatch=constraint=a100"),
     "python -m launch.submit --nodes 2 --gpus-per-node 8 --partition gpu --time-min 60 --follow -- --recipe fast": by(
         SUBMIT, "launch.submit", "--nodes=2", "--gpus-per-node=", "--partition=gpu", "--time-min=", '"--"'
     ),
@@ -316,6 +329,14 @@ def test_two_machines_without_slurm(checkout: Callable[..., jobs.Ended]) -> None
     assert ended.out.count("wrote runs/two-machines") == 1
     told = checkout("cat runs/two-machines/summary.json").out
     assert (json.loads(told)["world_size"], json.loads(told)["finished"]) == (2, True)
+
+
+def test_the_file_for_several_machines_says_what_the_readme_types() -> None:
+    (command,) = [command for command in documents.commands(README) if "--num_machines" in command]
+    says = yaml.safe_load((ROOT / "launch/multi_node.yaml").read_text())
+    assert says["distributed_type"] == "MULTI_GPU"
+    for name in ("num_machines", "num_processes", "main_process_port"):
+        assert f" --{name} {says[name]} " in command
 
 
 def shape(line: str) -> str:

@@ -111,6 +111,32 @@ def test_mistakes_are_found_before_anything_is_submitted(
     assert not (checkout / "sbatch.calls").exists()
 
 
+@pytest.mark.parametrize(
+    ("program", "runs"),
+    [
+        ("mine.py", True),
+        ("-m mine", True),
+        ("-m ddp_mnist.train", True),
+        ("yours.py", False),
+        ("mine.py --epochs 3", False),
+        ("-m yours", False),
+        ("-m yours.job", False),
+        ("-m ", False),
+    ],
+)
+def test_a_program_of_ones_own_must_be_there_and_has_data_of_its_own(checkout: Path, program: str, runs: bool) -> None:
+    (checkout / "mine.py").touch()
+    command = [sys.executable, "-m", "launch.check", f"--program={program}", "--", "--dataset", "mnist"]
+    ended = jobs.run(command, {"DDP_MNIST_DATA": "nowhere"}, cwd=checkout)
+    if not runs:
+        assert ended.code == 2
+        assert ended.err.startswith(f"error: PROGRAM is {program!r}, which cannot be run in {checkout}; expected ")
+    elif program == "-m ddp_mnist.train":
+        assert "the mnist files are not staged" in ended.err
+    else:
+        assert (ended.code, ended.err) == (0, "")
+
+
 def test_without_sbatch_it_says_where_to_go(checkout: Path, flags: list[str]) -> None:
     ended = submit(checkout, "--", *flags, PATH="/nowhere")
     assert (ended.code, ended.out) == (2, "")

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from jobs import is_launch_variable
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), ROOT / ".ci" / "run"])
@@ -82,6 +84,8 @@ def test_a_rank_gets_torchs_variables(tasks_per_node: str, node: int, expected: 
         "SLURM_NTASKS": "99",  # as a shell inside salloc leaves it
         "SLURM_NODEID": str(node),
         "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
+        "MASTER_ADDR": "10.1.0.5",
+        "MASTER_PORT": "20931",
     }
     command = [ROOT / "slurm" / "rank.sh", "bash", "-c", "echo $$ $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"]
     with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True) as rank:
@@ -90,11 +94,60 @@ def test_a_rank_gets_torchs_variables(tasks_per_node: str, node: int, expected: 
     assert words == [str(rank.pid), "5", "1", "7", str(expected)]
 
 
-@pytest.mark.parametrize("script", ["train.sh", "rank.sh", "sweep.sh"])
+SCONTROL = """#!/bin/sh
+case "$2 $3" in
+"hostnames n[4-5]") printf 'n4\\nn5\\n' ;;
+"node n4") echo 'NodeName=n4 NodeAddr=10.1.0.4 NodeHostName=n4' ;;
+*) exit 1 ;;
+esac
+"""
+
+
+def where_a_rank_meets(folder: Path, **variables: str) -> str:
+    """What rank.sh makes of a step on n4 and n5 of a larger job; `folder` is for a stand-in for scontrol."""
+    (folder / "scontrol").write_text(SCONTROL)
+    (folder / "scontrol").chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
+    step = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[0-9]", "SLURM_STEP_NODELIST": "n[4-5]"}
+    step |= {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    env = kept | step | {"PATH": f"{folder}:{os.environ['PATH']}"} | variables
+    command = [ROOT / "slurm" / "rank.sh", "bash", "-c", "echo $MASTER_ADDR:$MASTER_PORT"]
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def test_the_ranks_of_a_step_meet_on_its_first_node(tmp_path: Path) -> None:
+    first = where_a_rank_meets(tmp_path)
+    assert re.fullmatch(r"10\.1\.0\.4:[123]\d{4}", first)
+    assert where_a_rank_meets(tmp_path, SLURM_PROCID="1", SLURM_NODEID="1") == first
+    others = [{"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "2"}, {"SLURM_JOB_ID": "4712"}]
+    assert len({first, *(where_a_rank_meets(tmp_path, **other) for other in others)}) == 4
+    assert where_a_rank_meets(tmp_path, MASTER_ADDR="10.9.9.9", MASTER_PORT="12345") == "10.9.9.9:12345"
+
+
+@pytest.mark.parametrize("place", [{}, {"SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "2"}], ids=["login node", "task"])
+@pytest.mark.parametrize("line", ["--wandb-tags a Bob's", '--wandb-tags a "b c'])
+def test_a_sweep_refuses_a_line_with_an_unmatched_quote(tmp_path: Path, place: dict[str, str], line: str) -> None:
+    """xargs gives the words before it, which are flags too."""
+    for name in ("slurm", "launch", "ddp_mnist"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "rates.txt").write_text(f"--lr 1e-3\n{line}\n")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\ntouch submitted\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = kept | {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path)} | place
+    command = ["slurm/sweep.sh", "rates.txt", "--", "--dataset=synthetic"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f'error: unmatched quote in rates.txt: {line}. Quote as in a shell: "Bob\'s"\n'
+    assert not (tmp_path / "submitted").exists()
+
+
+@pytest.mark.parametrize("script", ["train.sh", "rank.sh", "meet.sh", "sweep.sh"])
 def test_outside_of_slurm_it_says_what_to_type(script: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     ended = subprocess.run([ROOT / "slurm" / script], env=env, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode != 0
-    assert {"train.sh": "sbatch slurm/train.sh", "rank.sh": "slurm/train.sh", "sweep.sh": "usage:"}[
-        script
-    ] in ended.stderr
+    says = {"train.sh": "sbatch slurm/train.sh", "rank.sh": "srun slurm/rank.sh python"}
+    assert says.get(script, f"usage: slurm/{script}") in ended.stderr

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import documents
 import pytest
 import slurm_cluster
 from conftest import write_digits
@@ -57,11 +58,19 @@ def steps_seen(job: Job) -> list[int]:
     return [json.loads(line)["step"] for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def own_program() -> str:
+    """The README's example with `run` in place of `fit`."""
+    (code,) = [code for language, code in documents.blocks(documents.README) if language == "python"]
+    parts = code.partition("config =")[0].replace("import TrainConfig, fit", "import run")
+    return f"{parts}\nrun(model=network, data=lambda: (stripes(2017, seed=0), stripes(503, seed=1)))\n"
+
+
 def make_site(cluster: Cluster, folder: Path) -> Site:
     checkout, data = folder / "checkout", folder / "data"
     checkout.mkdir(parents=True)
     for name in ("slurm", "launch", "ddp_mnist"):
         (checkout / name).symlink_to(ROOT / name)
+    (checkout / "mine.py").write_text(own_program())
     write_digits(data, 1000, 301)
     return Site(cluster, checkout, data)
 
@@ -295,6 +304,24 @@ def test_a_sweep_with_one_task_requeued_alone(site: Site) -> None:
 
 
 @side_by_side
+def test_a_line_of_a_sweep_once_more(site: Site) -> None:
+    """Its task is submitted by hand. And a sweep over a program of one's own."""
+    (site.checkout / "rates.txt").write_text("--lr 1e-3\n# lower\n--lr 3e-3 --wandb-name 'the second'\n")
+    again = site.sbatch("--array=2", "slurm/sweep.sh", "rates.txt", "--", *SHORT)
+    (site.checkout / "own.txt").write_text("--lr 2e-3\n")
+    env = site.cluster.env | {"PROGRAM": "mine.py"}
+    answer = site.cluster.run("slurm/sweep.sh", "own.txt", "--", "--epochs=1", cwd=site.checkout, env=env)
+    array = re.findall(r"batch job (\d+): 1 runs", answer)[0]
+    runs = {f"{again.id}_2": ("fashion-mnist", 0.003, "the second", 48), f"{array}_1": ("own", 0.002, None, 32)}
+    for number, expected in runs.items():
+        job = Job(site.cluster, number, site.checkout)
+        job.wait("COMPLETED")
+        settings = json.loads((job.run_dir / "config.json").read_text())["settings"]
+        kind = "own" if settings["dataset"].startswith("own-") else settings["dataset"]
+        assert (kind, settings["lr"], settings["wandb_name"], result(job)["steps"]) == expected
+
+
+@side_by_side
 def test_shapes(site: Site) -> None:
     """1x1, 1x2, 2x1 and 2x2: exact counts and the same result."""
     jobs = {
@@ -372,6 +399,50 @@ def test_requeues_are_counted(site: Site) -> None:
 
 
 @side_by_side
+def test_a_program_of_ones_own_is_requeued_to_its_end(site: Site) -> None:
+    """MNIST is not staged: its data are its own. And with another --signal than the script's."""
+    options, flags = ["--nodes=2", "--time=30", "--signal=USR2@600"], ["--epochs=40", "--log-every=5", "--no-pictures"]
+    job = site.sbatch(*options, "slurm/train.sh", *flags, PROGRAM="mine.py")
+    frozen = job.freeze()
+    assert len(frozen) == 2
+    site.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # USR2@600: due at once
+    thaw(frozen, after=signal.SIGUSR2)
+    job.wait_restarted()
+    site.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    job.wait("COMPLETED")
+    summary = result(job)
+    assert (summary["finished"], summary["world_size"], summary["steps"]) == (True, 2, 40 * 32)
+    assert 0 < summary["resumed_from"] < 40 * 32
+    # What the log says to type, typed.
+    again = re.search(r"^0: *(PROGRAM=mine\.py sbatch --nodes=2 slurm/train\.sh .*)$", job.log, re.MULTILINE)
+    assert again, job.log
+    answer = site.cluster.run("bash", "-c", again[1], cwd=site.checkout, env=site.cluster.env)
+    second = Job(site.cluster, answer.split()[-1], site.checkout)
+    second.wait("COMPLETED")
+    assert "is finished" in second.log
+
+
+@side_by_side
+def test_by_hand_inside_an_allocation(site: Site) -> None:
+    """The doctor's ranks meet, and then those of a job, whose printed command is typed."""
+    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
+
+    def allocated(*command: str) -> str:
+        return site.cluster.run("salloc", "--nodes=2", *command, cwd=site.checkout, env=env, timeout=300)
+
+    found = allocated("srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.doctor")
+    assert "2 ranks: slurm/rank.sh has set WORLD_SIZE=2" in found
+    assert "2 ranks met over gloo" in found
+    train = ["srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.train", *SHORT, "--max-steps=5"]
+    again = re.search(r"^ *(srun .*)$", allocated(*train), re.MULTILINE)
+    assert again
+    run_dir = site.checkout / again[1].partition("--output-dir ")[2].split()[0]
+    allocated("bash", "-c", again[1])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["finished"], summary["world_size"], summary["resumed_from"]) == (True, 2, 5)
+
+
+@side_by_side
 def test_mistakes_fail_before_any_rank_starts(site: Site) -> None:
     """Each with its code and its message in the log."""
     empty = site.checkout.parent / "empty"
@@ -387,6 +458,7 @@ def test_mistakes_fail_before_any_rank_starts(site: Site) -> None:
         (["--nodes=2", "--gpus=3", "slurm/train.sh", *SHORT], {}, "2:0", "ask with --gpus-per-node"),
         (["slurm/train.sh"], {"DDP_MNIST_DATA": str(empty)}, "1:0", fetch),
         (["slurm/train.sh", *SHORT], {"ENV_SETUP": f"PATH={bare}:$PATH"}, "1:0", "not importable on"),
+        (["slurm/train.sh", *SHORT], {"PROGRAM": "nowhere.py"}, "2:0", "PROGRAM is 'nowhere.py'"),
     ]
     jobs = [
         site.cluster.submit(*arguments, cwd=site.checkout, **({"DDP_MNIST_DATA": str(site.data)} | env))
