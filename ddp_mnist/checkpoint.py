@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_mnist import rundir
-from ddp_mnist.config import IDENTITY, OWN, TrainConfig
+from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
 
@@ -184,26 +184,6 @@ class SaveClock:
         self._saved, self._cost = time.monotonic(), cost
 
 
-def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
-    """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
-    now = config.to_dict()
-    for name in IDENTITY:
-        was, is_ = saved.get(name), now[name]
-        more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
-        if was != is_ and not more_epochs:
-            flag = f"--{name.replace('_', '-')}"
-            if name == "dataset" and config.own_data and str(was).startswith(OWN):
-                raise UsageError(
-                    f"{config.output_dir} holds a run on other tensors than the script gives now. Seed whatever draws "
-                    "or splits them, choose another output_dir, or start over with fresh=True."
-                )
-            hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
-            raise UsageError(
-                f"{config.output_dir} holds a run with {flag} {_words(was)}; this command says {_words(is_)}{hint}. "
-                f"Continue it with {flag} {_words(was)}, choose another --output-dir, or start over with --fresh."
-            )
-
-
 def weights(net: nn.Module) -> dict[str, Tensor]:
     """The network's state dict on the CPU in plain layout, floats as fp32. Raises: JobError for one not finite."""
     tensors = {
@@ -329,7 +309,3 @@ def _step(path: Path) -> int:
 
 def _fingerprint(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

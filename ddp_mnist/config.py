@@ -9,11 +9,12 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import numbers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import arg
@@ -23,6 +24,7 @@ from ddp_mnist.process import muted, rank_from_environment
 
 Recipe = Literal["tutorial", "fast", "record"]
 Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
+# Another one is `step.learning_rate`'s to follow; may a run have more epochs later, `check_identity` must know it.
 Schedule = Literal["constant", "onecycle", "linear"]
 Precision = Literal["no", "fp16", "bf16"]
 Wandb = Literal["auto", "online", "offline", "disabled"]
@@ -117,7 +119,7 @@ class TrainConfig:
     """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
 
     compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Compile the network first, on a GPU into CUDA graphs. Pays in long runs on a GPU; on a CPU it is slower."""
+    """Compile the network first, on a GPU into CUDA graphs. On a CPU it is slower."""
 
     init_from: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: random, from --seed)")] = None
     """Start from the weights in this model.safetensors."""
@@ -175,15 +177,8 @@ class TrainConfig:
     """Show a bar where the output is a terminal."""
 
     def __post_init__(self) -> None:
-        types: dict[str, Callable[[Any], Any]] = dict.fromkeys(("data_dir", "output_dir", "init_from"), Path)
-        types |= dict.fromkeys(("widths", "wandb_tags"), tuple)
-        for name, convert in types.items():  # strings and lists, as scripts and JSON have them
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, convert(getattr(self, name)))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise _bad(field.name, value, "a finite number")
+        for name, kind in get_type_hints(TrainConfig).items():
+            object.__setattr__(self, name, _converted(name, getattr(self, name), kind))
         for name, low, high in (
             ("epochs", 1, 100_000),
             ("batch_size", 1, 60_000),
@@ -204,7 +199,7 @@ class TrainConfig:
             raise _bad("lr", self.lr, "a rate above 0, at most 10")
         if not 0 <= self.beta2 < 1:
             raise _bad("beta2", self.beta2, "a decay from 0 to below 1")
-        if len(self.widths) != 2 or not all(1 <= width <= 4096 for width in self.widths):
+        if not all(1 <= width <= 4096 for width in self.widths):
             raise _bad("widths", self.widths, "two numbers from 1 to 4096")
         for name, kind in (
             ("recipe", Recipe),
@@ -239,7 +234,11 @@ class TrainConfig:
     def flags(self) -> list[str]:
         """The command line that gives this configuration: what neither defaults nor the recipe say."""
         words = ["--recipe", self.recipe] if self.recipe != "tutorial" else []
-        plain = {"data_dir": Path("data"), "mixed_precision": "no"}
+        # Whoever types it may not have the environment's default, and whoever has it may not have wanted it.
+        plain: dict[str, Any] = {
+            "data_dir": None if "DDP_MNIST_DATA" in os.environ else Path("data"),
+            "mixed_precision": None if "ACCELERATE_MIXED_PRECISION" in os.environ else "no",
+        }
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             default = RECIPES[self.recipe].get(name, plain.get(name, field.default))
@@ -307,6 +306,39 @@ def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> Tr
     # tyro's console_outputs=False leaves out its help, but not its messages about values.
     with muted() if quiet else contextlib.nullcontext():
         return tyro.cli(TrainConfig, args=args, default=default, prog="python -m ddp_mnist.train")
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """A field's value as its type has it: strings for paths, lists and numpy's numbers are what scripts and JSON have.
+
+    Raises: UsageError for another type, and for a number that is not finite.
+    """
+    if value is None and type(None) in get_args(kind):
+        return None
+    if kind is bool and not isinstance(value, bool):
+        raise _bad(name, repr(value), "True or False")
+    if kind is int:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise _bad(name, repr(value), "a whole number")
+        return int(value)
+    if kind is float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise _bad(name, repr(value), "a finite number")
+        return float(value) if not isinstance(value, int | float) else value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise _bad(name, repr(value), "a list")
+        item, more = get_args(kind)
+        if more is not ... and len(value) != 2:
+            raise _bad(name, repr(value), "two numbers")
+        return tuple(_converted(name, each, item) for each in value)
+    if kind is Path or Path in get_args(kind):
+        if not isinstance(value, str | os.PathLike):
+            raise _bad(name, repr(value), "a path")
+        return Path(value)
+    if kind is not bool and not isinstance(value, str):
+        raise _bad(name, repr(value), "a text")
+    return value
 
 
 def _bad(name: str, found: object, expected: str) -> UsageError:

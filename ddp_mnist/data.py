@@ -79,8 +79,10 @@ def as_split(images: files.Array, labels: files.Array) -> Split:
 
 def own(pair: Pair) -> tuple[str, tuple[Split, Split]]:
     """A caller's data → the name that stands for exactly these, and (train, test). Raises: UsageError."""
-    names = ("training", "test")
-    train, test = (_own_split(name, one) for name, one in zip(names, pair, strict=True))
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        found = f"{len(pair)} of them" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
+        raise UsageError(f"the data are {found}; expected a (training, test) pair.")
+    train, test = (_own_split(name, one) for name, one in zip(("training", "test"), pair, strict=True))
     kinds = [f"{split.images.dtype} {tuple(split.images.shape[1:])}" for split in (train, test)]
     if kinds[0] != kinds[1]:
         raise UsageError(f"a training image is {kinds[0]}, a test image {kinds[1]}; expected the same of both.")

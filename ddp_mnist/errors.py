@@ -3,6 +3,9 @@
 Anything else that is raised is a bug and keeps its traceback.
 """
 
+STOPPED = 75
+"""Exit code of a run that was stopped, with a checkpoint: run it again."""
+
 
 class JobError(Exception):
     """The world is not as it must be: files, network, lock, lost rank, non-finite loss."""

@@ -169,7 +169,7 @@ def _place(dataset: str, root: str | Path, split: SplitName, fetch: bool, timeou
     if not md5:
         from ddp_mnist import synthetic
 
-        folder += f"-v{getattr(synthetic, 'VERSION', 1)}"  # what an older version drew is never picked up
+        folder += f"-v{synthetic.VERSION}"  # what an older version drew is never picked up
     root = Path(root).expanduser()
     return _Place(dataset, root, split, fetch, timeout, root / folder / "raw", md5)
 

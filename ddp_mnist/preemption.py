@@ -32,7 +32,7 @@ class StopSignal:
         self._parent = os.getppid()
         # Without a launcher (a shell, nohup, a notebook) a parent may well leave first.
         self._launched = any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"))
-        self._alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self._alone = os.environ.get("WORLD_SIZE", "1") == "1"
         self._previous: dict[int, Any] = {}
         self._interval = 1
         self._next_step = 0

@@ -13,17 +13,33 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn
 
-from ddp_mnist.errors import JobError
+from ddp_mnist.errors import JobError, UsageError
 
 
 def rank_from_environment() -> int:
-    """This process's rank as its launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank as its launcher set it; 0 without a launcher. Raises: UsageError."""
+    return _number("RANK", 0)
 
 
 def world_size_from_environment() -> int:
-    """How many ranks the launcher has started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many ranks the launcher has started; 1 without a launcher. Raises: UsageError."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_world_size_from_environment() -> int:
+    """How many of them on this machine; 1 without a launcher. Raises: UsageError."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(
+            f"the environment says {name}={text}; expected a whole number, as accelerate launch, torchrun and "
+            f"slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
+            local=name == "RANK",
+        )
+    return int(text)
 
 
 def show_warnings(*, main: bool) -> None:
@@ -42,7 +58,7 @@ def tell(error: JobError) -> int:
     """Print the error where it is due; returns its exit code."""
     # Every rank raises the same error, one tells it; except where the others cannot know.
     # Asked now: where mpirun has started the ranks, only Accelerate has learned which one this is.
-    if rank_from_environment() == 0 or error.local:
+    if error.local or rank_from_environment() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 

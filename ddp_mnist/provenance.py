@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ddp_mnist.process import local_world_size_from_environment
+
 
 def facts(world_size: int) -> dict[str, Any]:
     """JSON types: `versions`, `git` (None outside a checkout), and the `launch`, of `world_size` ranks."""
@@ -25,7 +27,7 @@ def facts(world_size: int) -> dict[str, Any]:
             "command": without_secrets(sys.argv),
             "host": socket.gethostname(),
             "world_size": world_size,
-            "nodes": world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            "nodes": world_size // local_world_size_from_environment(),
             # What starts the job on a cluster says so.
             "job_id": os.environ.get("DDP_MNIST_JOB_ID"),
             "restart_count": int(os.environ.get("DDP_MNIST_RESTARTS", "0")),

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ddp_mnist import data, rundir
-from ddp_mnist.checkpoint import Checkpoints, Snapshot, check_identity
-from ddp_mnist.config import TrainConfig
+from ddp_mnist.checkpoint import Checkpoints, Snapshot
+from ddp_mnist.config import IDENTITY, OWN, TrainConfig
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.process import local_world_size_from_environment
+from ddp_mnist.runlog import words
 from ddp_mnist.world import World
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,27 @@ def _find(config: TrainConfig, path: Path) -> Run:
     return Run(path, config, snapshot, summary if finished else {})
 
 
+def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
+    now = config.to_dict()
+    for name in IDENTITY:
+        was, is_ = saved.get(name), now[name]
+        more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
+        if was != is_ and not more_epochs:
+            flag = f"--{name.replace('_', '-')}"
+            if name == "dataset" and config.own_data and str(was).startswith(OWN):
+                raise UsageError(
+                    f"{config.output_dir} holds a run on other tensors than the script gives now. Seed whatever draws "
+                    "or splits them, choose another output_dir, or start over with fresh=True."
+                )
+            hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
+            old = f"no {flag}" if was is None else f"{flag} {words(was)}"
+            raise UsageError(
+                f"{config.output_dir} holds a run with {old}; this command says {words(is_)}{hint}. "
+                f"Continue it with {old}, choose another --output-dir, or start over with --fresh."
+            )
+
+
 def continue_command(
     config: TrainConfig, world: World, *, script: bool = False, asked: TrainConfig | None = None
 ) -> str:
@@ -112,7 +135,7 @@ def continue_command(
 def _launcher(world: World, module: str) -> str:
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = local_world_size_from_environment()
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         several = "--multi_gpu " if world.size > 1 else ""
         several += f"--num_processes {world.size} "  # the default is all GPUs
@@ -123,6 +146,4 @@ def _launcher(world: World, module: str) -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = f"--nnodes {world.size // local} --node-rank ... --master-addr ... " if world.size > local else ""
         return f"torchrun {nodes}--nproc-per-node {local} {module}"
-    if world.size > 1 and "SLURM_STEP_ID" in os.environ:  # by hand, inside an allocation
-        return f"srun --ntasks={world.size} slurm/rank.sh python {module}"
     return f"python {module}"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ddp_mnist import rundir
+from ddp_mnist.config import IDENTITY
 from ddp_mnist.errors import JobError, UsageError
 
-HIDDEN = ("output_dir", "data_dir", "threads", "wandb", "progress", "pictures", "log_every")
-"""Settings that are no result's cause; names that begin with one of these, such as wandb_name, are none either."""
+CAUSES = (*IDENTITY, "recipe", "mixed_precision", "compile", "max_steps")
+"""The settings that a result may follow from; what else is set says how a run is run."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class RunLog:
 
     @property
     def steps_per_epoch(self) -> float:
-        """From the last change of epoch in the lines; before there is one, from the size of the training set."""
+        """As config.json has it; in a run that is older than that, from the last change of epoch in the lines, and
+        before there is one from MNIST's size."""
+        if "steps_per_epoch" in self.config:
+            return self.config["steps_per_epoch"]
         for last, line in reversed(list(zip(self.lines, self.lines[1:], strict=False))):
             if line["epoch"] > last["epoch"]:
                 return last["step"] / line["epoch"]
@@ -160,7 +164,7 @@ def state(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the settings in which the runs differ. Runs that have not started ({}) do not count."""
     known = [each for each in settings if each]
-    names = dict.fromkeys(name for each in known for name in each if not name.startswith(HIDDEN))
+    names = dict.fromkeys(name for each in known for name in each if name in CAUSES)
     return [name for name in names if len({json.dumps(each.get(name)) for each in known}) > 1]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -192,5 +192,10 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     if step < warm:
         return start + (config.lr - start) * step / warm
     done = (step - warm) / (total_steps - 1 - warm)
-    left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "onecycle" else 1 - done
+    if config.schedule == "onecycle":
+        left = (1 + math.cos(math.pi * done)) / 2
+    elif config.schedule == "linear":
+        left = 1 - done
+    else:
+        assert_never(config.schedule)
     return end + (config.lr - end) * left

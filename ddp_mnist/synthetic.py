@@ -25,6 +25,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+VERSION = 1
+"""To be raised with every change of what is drawn: the files have it in their folder's name."""
 SIZE = 28
 COUNTS = {"train": 60_000, "test": 10_000}
 

@@ -47,9 +47,9 @@ def main(
     data: Callable[[], Pair] | None = None,
 ) -> int:
     """Run one rank's part of the job; returns its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
-    show_warnings(main=rank_from_environment() == 0)
     stop = StopSignal()
     try:
+        show_warnings(main=rank_from_environment() == 0)
         config = parse(argv)
         config.check_world(world_size_from_environment())
         stop.__enter__()  # for good: a signal may come as late as the exit

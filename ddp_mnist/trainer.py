@@ -18,7 +18,7 @@ from ddp_mnist.checkpoint import MODEL, Checkpoints, SaveClock, Snapshot, TrainS
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Pair, Split, TrainBatches, load
 from ddp_mnist.data import own as own_data
-from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.errors import STOPPED, JobError, UsageError
 from ddp_mnist.evaluate import Score, class_count, evaluate
 from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mirror
 from ddp_mnist.preemption import StopSignal
@@ -266,7 +266,7 @@ class Trainer:
     def leave(self, reason: str) -> dict[str, Any]:
         """Stopped early: save, say how to go on."""
         self.save_or_fail()
-        summary = self.summarise(reason, exit_code=75)
+        summary = self.summarise(reason, exit_code=STOPPED)
         try:
             self.write_summary(summary)
         except JobError as error:  # the checkpoint is what counts
@@ -275,7 +275,7 @@ class Trainer:
             f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
             f"  {self.continue_command(self.config)}"
         )
-        self.tracker.end(preempted=True, exit_code=75)
+        self.tracker.end(preempted=True, exit_code=STOPPED)
         self.world.let_others_leave()
         return self.mirrored(summary, HASTY_PATIENCE)
 
@@ -303,9 +303,12 @@ class Trainer:
     def write_config(self) -> None:
         if self.world.is_main:
             try:
-                settings = {"settings": self.config.to_dict(), "network": self.step.name}
-                content = settings | provenance.facts(self.world.size)
-                rundir.write_json(self.run_dir / rundir.CONFIG, content)
+                content = {
+                    "settings": self.config.to_dict(),
+                    "network": self.step.name,
+                    "steps_per_epoch": len(self.batches),
+                }
+                rundir.write_json(self.run_dir / rundir.CONFIG, content | provenance.facts(self.world.size))
             except OSError as error:
                 raise JobError(f"{self.run_dir} cannot be written: {error.strerror}.") from error
 

@@ -20,7 +20,11 @@ from torch import Tensor
 
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.process import world_size_from_environment
+from ddp_mnist.process import (
+    local_world_size_from_environment,
+    rank_from_environment,
+    world_size_from_environment,
+)
 
 T = TypeVar("T")
 
@@ -43,16 +47,16 @@ class World:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         torch.set_num_threads(self.threads)
         _keep_freed_memory()
-        limit = timedelta(minutes=config.timeout_minutes)
+        limit, backend = timedelta(minutes=config.timeout_minutes), _backend()
         try:
             if self.size > 1:
-                _meet_again(self.size, "gloo" if on_cpu else _backend(), limit)
+                _meet_again(self.size, "gloo" if on_cpu else backend, limit)
             self.accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
                 # Without cpu=True each of several ranks on a machine without a GPU believes it is alone.
                 cpu=on_cpu,
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(backend=_backend(), timeout=limit),
+                    InitProcessGroupKwargs(backend=backend, timeout=limit),
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 ],
             )
@@ -199,7 +203,7 @@ def _lost_rank(error: RuntimeError, world: World) -> JobError:
 def default_threads() -> int:
     """CPUs this process may use, divided by the ranks on this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, allowed // local_world_size_from_environment())
 
 
 _stores: list[dist.Store] = []
@@ -214,7 +218,7 @@ def _meet_again(size: int, backend: str, timeout: timedelta) -> None:
     """
     if _stores:
         store = dist.PrefixStore(f"world {len(_stores)}", _stores[0])
-        rank = int(os.environ["RANK"])
+        rank = rank_from_environment()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
@@ -248,7 +252,7 @@ def _backend() -> str:
 
 
 def _shares_gpus() -> bool:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count() > 0
+    return local_world_size_from_environment() > torch.cuda.device_count() > 0
 
 
 def _reset_accelerate() -> None:

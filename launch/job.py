@@ -23,12 +23,9 @@ import submitit
 from submitit.helpers import TorchDistributedEnvironment
 
 from ddp_mnist.config import TrainConfig, parse
-from ddp_mnist.errors import JobError
+from ddp_mnist.errors import STOPPED, JobError
 from ddp_mnist.preemption import StopSignal
 from ddp_mnist.process import leave, show_warnings, tell
-
-STOPPED = 75
-"""Exit code: stopped with a checkpoint, run me again."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ if [[ -z ${MASTER_ADDR:-} || -z ${MASTER_PORT:-} ]]; then # by hand; slurm/train
     export MASTER_ADDR=${MASTER_ADDR:-${meeting%:*}} MASTER_PORT=${MASTER_PORT:-${meeting##*:}}
 fi
 
+# What the training prints in front of its flags when it says how to go on; slurm/train.sh has its own words.
+words=2
+[[ ${2:-} != -m ]] || words=3
+export DDP_MNIST_LAUNCHER=${DDP_MNIST_LAUNCHER:-"srun --ntasks=$WORLD_SIZE slurm/rank.sh ${*:1:words}"}
+
 if ! command -v "$1" >/dev/null; then
     echo "error: $1 is not on $(hostname): keep the environment on a disk that all nodes share" >&2
     exit 127

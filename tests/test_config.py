@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+import numpy as np
 import pytest
 
 from ddp_mnist.config import RECIPES, TrainConfig, parse
@@ -106,6 +107,24 @@ def test_the_flags_of_a_configuration_give_it_again(recipe: str, precision: str 
     assert parse(config.flags()) == config
 
 
+@pytest.mark.parametrize("variables", [{"ACCELERATE_MIXED_PRECISION": "bf16"}, {"DDP_MNIST_DATA": "/elsewhere"}])
+@pytest.mark.parametrize("words", [[], ["--mixed-precision", "no", "--data-dir", "data"]], ids=["default", "explicit"])
+def test_the_flags_of_a_configuration_give_it_again_in_any_environment(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], variables: dict[str, str]
+) -> None:
+    """Both where the command was typed and where the variables are not set."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "DDP_MNIST_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = parse(words)
+    flags = config.flags()
+    assert parse(flags) == config
+    for name in variables:
+        monkeypatch.delenv(name)
+    assert parse(flags) == config
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["recipe-first", "recipe-last"])
 @pytest.mark.parametrize("recipe", [["--recipe", "fast"], ["--recipe=fast"]], ids=["space", "equals"])
 def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(recipe: list[str], order: int) -> None:
@@ -195,6 +214,49 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_what_is_expected(f
     message = str(caught.value)
     assert message.startswith(f"--{field.replace('_', '-')} is {value}; expected ")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("epochs", 2.5, "a whole number"),
+        ("batch_size", 64.0, "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("epochs", "5", "a whole number"),
+        ("lr", "1e-3", "a finite number"),
+        ("lr", None, "a finite number"),
+        ("pictures", 1, "True or False"),
+        ("compile", "yes", "True or False"),
+        ("widths", 8, "a list"),
+        ("widths", (8, "16"), "a whole number"),
+        ("wandb_tags", "mine", "a list"),
+        ("wandb_tags", ["mine", 1], "a text"),
+        ("wandb_name", 7, "a text"),
+        ("data_dir", None, "a path"),
+        ("output_dir", 7, "a path"),
+        ("recipe", None, "a text"),
+        ("dataset", 7, "a text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_the_same_words(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**{field: value})
+    wrong = value[1] if isinstance(value, tuple | list) else value
+    assert str(caught.value) == f"--{field.replace('_', '-')} is {wrong!r}; expected {expected}."
+
+
+def test_what_scripts_and_arrays_have_is_taken() -> None:
+    config = TrainConfig(
+        epochs=np.int64(3),  # type: ignore[arg-type]
+        lr=np.float32(0.5),  # type: ignore[arg-type]
+        grad_clip=1,
+        widths=[4, np.int32(8)],  # type: ignore[arg-type]
+        output_dir="runs/x",  # type: ignore[arg-type]
+        wandb_tags=["a"],  # type: ignore[arg-type]
+    )
+    assert (config.epochs, config.lr, config.grad_clip, config.widths) == (3, 0.5, 1, (4, 8))
+    assert (config.output_dir, config.wandb_tags) == (Path("runs/x"), ("a",))
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(

@@ -252,9 +252,10 @@ def wait_for(condition: Callable[[], object], what: str, limit: float = 120) -> 
 def test_hashes_are_torchvisions(dataset: str) -> None:
     from torchvision import datasets
 
-    folder, hashes = files.SOURCES[dataset]
-    published = getattr(datasets, folder).resources
-    assert {f"{name}.gz": packed for name, (packed, _) in hashes.items()} == dict(published)
+    source = files.SOURCES[dataset]
+    published = getattr(datasets, source.folder)
+    assert {f"{name}.gz": packed for name, (packed, _) in source.md5.items()} == dict(published.resources)
+    assert any(mirror.startswith(source.mirror) for mirror in published.mirrors)
 
 
 def test_good_files_are_read_without_torch_lock_or_write(tmp_path: Path) -> None:
@@ -561,11 +562,11 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def make_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         drawn.append(split)
-        rng = np.random.default_rng(getattr(synthetic, "VERSION", 1))
+        rng = np.random.default_rng(synthetic.VERSION)
         return rng.integers(0, 256, (50, 28, 28), dtype=np.uint8), rng.integers(0, 10, 50, dtype=np.uint8)
 
     monkeypatch.setattr(synthetic, "make_digits", make_digits)
-    monkeypatch.setattr(synthetic, "VERSION", 7, raising=False)
+    monkeypatch.setattr(synthetic, "VERSION", 7)
     return drawn
 
 

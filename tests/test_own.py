@@ -21,6 +21,7 @@ from ddp_mnist import Result, TrainConfig, fit
 from ddp_mnist.checkpoint import open_saved
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.provenance import without_secrets
+from ddp_mnist.runlog import read_run
 
 README = Path(__file__).parents[1] / "README.md"
 STEPS = 3 * 32
@@ -212,6 +213,10 @@ def test_every_step_draws_anew(fit_here: Callable[..., Result]) -> None:
     assert len(set(net.drawn)) == len(net.drawn) == 12
 
 
+def test_a_run_is_drawn_over_epochs_of_its_own_size_from_its_first_line(fit_here: Callable[..., Result]) -> None:
+    assert read_run(fit_here(max_steps=2).run_dir).steps_per_epoch == 6
+
+
 def test_buffers_go_on_where_they_were(fit_here: Callable[..., Result]) -> None:
     fit_here(model=Noisy, max_steps=5)
     result = fit_here(model=Noisy)
@@ -257,6 +262,8 @@ ONE = torch.zeros(4, 3, 4)
         ({"data": (points(101), (ONE, torch.zeros(3, dtype=torch.int64)))}, "the test set has torch.int64 labels"),
         ({"data": ((ONE, torch.tensor([0, 1, -1, 2])), points(31))}, "has a label -1"),
         ({"data": ((ONE, torch.tensor([0, 1, 3, 2])), points(31))}, "tells 3 classes apart; there is a label 3"),
+        ({"data": (points(101),)}, r"the data are 1 of them; expected a \(training, test\) pair"),
+        ({"data": "a pair"}, r"the data are a str; expected a \(training, test\) pair"),
         ({"model": lambda: nn.Linear(4, 3)}, "expected logits"),
         ({"data": (points(101), (torch.zeros(3, 3, 4).byte(), torch.arange(3)))}, "a test image torch.uint8"),
         (
@@ -265,7 +272,10 @@ ONE = torch.zeros(4, 3, 4)
         ),
         ({"data": (points(101), [1, 2, 3])}, "the test set is a list"),
     ],
-    ids=["float labels", "other length", "negative label", "too many classes", "no logits", "type", "size", "list"],
+    ids=[
+        *("float labels", "other length", "negative label", "too many classes", "one set", "no pair"),
+        *("no logits", "type", "size", "list"),
+    ],
 )
 def test_bad_data_and_networks_get_one_clear_message(
     fit_here: Callable[..., Result], change: dict[str, Any], message: str

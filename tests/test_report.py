@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from ddp_mnist import figures, report, runlog
+from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
 
 STEPS, PER_EPOCH, EVERY = 30, 15, 5  # two epochs, a line every five steps
@@ -462,6 +464,24 @@ def test_runs_with_other_batches_are_drawn_over_epochs(run: Path, tmp_path: Path
     assert not loss.child_axes
     assert np.allclose(loss.lines[1].get_xdata(), [1, 2])
     assert np.allclose(loss.lines[3].get_xdata(), [1, 2])
+
+
+def test_each_setting_is_a_results_cause_or_none() -> None:
+    """A new one has to be put into one of these lists."""
+    how = {
+        *("data_dir", "output_dir", "threads", "checkpoint_every", "keep_checkpoints", "fresh", "max_minutes"),
+        *("timeout_minutes", "log_every", "pictures", "progress"),
+        *("wandb", "wandb_project", "wandb_entity", "wandb_group", "wandb_name", "wandb_tags", "wandb_model"),
+    }
+    assert not how & set(runlog.CAUSES)
+    assert how | set(runlog.CAUSES) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_runs_that_only_save_or_look_otherwise_do_not_differ(run: Path, tmp_path: Path, tiny: Path) -> None:
+    other = make_run(tmp_path / "second", tiny, checkpoint_every=7, fresh=True, max_minutes=3.0, threads=2)
+    settings = [runlog.read_run(path).settings for path in (run, other)]
+    assert runlog.differing(settings) == []
+    assert runlog.differing([*settings, settings[0] | {"compile": True, "seed": 7}]) == ["seed", "compile"]
 
 
 def test_the_page_of_several_runs_has_the_best_first(

@@ -369,6 +369,16 @@ def test_a_bad_precision_of_accelerate_launch_is_named_like_a_flag(tmp_path: Pat
     assert "--mixed-precision is fp8" in jobs.the_message(ended, 2)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.slow
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(flags: list[str], tmp_path: Path, name: str) -> None:
+    arguments = [*flags, "--output-dir", str(tmp_path / "run")]
+    ended = jobs.run([*jobs.TRAIN, *arguments], {name: "two"}, cwd=tmp_path)
+    assert f"the environment says {name}=two; expected a whole number" in jobs.the_message([ended], 2)
+    assert f"unset {name}" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_that_the_ranks_do_not_divide_names_the_nearest_sizes(tmp_path: Path) -> None:
     message = jobs.the_message(jobs.run_ranks(3, "--batch-size", "64", cwd=tmp_path), 2)
     for word in ("--batch-size 64", "3 ranks", "63 or 66"):
