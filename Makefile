@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python 3 and make:
 #   make train   virtual environment, install, the main job        (ARGS="--recipe fast" for more)
-#   make test    install, tests                               (make fast: a minute's worth of them)
+#   make test    install, tests                               (make fast: those that take a minute or so)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

@@ -151,7 +151,7 @@ class Batch:
     """One rank's share of one global batch; it may hold no image at all in an epoch's last, uneven batch."""
 
     images: Tensor
-    """uint8 (n, 1, 28, 28)"""
+    """(n, channels, height, width) as the data set has them: our data uint8 (n, 1, 28, 28)"""
     labels: Tensor
     """int64 (n,)"""
     global_size: int

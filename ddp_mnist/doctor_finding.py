@@ -13,6 +13,8 @@ Status = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
+    """One thing the doctor has looked at, in a line."""
+
     status: Status
     """problem: the job would not start."""
     topic: str

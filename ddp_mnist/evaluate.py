@@ -31,6 +31,8 @@ WORST = 25
 
 @dataclass(frozen=True)
 class Mistake:
+    """An image that was read as another class."""
+
     index: int
     """Row of the data set."""
     label: int
@@ -41,6 +43,8 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Score:
+    """Of one network on one whole data set, each image counted once; equal on all ranks."""
+
     loss: float
     """Mean cross-entropy over all images."""
     confusion: tuple[tuple[int, ...], ...]
@@ -74,6 +78,7 @@ def evaluate(net: nn.Module, split: Split, world: World) -> Score:
     """Score the unwrapped network in fp32; a collective: every rank calls it and gets the same Score.
 
     Its buffers, such as batch norm's averages, are rank 0's from here on: the ranks have each seen other images.
+    Raises: UsageError for a network whose output is no logits, or of fewer classes than the labels name.
     """
     classes = class_count(net, split)
     world.share(net.buffers())

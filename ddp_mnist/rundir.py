@@ -167,6 +167,7 @@ def sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Raises: OSError."""
     write_atomic(path, (_pretty(finite(value)) + "\n").encode())
 
 

@@ -45,7 +45,8 @@ class TrainStep:
     ) -> None:
         """`model`: makes a network of the caller's own; `spare`: where it finds an image when its share has none.
 
-        Raises: UsageError when the snapshot is of another network.
+        Raises: UsageError when the snapshot, or the file of `init_from`, is of another network; JobError, on all
+        ranks, when that file cannot be used.
         """
         self.config = config
         self.world = world
@@ -95,6 +96,7 @@ class TrainStep:
         return checkpoint_weights(self.net), optimizer, scaler.state_dict() if scaler is not None else {}
 
     def restore(self, snapshot: Snapshot) -> None:
+        """The optimizer's and the scaler's state as they were saved, which the weights are already."""
         for name, parameter in self.net.named_parameters():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = snapshot.optimizer.get(f"{name}.{key}")
@@ -135,6 +137,7 @@ class TrainStep:
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward and backward of a share, in `accumulate` parts; the ranks exchange gradients in the last one.
+        Returns this rank's part of the loss and its count, see `__call__`.
 
         DDP averages over the ranks, so a rank's loss is its sum / images in the global batch x world size: the
         average is then the true mean, also when the shares are uneven or one of them is empty.

@@ -141,7 +141,10 @@ class Tracker:
         state.correct += int(sum(correct))
 
     def line(self, state: TrainState, rate: float, gradient_norm: float, score: Score | None = None) -> None:
-        """One line for the steps since the last, with the test score where there is one; a collective."""
+        """One line for the steps since the last, with the test score where there is one; a collective.
+
+        Raises: JobError, on all ranks, when the loss is not finite.
+        """
         self.settle(state)
         state.wall_seconds = self.wall_seconds()
         record: dict[str, Any] = {

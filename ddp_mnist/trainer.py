@@ -182,6 +182,7 @@ class Trainer:
         self.clock = SaveClock()
 
     def run(self) -> dict[str, Any]:
+        """The whole attempt; returns what summary.json has. Raises: JobError, the same on all ranks."""
         self.world.agree(self.write_config)
         self.step.settle_buckets(self.batches)
         self.tracker.say(self.banner)
@@ -223,6 +224,7 @@ class Trainer:
         return "finished"
 
     def line(self, score: Score | None = None) -> None:
+        """Of the log and of metrics.jsonl; a collective."""
         rate = learning_rate(self.config, self.state.step - 1, self.total_steps)
         self.tracker.line(self.state, rate, self.step.gradient_norm(), score)
 
@@ -301,6 +303,7 @@ class Trainer:
         return continue_command(config, self.world, **self.program)
 
     def write_config(self) -> None:
+        """Raises: JobError."""
         if self.world.is_main:
             try:
                 content = {
@@ -313,6 +316,7 @@ class Trainer:
                 raise JobError(f"{self.run_dir} cannot be written: {error.strerror}.") from error
 
     def score(self, split: Split) -> Score:
+        """`evaluate`, on the clock; a collective."""
         lap = Stopwatch()
         result = evaluate(self.step.net, split, self.world)
         self.state.eval_seconds += lap()
@@ -348,6 +352,7 @@ class Trainer:
         return summary
 
     def publish(self) -> None:
+        """The final weights. Raises: JobError."""
         if not self.world.is_main:
             return
         path = self.run_dir / rundir.WEIGHTS
@@ -357,6 +362,7 @@ class Trainer:
             raise JobError(f"{path} could not be written: {error.strerror}.") from error
 
     def draw(self) -> None:
+        """Pictures and page. Raises nothing."""
         try:
             from ddp_mnist import report  # matplotlib: half a second
 
@@ -387,6 +393,7 @@ class Trainer:
         )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
+        """Raises: JobError."""
         if self.world.is_main:
             path = self.run_dir / rundir.SUMMARY
             try:
