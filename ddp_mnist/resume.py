@@ -121,7 +121,7 @@ def continue_command(
     """
     program = shlex.quote(sys.argv[0]) if script else "-m ddp_mnist.train"
     flags = replace(config, fresh=False).flags() if asked is None else sys.argv[1:]
-    command = f"{_launcher(world, program)} {shlex.join(flags)}".strip()
+    command = f"{_launcher(world, program, precision=asked is not None)} {shlex.join(flags)}".strip()
     if asked is None:
         return command
     changes = [
@@ -132,7 +132,8 @@ def continue_command(
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 
 
-def _launcher(world: World, module: str) -> str:
+def _launcher(world: World, module: str, *, precision: bool) -> str:
+    """`precision`: no flag of the program says it, so `accelerate launch` has to be told again."""
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = local_world_size_from_environment()
@@ -141,6 +142,8 @@ def _launcher(world: World, module: str) -> str:
         several += f"--num_processes {world.size} "  # the default is all GPUs
         if world.size > local:
             several += f"--num_machines {world.size // local} --machine_rank ... --main_process_ip ... "
+        if precision:
+            several += f"--mixed_precision {shlex.quote(os.environ['ACCELERATE_MIXED_PRECISION'])} "
         on_cpu = "ACCELERATE_USE_CPU=1 " if world.size > 1 and world.device.type == "cpu" else ""
         return f"{on_cpu}accelerate launch {several}{module}"
     if "TORCHELASTIC_RUN_ID" in os.environ:

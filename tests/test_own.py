@@ -430,6 +430,16 @@ def test_the_printed_command_says_what_the_script_has_to_change(tmp_path: Path) 
     assert command.endswith(f"script.py  # with output_dir='runs/{run_dir.name}', max_steps=0 in its TrainConfig")
 
 
+def test_the_printed_command_has_the_precision_that_accelerate_launch_was_told(
+    fit_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    assert fit_here(max_steps=3).summary["mixed_precision"] == "bf16"
+    command = faults.printed_command(capfd.readouterr().out)
+    assert command.startswith("accelerate launch --num_processes 1 --mixed_precision bf16 mine.py")
+
+
 def test_secrets_among_a_scripts_arguments_are_not_kept() -> None:
     words = ["mine.py", "--token=abc", "--api-key", "def", "--keep", "ghi", "--lr", "1"]
     assert without_secrets(words) == ["mine.py", "--token=***", "--api-key", "***", "--keep", "ghi", "--lr", "1"]

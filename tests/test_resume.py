@@ -45,6 +45,16 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_the_printed_command_has_the_precision_that_accelerate_launch_was_told(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for flags, precision in ([], "bf16"), (["--mixed-precision", "no"], "no"):
+        ended = train("--max-steps", 1, "--output-dir", tmp_path / precision, *flags)
+        command = faults.printed_command(ended.out)
+        assert command.startswith("accelerate launch ") and f" --mixed-precision {precision} " in command
+
+
 # The first step, the last of an epoch, the first of the next and the last but one, with a line of the log between.
 @pytest.mark.parametrize("log_every", [1, 7])
 @pytest.mark.slow
