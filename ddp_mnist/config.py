@@ -324,7 +324,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if kind is float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
             raise _bad(name, repr(value), "a finite number")
-        return float(value) if not isinstance(value, int | float) else value
+        return value if type(value) in (int, float) else float(value)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise _bad(name, repr(value), "a list")

@@ -182,11 +182,11 @@ def rescore(run_dir: Path, world: World, data_dir: Path | None = None) -> tuple[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: scored. 1: the counts are not the run's own, or something could not be read. 2: a wrong flag."""
-    main_rank = rank_from_environment() == 0
-    show_warnings(main=main_rank)
-    with contextlib.nullcontext() if main_rank else muted():  # a wrong flag is told once
-        options = _parser().parse_args(argv)
     try:
+        main_rank = rank_from_environment() == 0
+        show_warnings(main=main_rank)
+        with contextlib.nullcontext() if main_rank else muted():  # a wrong flag is told once
+            options = _parser().parse_args(argv)
         with World(TrainConfig(threads=options.threads, mixed_precision="no")) as world:
             with lost_ranks_told(world):
                 saved, train, test = rescore(options.run_dir, world, options.data_dir)

@@ -18,26 +18,33 @@ from ddp_mnist.errors import JobError, UsageError
 
 def rank_from_environment() -> int:
     """This process's rank as its launcher set it; 0 without a launcher. Raises: UsageError."""
-    return _number("RANK", 0)
+    return _number("RANK")
 
 
 def world_size_from_environment() -> int:
     """How many ranks the launcher has started; 1 without a launcher. Raises: UsageError."""
-    return _number("WORLD_SIZE", 1)
+    return _number("WORLD_SIZE", least=1)
 
 
 def local_world_size_from_environment() -> int:
     """How many of them on this machine; 1 without a launcher. Raises: UsageError."""
-    return _number("LOCAL_WORLD_SIZE", 1)
+    return _number("LOCAL_WORLD_SIZE", least=1)
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isascii() or not text.isdigit():
+def check_environment() -> None:
+    """Are a launcher's variables what they should be, Accelerate's among them? Raises: UsageError."""
+    rank_from_environment(), world_size_from_environment(), local_world_size_from_environment()
+    _number("LOCAL_RANK")
+
+
+def _number(name: str, *, least: int = 0) -> int:
+    """`least`: also what it is without a launcher."""
+    text = os.environ.get(name, str(least))
+    if not text.isascii() or not text.isdigit() or int(text) < least:
         raise UsageError(
-            f"the environment says {name}={text}; expected a whole number, as accelerate launch, torchrun and "
-            f"slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
-            local=name == "RANK",
+            f"the environment says {name}={text}; expected a whole number from {least}, as accelerate launch, torchrun "
+            f"and slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
+            local=name.endswith("RANK"),
         )
     return int(text)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.process import (
+    check_environment,
     local_world_size_from_environment,
     rank_from_environment,
     world_size_from_environment,
@@ -37,6 +38,7 @@ class World:
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        check_environment()
         self.size = world_size_from_environment()
         on_cpu = not _has_accelerator(self.size)
         if on_cpu and config.mixed_precision == "fp16":

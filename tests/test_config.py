@@ -249,12 +249,14 @@ def test_what_scripts_and_arrays_have_is_taken() -> None:
     config = TrainConfig(
         epochs=np.int64(3),  # type: ignore[arg-type]
         lr=np.float32(0.5),  # type: ignore[arg-type]
+        beta2=np.float64(0.5),
         grad_clip=1,
         widths=[4, np.int32(8)],  # type: ignore[arg-type]
         output_dir="runs/x",  # type: ignore[arg-type]
         wandb_tags=["a"],  # type: ignore[arg-type]
     )
     assert (config.epochs, config.lr, config.grad_clip, config.widths) == (3, 0.5, 1, (4, 8))
+    assert type(config.beta2) is float
     assert (config.output_dir, config.wandb_tags) == (Path("runs/x"), ("a",))
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -501,9 +501,11 @@ MEASURED = {
     "training, the tutorial's recipe": ["training, one epoch, batch 64, Adam 1e-3"],
     "training seconds to 98 %": ["training until 98 %: --recipe fast --epochs 1"],
     "the whole command, 5 epochs": ["the whole command, 5 epochs and all scores"],
+    "that command with": ["the same with --wandb disabled --no-pictures"],
     "2 ranks": ["CPU: 2 ranks x 1 thread, batch 512"],
     "training seconds and test accuracy": ["training until a mean of 99 %: --recipe record", "its test accuracy"],
     "logging, checkpoints, W&B": ["training with checkpoints, tracking, stop agreement: 5 epochs"],
+    "that with": ["the same with --wandb disabled"],
 }
 
 

@@ -161,6 +161,13 @@ def test_any_number_of_ranks_counts_the_same(run_at: RunAt, world_size: int) -> 
     assert (found["world_size"], found["step"], found["agrees"]) == (world_size, summary["steps"], True)
 
 
+def test_a_launchers_variable_that_is_no_number_is_told(
+    rescore: Command, a_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "two")
+    assert "the environment says RANK=two" in jobs.the_message([rescore(a_run)], 2)
+
+
 def test_other_counts_than_the_runs_own_are_an_error(rescore: Command, a_run: Path) -> None:
     summary = jobs.read_json(a_run / "summary.json")
     (a_run / "summary.json").write_text(json.dumps(summary | {"test_correct": summary["test_correct"] + 1}))

@@ -369,12 +369,20 @@ def test_a_bad_precision_of_accelerate_launch_is_named_like_a_flag(tmp_path: Pat
     assert "--mixed-precision is fp8" in jobs.the_message(ended, 2)
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "two") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")),
+        *(("RANK", "-1"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "0"), ("WORLD_SIZE", "")),
+    ],
+)
 @pytest.mark.slow
-def test_a_variable_of_a_launcher_that_is_no_number_is_named(flags: list[str], tmp_path: Path, name: str) -> None:
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(
+    flags: list[str], tmp_path: Path, name: str, value: str
+) -> None:
     arguments = [*flags, "--output-dir", str(tmp_path / "run")]
-    ended = jobs.run([*jobs.TRAIN, *arguments], {name: "two"}, cwd=tmp_path)
-    assert f"the environment says {name}=two; expected a whole number" in jobs.the_message([ended], 2)
+    ended = jobs.run([*jobs.TRAIN, *arguments], {name: value}, cwd=tmp_path)
+    assert f"the environment says {name}={value}; expected a whole number" in jobs.the_message([ended], 2)
     assert f"unset {name}" in ended.err
     assert not (tmp_path / "run").exists()
 
