@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import numbers
 import os
 import sys
@@ -95,7 +94,7 @@ class TrainConfig:
     """Adam's learning rate; its peak unless --schedule is constant."""
 
     beta2: float = 0.999
-    """Adam's decay of the squared gradients; short runs learn more with 0.98."""
+    """Adam's decay of the squared gradients; short runs learn more with less."""
 
     schedule: Schedule = "constant"
     """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine. linear: up over the
@@ -234,7 +233,7 @@ class TrainConfig:
     def flags(self) -> list[str]:
         """The command line that gives this configuration: what neither defaults nor the recipe say."""
         words = ["--recipe", self.recipe] if self.recipe != "tutorial" else []
-        # Whoever types it may not have the environment's default, and whoever has it may not have wanted it.
+        # What the environment says now is written out: where the command is typed it may be another, or not be set.
         plain: dict[str, Any] = {
             "data_dir": None if "DDP_MNIST_DATA" in os.environ else Path("data"),
             "mixed_precision": None if "ACCELERATE_MIXED_PRECISION" in os.environ else "no",
@@ -322,7 +321,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
             raise _bad(name, repr(value), "a whole number")
         return int(value)
     if kind is float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) < 1e300:  # type: ignore[operator]
             raise _bad(name, repr(value), "a finite number")
         return value if type(value) in (int, float) else float(value)
     if get_origin(kind) is tuple:

@@ -93,9 +93,9 @@ def _find(config: TrainConfig, path: Path) -> Run:
 
 def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
     """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
-    now = config.to_dict()
+    now, default = config.to_dict(), TrainConfig().to_dict()
     for name in IDENTITY:
-        was, is_ = saved.get(name), now[name]
+        was, is_ = saved.get(name, default[name]), now[name]  # a run may be older than the setting
         more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
         if was != is_ and not more_epochs:
             flag = f"--{name.replace('_', '-')}"
@@ -106,8 +106,9 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
                 )
             hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
             old = f"no {flag}" if was is None else f"{flag} {words(was)}"
+            new = "has none" if is_ is None else f"says {words(is_)}"
             raise UsageError(
-                f"{config.output_dir} holds a run with {old}; this command says {words(is_)}{hint}. "
+                f"{config.output_dir} holds a run with {old}; this command {new}{hint}. "
                 f"Continue it with {old}, choose another --output-dir, or start over with --fresh."
             )
 

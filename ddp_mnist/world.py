@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import socket
 import time
@@ -63,14 +64,12 @@ class World:
                 ],
             )
         except (RuntimeError, ValueError) as error:  # a busy port, an unreachable address, a missing variable
-            _reset_accelerate()
+            self.close()
             raise JobError(
                 f"the {self.size} ranks could not be brought together on {socket.gethostname()}: {error} "
                 "Check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start with accelerate launch or torchrun.",
                 local=True,
             ) from error
-        if self.size > 1:
-            _stores.append(dist.distributed_c10d._get_default_store())
         assert torch.get_num_threads() == self.threads
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
@@ -81,6 +80,7 @@ class World:
                 f"the launcher says WORLD_SIZE={self.size}, Accelerate counts {found}: the ranks would each train "
                 "alone. Start with accelerate launch or torchrun, which set RANK, LOCAL_RANK and WORLD_SIZE."
             )
+        _remember_meeting()
 
     @property
     def shares_gpus(self) -> bool:
@@ -208,8 +208,15 @@ def default_threads() -> int:
     return max(1, allowed // local_world_size_from_environment())
 
 
-_stores: list[dist.Store] = []
-"""Where the ranks of this process's worlds met, one after the other."""
+_met_at: dist.Store | None = None
+"""Where the ranks of this process's first world met."""
+_meetings = itertools.count(1)
+
+
+def _remember_meeting() -> None:
+    global _met_at
+    if _met_at is None and dist.is_initialized():
+        _met_at = dist.distributed_c10d._get_default_store()
 
 
 def _meet_again(size: int, backend: str, timeout: timedelta) -> None:
@@ -218,8 +225,9 @@ def _meet_again(size: int, backend: str, timeout: timedelta) -> None:
     Under torchrun that store outlives a group, and the next one would find the addresses of the last; elsewhere rank 0
     would have to open the port again that it has just closed, while others already knock at it.
     """
-    if _stores:
-        store = dist.PrefixStore(f"world {len(_stores)}", _stores[0])
+    if _met_at is not None:
+        _met_at.set_timeout(timeout)
+        store = dist.PrefixStore(f"meeting {next(_meetings)}", _met_at)
         rank = rank_from_environment()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 

@@ -11,6 +11,6 @@ fi
 first=$(scontrol show hostnames "$1" | sed -n 1p)
 # The address by which SLURM itself reaches the node; its name need not resolve.
 address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2) || true
-# Another port for every job, start and step, as two jobs may share a node and a closed port stays taken for a while;
+# Another port for every job, and for its next start or step: two jobs may share a node, a closed port stays taken;
 # below 32768, where the kernel deals out ports by itself.
 echo "${address:-$first}:$((10000 + (SLURM_JOB_ID * 21 + $2 % 21) % 22000))"

@@ -25,9 +25,13 @@ if [[ -z ${MASTER_ADDR:-} || -z ${MASTER_PORT:-} ]]; then # by hand; slurm/train
 fi
 
 # What the training prints in front of its flags when it says how to go on; slurm/train.sh has its own words.
-words=2
-[[ ${2:-} != -m ]] || words=3
-export DDP_MNIST_LAUNCHER=${DDP_MNIST_LAUNCHER:-"srun --ntasks=$WORLD_SIZE slurm/rank.sh ${*:1:words}"}
+program=()
+for word in "$@"; do # up to a script, or to the module behind -m
+    program+=("$(printf %q "$word")")
+    [[ $word != *.py && ${before:-} != -m ]] || break
+    before=$word
+done
+export DDP_MNIST_LAUNCHER=${DDP_MNIST_LAUNCHER:-"srun --ntasks=$WORLD_SIZE slurm/rank.sh ${program[*]}"}
 
 if ! command -v "$1" >/dev/null; then
     echo "error: $1 is not on $(hostname): keep the environment on a disk that all nodes share" >&2

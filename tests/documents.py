@@ -15,7 +15,19 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What stands in backticks, has more than one word, and begins with one of these, is a command.
 PROGRAMS = {
-    *("accelerate", "export", "git", "make", "pip", "pre-commit", "pytest", "python", "source", "tail", "torchrun"),
+    *(
+        "accelerate",
+        "export",
+        "git",
+        "make",
+        "pip",
+        ".venv/bin/pre-commit",
+        "pytest",
+        "python",
+        "source",
+        "tail",
+        "torchrun",
+    ),
     *("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun", "wandb", ".ci/run", "slurm/sweep.sh"),
 }
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

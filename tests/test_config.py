@@ -109,10 +109,9 @@ def test_the_flags_of_a_configuration_give_it_again(recipe: str, precision: str 
 
 @pytest.mark.parametrize("variables", [{"ACCELERATE_MIXED_PRECISION": "bf16"}, {"DDP_MNIST_DATA": "/elsewhere"}])
 @pytest.mark.parametrize("words", [[], ["--mixed-precision", "no", "--data-dir", "data"]], ids=["default", "explicit"])
-def test_the_flags_of_a_configuration_give_it_again_in_any_environment(
+def test_the_flags_of_a_configuration_give_it_again_with_the_variables_and_without_them(
     monkeypatch: pytest.MonkeyPatch, words: list[str], variables: dict[str, str]
 ) -> None:
-    """Both where the command was typed and where the variables are not set."""
     for name in ("ACCELERATE_MIXED_PRECISION", "DDP_MNIST_DATA"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -225,6 +224,7 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_what_is_expected(f
         ("epochs", "5", "a whole number"),
         ("lr", "1e-3", "a finite number"),
         ("lr", None, "a finite number"),
+        ("lr", 10**400, "a finite number"),
         ("pictures", 1, "True or False"),
         ("compile", "yes", "True or False"),
         ("widths", 8, "a list"),

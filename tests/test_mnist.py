@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,14 @@ def test_tuning_scores_on_images_that_were_held_out_of_the_training_set(mnist: P
     assert ended.code == 0, ended.err
     (accuracy,) = re.findall(r"^8,16:512:1:1e-2:0.98:linear:no: (\d\d\.\d\d), \d+\.\d\d s$", ended.out, re.MULTILINE)
     assert 94 <= float(accuracy) < 99
-    assert round(float(accuracy) * 50) == pytest.approx(float(accuracy) * 50)  # a share of 5,000: whole 0.02 %
+    import torch
+
+    tune = runpy.run_path(command[1])
+    data = tune["Split"](torch.arange(60_000), torch.arange(60_000))
+    for seed in range(13):
+        fitted, held = (set(part.images.tolist()) for part in tune["split"](data, seed))
+        assert (len(fitted), len(held), fitted & held) == (55_000, 5_000, set())
+        assert min(held) == seed % 12 * 5_000
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ddp_mnist import Result, TrainConfig, fit
+from ddp_mnist import Result, TrainConfig, fit, step, world
 from ddp_mnist.checkpoint import open_saved
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.provenance import without_secrets
@@ -112,7 +113,8 @@ for seed in 0, 1, 2:
     config = TrainConfig(batch_size=64, epochs=1, seed=seed, output_dir=f"runs/{seed}", wandb="disabled", threads=1)
     result = fit(config, model=network, data=(stripes(317, seed=0), stripes(103, seed=1)))
     if result.exit_code:
-        result.exit()
+        break
+result.exit()
 """
 
 
@@ -211,6 +213,29 @@ def test_every_step_draws_anew(fit_here: Callable[..., Result]) -> None:
     net = fit_here(model=Noisy).model
     assert isinstance(net, Noisy)
     assert len(set(net.drawn)) == len(net.drawn) == 12
+
+
+def test_steps_that_fp16s_scaler_skips_are_counted(
+    fit_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a scaler as fp16 has it on a GPU, and gradients that overflow three times."""
+    accelerator, adam, backward = world.Accelerator, step.Adam, itertools.count(1)
+
+    def scaling(**options: Any) -> Any:
+        made = accelerator(**options)
+        made.scaler = torch.amp.GradScaler("cpu")
+        return made
+
+    def overflowing() -> nn.Module:
+        net = linear()
+        next(net.parameters()).register_hook(lambda gradient: gradient / (next(backward) > 3))
+        return net
+
+    monkeypatch.setattr(world, "Accelerator", scaling)
+    monkeypatch.setattr(step, "Adam", lambda *arguments, fused, **options: adam(*arguments, fused=False, **options))
+    result = fit_here(model=overflowing, log_every=1)
+    assert (result.summary["steps"], result.summary["skipped_steps"]) == (12, 3)
+    assert [line.get("train/skipped_steps") for line in jobs.read_metrics(result.run_dir)] == [1, 2, *[3] * 10]
 
 
 def test_a_run_is_drawn_over_epochs_of_its_own_size_from_its_first_line(fit_here: Callable[..., Result]) -> None:

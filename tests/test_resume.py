@@ -18,8 +18,10 @@ from conftest import BATCH, EPOCHS, STEPS, TRAIN_IMAGES
 from safetensors.torch import save_file
 
 from ddp_mnist import data, trainer
-from ddp_mnist.config import IDENTITY
+from ddp_mnist.config import IDENTITY, TrainConfig
+from ddp_mnist.errors import UsageError
 from ddp_mnist.model import CNN
+from ddp_mnist.resume import check_identity
 from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
@@ -128,6 +130,22 @@ def test_another_run_in_its_place_is_refused_by_field_and_values(train: Train, s
         assert f"this command says {now}" in message or name == "init_from", message
         assert now in message and str(stopped) in message and "--fresh" in message, message
         assert everything(stopped) == before
+
+
+def test_a_run_that_is_older_than_a_setting_had_its_default(tmp_path: Path) -> None:
+    config = TrainConfig(output_dir=tmp_path)
+    older = {name: value for name, value in config.to_dict().items() if name != "beta2"}
+    check_identity(older, config)
+    with pytest.raises(UsageError, match=r"holds a run with --beta2 0\.999; this command says 0\.98"):
+        check_identity(older, config.replace(beta2=0.98))
+
+
+def test_a_run_from_given_weights_is_not_continued_without_them(train: Train, tmp_path: Path, expected: Path) -> None:
+    flags = ["--output-dir", tmp_path, "--max-steps", 3]
+    weights = expected / "model.safetensors"
+    assert train(*flags, "--init-from", weights).code == 0
+    message = jobs.the_message([train(*flags)], 2)
+    assert f"holds a run with --init-from {weights}; this command has none." in message
 
 
 def test_more_epochs_are_refused_under_a_schedule_whose_length_they_would_change(train: Train, tmp_path: Path) -> None:

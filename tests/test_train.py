@@ -618,11 +618,13 @@ def test_ranks_that_would_each_train_alone_refuse_to(flags: list[str], tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("missing", ["", "LOCAL_RANK"])
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_that_accelerate_does_not_see_refuse_to_train_alone(tmp_path: Path) -> None:
+def test_ranks_that_accelerate_does_not_see_refuse_to_train_alone(tmp_path: Path, missing: str) -> None:
     """Accelerate without cpu=True counts one process on a machine without a GPU, whatever the launcher says."""
     program = (
+        f"import os; os.environ.pop({missing!r}, None)\n"
         "import accelerate, functools, ddp_mnist.world as world, ddp_mnist.train as train\n"
         "real = world.Accelerator\n"
         "world.Accelerator = lambda cpu, **options: real(cpu=False, **options)\n"
