@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import numbers
 import os
 import sys
@@ -321,7 +322,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
             raise _bad(name, repr(value), "a whole number")
         return int(value)
     if kind is float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) < 1e300:  # type: ignore[operator]
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_finite(value):
             raise _bad(name, repr(value), "a finite number")
         return value if type(value) in (int, float) else float(value)
     if get_origin(kind) is tuple:
@@ -338,6 +339,13 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if kind is not bool and not isinstance(value, str):
         raise _bad(name, repr(value), "a text")
     return value
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _bad(name: str, found: object, expected: str) -> UsageError:
