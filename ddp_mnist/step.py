@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,15 +190,10 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """
     if config.schedule == "constant":
         return config.lr
-    warm_up = 0.25 if config.schedule == "onecycle" else 0.1
+    warm_up = {"onecycle": 0.25, "linear": 0.1}[config.schedule]
     start, end, warm = config.lr / 25, config.lr / 250_000, warm_up * total_steps - 1
     if step < warm:
         return start + (config.lr - start) * step / warm
     done = (step - warm) / (total_steps - 1 - warm)
-    if config.schedule == "onecycle":
-        left = (1 + math.cos(math.pi * done)) / 2
-    elif config.schedule == "linear":
-        left = 1 - done
-    else:
-        assert_never(config.schedule)
-    return end + (config.lr - end) * left
+    left = {"onecycle": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}
+    return end + (config.lr - end) * left[config.schedule]

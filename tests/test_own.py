@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import re
 import signal
 import sys
@@ -26,6 +26,7 @@ from ddp_mnist.runlog import read_run
 
 README = Path(__file__).parents[1] / "README.md"
 STEPS = 3 * 32
+LAST = Path("checkpoints", "step-00000012")
 
 
 @pytest.fixture(scope="module")
@@ -215,27 +216,49 @@ def test_every_step_draws_anew(fit_here: Callable[..., Result]) -> None:
     assert len(set(net.drawn)) == len(net.drawn) == 12
 
 
-def test_steps_that_fp16s_scaler_skips_are_counted(
-    fit_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a scaler as fp16 has it on a GPU, and gradients that overflow three times."""
-    accelerator, adam, backward = world.Accelerator, step.Adam, itertools.count(1)
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
+    """A scaler as fp16 has it on a GPU, and a network whose gradients overflow until it has found its scale, in the
+    fourth step."""
+    accelerator, adam, scalers = world.Accelerator, step.Adam, []
 
     def scaling(**options: Any) -> Any:
         made = accelerator(**options)
         made.scaler = torch.amp.GradScaler("cpu")
+        scalers.append(made.scaler)
         return made
 
-    def overflowing() -> nn.Module:
+    def network() -> nn.Module:
         net = linear()
-        next(net.parameters()).register_hook(lambda gradient: gradient / (next(backward) > 3))
+        next(net.parameters()).register_hook(lambda gradient: gradient / (scalers[-1].get_scale() <= 2.0**13))
         return net
 
     monkeypatch.setattr(world, "Accelerator", scaling)
     monkeypatch.setattr(step, "Adam", lambda *arguments, fused, **options: adam(*arguments, fused=False, **options))
-    result = fit_here(model=overflowing, log_every=1)
+    return network
+
+
+def test_steps_that_fp16s_scaler_skips_are_counted(
+    fit_here: Callable[..., Result], half: Callable[[], nn.Module]
+) -> None:
+    result = fit_here(model=half, log_every=1)
     assert (result.summary["steps"], result.summary["skipped_steps"]) == (12, 3)
     assert [line.get("train/skipped_steps") for line in jobs.read_metrics(result.run_dir)] == [1, 2, *[3] * 10]
+
+
+@pytest.mark.parametrize("at", [2, 5], ids=["before it has found it", "afterwards"])
+def test_a_continued_run_goes_on_with_fp16s_scale(
+    fit_here: Callable[..., Result], half: Callable[[], nn.Module], at: int
+) -> None:
+    settings: dict[str, Any] = {"model": half, "log_every": 1, "pictures": False}
+    whole = fit_here("whole", **settings)
+    fit_here("pieces", **settings, max_steps=at)
+    pieces = fit_here("pieces", **settings)
+    assert pieces.summary["resumed_from"] == at
+    assert pieces.summary["skipped_steps"] == whole.summary["skipped_steps"] == 3
+    faults.assert_same_result(pieces.run_dir, whole.run_dir)
+    states = [json.loads((run.run_dir / LAST / "state.json").read_text()) for run in (pieces, whole)]
+    assert states[0]["scaler"] == states[1]["scaler"] and states[0]["scaler"]["scale"] == 2.0**13
 
 
 def test_a_run_is_drawn_over_epochs_of_its_own_size_from_its_first_line(fit_here: Callable[..., Result]) -> None:

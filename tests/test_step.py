@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jobs
 import pytest
@@ -43,8 +45,8 @@ def batches() -> list[Batch]:
     return list(itertools.islice(itertools.chain.from_iterable(made.epoch(epoch) for epoch in range(10)), STEPS))
 
 
-def trained(world: World, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    step = TrainStep(CONFIG, world)
+def trained(world: World, batches: list[Batch], config: TrainConfig = CONFIG) -> dict[str, torch.Tensor]:
+    step = TrainStep(config, world)
     for batch in batches:
         step(batch, CONFIG.lr)
     return step.snapshot()[0]
@@ -86,6 +88,26 @@ def test_a_step_that_fp16_overflows_is_skipped_and_counted(world: World, batches
         assert step.optimizer.step_was_skipped == (number <= 2)
         same = all(torch.equal(value, before[name]) for name, value in step.snapshot()[0].items())
         assert same == (number <= 2)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_to_the_same_bits(
+    world: World, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own compiler, but for its last stage, which needs a C++ compiler: what it has traced runs as it is."""
+    traced: list[list[int]] = []
+
+    def as_it_is(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        (images,) = (value for value in inputs if value.shape[1:] == (1, 28, 28))
+        traced.append(list(images.shape))
+        return graph.forward
+
+    expected = trained(world, batches)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_it_is))
+    found = trained(world, batches, CONFIG.replace(compile=True))
+    torch.compiler.reset()
+    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    assert traced == [[64, 1, 28, 28], [52, 1, 28, 28]]  # an epoch's last batch has a graph of its own
 
 
 @pytest.mark.slow
