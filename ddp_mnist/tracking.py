@@ -141,7 +141,7 @@ class Tracker:
         state.correct += int(sum(correct))
 
     def line(self, state: TrainState, rate: float, gradient_norm: float, score: Score | None = None) -> None:
-        """One line for the steps since the last, with the test score where there is one; a collective.
+        """One line for the steps since the last, one at least, with the test score where there is one; a collective.
 
         Raises: JobError, on all ranks, when the loss is not finite.
         """
@@ -153,13 +153,12 @@ class Tracker:
             "wall_seconds": round(state.wall_seconds, 3),
             "lr": rate,
         }
-        if state.losses:
-            end = state.step_in_epoch
-            sizes = self.epoch_sizes[end - len(state.losses) : end]
-            total = sum(loss * size for loss, size in zip(state.losses, sizes, strict=True))
-            record["train/loss"] = total / sum(sizes)
-            record["train/accuracy"] = state.correct / sum(sizes)
-            record["train/gradient_norm"] = gradient_norm
+        end = state.step_in_epoch
+        sizes = self.epoch_sizes[end - len(state.losses) : end]
+        total = sum(loss * size for loss, size in zip(state.losses, sizes, strict=True))
+        record["train/loss"] = total / sum(sizes)
+        record["train/accuracy"] = state.correct / sum(sizes)
+        record["train/gradient_norm"] = gradient_norm
         record |= self._speed(state)
         if state.skipped_steps:
             record["train/skipped_steps"] = state.skipped_steps
@@ -182,10 +181,8 @@ class Tracker:
         self._line_mark = (state.step, state.samples_seen, state.train_seconds)
         steps, passed = state.step - step, state.train_seconds - seconds
         own = torch.zeros(self.world.size, device=self.world.device)
-        own[self.world.rank] = passed / max(steps, 1)
+        own[self.world.rank] = passed / steps
         each = self.world.sum(own).tolist()
-        if not steps or not passed:
-            return {}
         figures: dict[str, Any] = {
             "train/images_per_second": round((state.samples_seen - samples) / passed, 1),
             "train/step_seconds_min": min(each),
@@ -205,7 +202,7 @@ class Tracker:
         return self._wall_before + time.perf_counter() - self._started
 
     def _show(self, record: dict[str, Any]) -> None:
-        loss, speed = record.get("train/loss", math.nan), record.get("train/images_per_second", 0.0)
+        loss, speed = record["train/loss"], record["train/images_per_second"]
         epoch = f"epoch {record['epoch'] + 1}/{self.config.epochs}"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s", refresh=False)

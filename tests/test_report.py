@@ -52,11 +52,15 @@ def make_run(
     *,
     lines: list[dict[str, Any]] | None = None,
     summary: dict[str, Any] | None = None,
+    per_epoch: int = PER_EPOCH,
     **settings: Any,
 ) -> Path:
     """A finished run; `summary={}`: one that is going."""
     path.mkdir(parents=True)
-    content = {"settings": SETTINGS | {"data_dir": str(tiny), "output_dir": str(path)} | settings}
+    content = {
+        "settings": SETTINGS | {"data_dir": str(tiny), "output_dir": str(path)} | settings,
+        "steps_per_epoch": per_epoch,
+    }
     (path / "config.json").write_text(json.dumps(content | {"versions": {"torch": "9.8.7"}, "git": None}))
     if lines is None:
         lines = metrics({"test/confusion": CONFUSION, "test/mistakes": mistakes(tiny)})
@@ -187,6 +191,11 @@ def test_the_epochs_stand_above_the_steps(run: Path) -> None:
     ticks = [tick for tick in epochs.get_xticks() if 0 <= tick <= 2]
     assert ticks == [0, 1, 2]
     assert np.allclose(epochs.get_xlim(), np.divide(figure.axes[0].get_xlim(), PER_EPOCH))
+
+
+def test_a_run_that_has_lost_its_settings_has_the_epochs_of_mnist(run: Path) -> None:
+    (run / "config.json").unlink()
+    assert runlog.read_run(run).steps_per_epoch == -(-60_000 // TrainConfig().batch_size)
 
 
 def test_98_and_99_percent_are_apart_on_the_axis(run: Path) -> None:
@@ -457,7 +466,8 @@ def test_runs_are_told_apart_by_name_settings_colour_and_style(run: Path, tmp_pa
 
 def test_runs_with_other_batches_are_drawn_over_epochs(run: Path, tmp_path: Path, tiny: Path) -> None:
     lines = [line | {"step": 2 * line["step"]} for line in metrics({})]
-    other = make_run(tmp_path / "half", tiny, lines=lines, batch_size=32, summary={"steps": 2 * STEPS})
+    twice = {"per_epoch": 2 * PER_EPOCH, "summary": {"steps": 2 * STEPS}}
+    other = make_run(tmp_path / "half", tiny, lines=lines, batch_size=32, **twice)
     figure = figures.curves_figure([runlog.read_run(run), runlog.read_run(other)])
     loss, accuracy = figure.axes
     assert accuracy.get_xlabel().startswith("epoch")
@@ -537,6 +547,7 @@ def test_one_run_can_be_drawn_elsewhere(run: Path, tmp_path: Path) -> None:
         ),
         ({"metrics.jsonl": '{"loss": 1}\n'}, 1, "metrics.jsonl is damaged: line 1 "),
         ({"metrics.jsonl": "[1]\n\n"}, 1, "metrics.jsonl is damaged: line 1 "),
+        ({"metrics.jsonl": '{"step": "1", "epoch": 0}\n'}, 1, "metrics.jsonl is damaged: line 1 "),
         ({"metrics.jsonl": "\xff\x00\n\n"}, 1, "metrics.jsonl is damaged: line 1 "),
     ],
 )
@@ -553,6 +564,19 @@ def test_what_is_no_run_is_refused_in_one_line(
     assert line.startswith(f"error: {path}")
     assert message in line
     assert content is None or {entry.name for entry in path.iterdir()} == set(content)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/proc/self/mem")  # its first page can be read by nobody
+    assert report.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'metrics.jsonl'} cannot be read: Input/output error.\n"
+
+
+def test_a_last_line_counts_without_its_end(tmp_path: Path, tiny: Path) -> None:
+    run = make_run(tmp_path / "run", tiny, lines=metrics({}, steps=10), summary={})
+    path = run / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().rstrip())
+    assert [line["step"] for line in runlog.read_run(run).lines] == [5, 10]
 
 
 def test_a_file_is_no_run(tmp_path: Path) -> None:
