@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -305,15 +305,13 @@ class Trainer:
     def write_config(self) -> None:
         """Raises: JobError."""
         if self.world.is_main:
-            try:
-                content = {
-                    "settings": self.config.to_dict(),
-                    "network": self.step.name,
-                    "steps_per_epoch": len(self.batches),
-                }
-                rundir.write_json(self.run_dir / rundir.CONFIG, content | provenance.facts(self.world.size))
-            except OSError as error:
-                raise JobError(f"{self.run_dir} cannot be written: {error.strerror}.") from error
+            content = {
+                "settings": self.config.to_dict(),
+                "network": self.step.name,
+                "steps_per_epoch": len(self.batches),
+            }
+            with writing(self.run_dir / rundir.CONFIG) as path:
+                rundir.write_json(path, content | provenance.facts(self.world.size))
 
     def score(self, split: Split) -> Score:
         """`evaluate`, on the clock; a collective."""
@@ -353,13 +351,9 @@ class Trainer:
 
     def publish(self) -> None:
         """The final weights. Raises: JobError."""
-        if not self.world.is_main:
-            return
-        path = self.run_dir / rundir.WEIGHTS
-        try:
-            publish_weights(self.step.net, path)
-        except OSError as error:
-            raise JobError(f"{path} could not be written: {error.strerror}.") from error
+        if self.world.is_main:
+            with writing(self.run_dir / rundir.WEIGHTS) as path:
+                publish_weights(self.step.net, path)
 
     def draw(self) -> None:
         """Pictures and page. Raises nothing."""
@@ -395,11 +389,17 @@ class Trainer:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Raises: JobError."""
         if self.world.is_main:
-            path = self.run_dir / rundir.SUMMARY
-            try:
+            with writing(self.run_dir / rundir.SUMMARY) as path:
                 rundir.write_json(path, summary)
-            except OSError as error:
-                raise JobError(f"{path} could not be written: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Raises: JobError where the file cannot be written."""
+    try:
+        yield path
+    except OSError as error:
+        raise JobError(f"{path} could not be written: {error.strerror}.") from error
 
 
 class Stopwatch:
