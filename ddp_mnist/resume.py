@@ -69,7 +69,7 @@ def _find(config: TrainConfig, path: Path) -> Run:
             rundir.start_over(path)
         newest = Checkpoints(path, config.keep_checkpoints).newest()
     except OSError as error:
-        raise JobError(f"{path} cannot be read: {error}") from error
+        raise JobError(f"{path} cannot be used: {error}.") from error
     config = config.replace(output_dir=path)
     if config.init_from is not None:
         config = config.replace(init_from=config.init_from.resolve())

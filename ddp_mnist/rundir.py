@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +48,22 @@ def create(config: TrainConfig) -> Path:
         except OSError as error:
             raise JobError(f"--output-dir {path} cannot be written: {error.strerror}. Choose another path.") from error
         return path
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}"
-    for attempt in range(1, 1000):  # two jobs may start in one second
-        path = Path("runs") / (name if attempt == 1 else f"{name}-{attempt}")
+    names = _numbered(f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}")
+    while True:
+        path = Path("runs") / next(names)
         try:
             path.mkdir(parents=True)
             return path
-        except FileExistsError:
-            continue
         except OSError as error:
-            raise JobError(f"{path} cannot be made: {error.strerror}. Choose a place with --output-dir.") from error
-    raise JobError(f"runs/{name} and 998 more are taken. Choose a place with --output-dir.")
+            if not os.path.exists(path):  # else another job has started in the same second
+                raise JobError(f"{path} cannot be made: {error.strerror}. Choose a place with --output-dir.") from error
 
 
 def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None:
     """Hold the directory for this job; the kernel lets go when the process dies. A predecessor that is still saving
     gets `patience` seconds. None where the file system has no locks. Raises: JobError."""
-    holder = filelock.FileLock(path / LOCK, timeout=0)
+    # What filelock would fall back to, a file that is there or not, outlives a killed job.
+    holder = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
     try:
         holder.acquire()
     except filelock.Timeout:
@@ -75,7 +76,7 @@ def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None
                 "another directory.",
                 stop_reason="locked",
             ) from error
-    except (NotImplementedError, OSError) as error:
+    except OSError as error:
         log.warning("%s cannot be locked (%s): see to it that only one job uses it.", path, error)
         return None
     return holder
@@ -94,12 +95,16 @@ def start_over(path: Path) -> None:
 
 def set_aside(path: Path, folder: Path, label: str) -> Path:
     """Rename `path` to a free name in `folder` that begins with `label`; returns it. Raises: OSError."""
-    for number in range(1000):
-        target = folder / (f"{label}-{path.name}" + (f"-{number}" if number else ""))
-        if not target.exists():
-            path.rename(target)
-            return target
-    raise FileExistsError(f"{folder} holds too many {label} copies of {path.name}")
+    names = _numbered(f"{label}-{path.name}")
+    target = next(folder / name for name in names if not (folder / name).exists())
+    path.rename(target)
+    return target
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The name, then others for where it is taken."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 def remove(path: Path) -> None:

@@ -169,6 +169,17 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
+def test_what_is_damaged_again_and_again_is_all_kept(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, keep=2)
+    for content in "abc":
+        path = store.publish(snapshot(7))
+        (path / "MANIFEST.json").write_text(content)
+        assert store.newest() is None
+    kept = ["damaged-step-00000007", "damaged-step-00000007-2", "damaged-step-00000007-3"]
+    assert names(tmp_path) == kept
+    assert [(tmp_path / "checkpoints" / name / "MANIFEST.json").read_text() for name in kept] == ["a", "b", "c"]
+
+
 def test_a_run_keeps_as_many_as_it_was_told(train: Train, tmp_path: Path) -> None:
     flags = ["--checkpoint-every", 10, "--output-dir", tmp_path, "--keep-checkpoints"]
     assert train(*flags, 4, "--max-steps", 45).code == 0

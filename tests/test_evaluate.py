@@ -262,6 +262,11 @@ def spoil_setting_values(run: Path) -> None:
     (run / "config.json").write_text('{"settings": {"widths": 3}}')
 
 
+def spoil_config_place(run: Path) -> None:
+    (run / "config.json").unlink()
+    (run / "config.json").mkdir()
+
+
 def spoil_weights(run: Path) -> None:
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-100])
 
@@ -288,6 +293,7 @@ SPOILT = {
     spoil_foreign_config: "is not a run directory of ddp_mnist: its config.json has no settings",
     spoil_config_list: "is not a run directory of ddp_mnist: its config.json has no settings",
     spoil_config: "config.json is damaged: ",
+    spoil_config_place: "config.json cannot be read: Is a directory",
     spoil_setting_names: "config.json is not what this version writes: unknown setting depth",
     spoil_setting_values: "config.json is not what this version writes: ",
     spoil_weights: "model.safetensors is not a whole safetensors file",

@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -21,7 +22,7 @@ from ddp_mnist import data, trainer
 from ddp_mnist.config import IDENTITY, TrainConfig
 from ddp_mnist.errors import UsageError
 from ddp_mnist.model import CNN
-from ddp_mnist.resume import check_identity
+from ddp_mnist.resume import check_identity, continue_command
 from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
@@ -55,6 +56,27 @@ def test_the_printed_command_has_the_precision_that_accelerate_launch_was_told(
         ended = train("--max-steps", 1, "--output-dir", tmp_path / precision, *flags)
         command = faults.printed_command(ended.out)
         assert command.startswith("accelerate launch ") and f" --mixed-precision {precision} " in command
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no"},
+            "accelerate launch --multi_gpu --num_processes 8 --num_machines 2 --machine_rank ... --main_process_ip ...",
+        ),
+        ({"TORCHELASTIC_RUN_ID": "none"}, "torchrun --nnodes 2 --node-rank ... --master-addr ... --nproc-per-node 4"),
+    ],
+    ids=["accelerate launch", "torchrun"],
+)
+def test_the_printed_command_of_several_machines_leaves_open_what_differs_on_each(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], launcher: str
+) -> None:
+    for name, value in {**variables, "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    world: Any = SimpleNamespace(size=8, device=torch.device("cuda"))
+    command = continue_command(TrainConfig(seed=3, mixed_precision="bf16"), world)
+    assert command == f"{launcher} -m ddp_mnist.train --seed 3 --mixed-precision bf16"
 
 
 # The first step, the last of an epoch, the first of the next and the last but one, with a line of the log between.
@@ -351,6 +373,25 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_starts_over_and_says_so(
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert ["step-00000030 is damaged" in warnings[0], "step-00000020 is damaged" in warnings[1]] == [True, True]
     assert "starting over" in warnings[1] and len(warnings) == 2
+    faults.assert_same_result(stopped, expected)
+
+
+@pytest.mark.parametrize("more", [[], ["--fresh"]], ids=["a damaged one", "--fresh"])
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_set_aside_is_told(
+    train: Train, flags: list[str], stopped: Path, expected: Path, more: list[str]
+) -> None:
+    folder = stopped / "checkpoints"
+    truncate(folder / "step-00000030" / "state.json")
+    before = everything(stopped)
+    folder.chmod(0o555)
+    with faults.start(1, *flags, *more, "--output-dir", stopped, powerless=True) as job:
+        message = jobs.the_message(job.wait(), 1)
+    folder.chmod(0o755)
+    assert message.startswith(f"error: {stopped} cannot be used: ") and "Permission denied: " in message
+    assert str(folder) in message
+    assert everything(stopped) == before
+    assert train(*more, "--output-dir", stopped).code == 0
     faults.assert_same_result(stopped, expected)
 
 
