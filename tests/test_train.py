@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import math
+import os
 import re
+import resource
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import faults
 import jobs
 import pytest
 import torch
@@ -20,9 +26,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tutorial import TutorialCNN, count_correct
 
-from ddp_mnist import TrainConfig, fit, rundir
+from ddp_mnist import TrainConfig, fit, report, rundir
+from ddp_mnist.checkpoint import Checkpoints
 from ddp_mnist.process import tell_uncaught
 from ddp_mnist.step import learning_rate
+from ddp_mnist.tracking import MetricsFile
+from ddp_mnist.world import World
 
 Train = Callable[..., jobs.Ended]
 RunAt = Callable[[int], Path]
@@ -154,6 +163,31 @@ def test_the_console_says_what_runs_and_scores_in_the_tutorials_words(
         assert f"Checking accuracy on {words} data\nGot {correct} / {count} with accuracy {percent}\n" in out
     for fact in ("fashion-mnist", "1,501 training and 2,303 test images", "1 rank", "1 thread", str(tmp_path)):
         assert fact in out
+
+
+def test_the_console_says_where_ranks_share_gpus(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "shares_gpus", True)
+    assert "1 rank sharing GPUs over gloo, 1 thread each" in train("--max-steps", 1, "--output-dir", tmp_path).out
+
+
+def test_half_a_line_that_a_full_disk_has_taken_is_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep=0)
+    file.append({"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = file.sync()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 5, hard))
+        file.append({"step": 2})
+        file.append({"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").stat().st_size == whole
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'metrics.jsonl'}: No space left on device; its lines are kept in memory and tried again."
+    ] * 2
+    file.append({"step": 4})
+    file.close()
+    assert jobs.read_metrics(tmp_path) == [{"step": step} for step in (1, 2, 3, 4)]
 
 
 # --- The same result, or deliberately another one
@@ -433,6 +467,99 @@ def test_an_unusable_output_directory_ends_all_ranks_with_one_message(flags: lis
     message = jobs.the_message(jobs.run_ranks(2, *flags, "--output-dir", str(path)), 1)
     assert why in message
     assert str(path) in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model.safetensors", "summary.json"])
+def test_what_is_in_the_way_of_a_file_of_the_run_is_told(
+    train: Train, run_at: RunAt, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "run" / name
+    path.mkdir(parents=True)
+    message = jobs.the_message([train("--output-dir", path.parent)], 1)
+    assert message.startswith(f"error: {path} c") and message.endswith(": Is a directory.")
+    path.rmdir()
+    assert train("--output-dir", path.parent).code == 0
+    faults.assert_same_result(path.parent, run_at(1))
+
+
+@pytest.mark.parametrize(("more", "code"), [([], 1), (["--max-minutes", "1e-6"], 75)], ids=["at the end", "at a stop"])
+def test_a_summary_that_cannot_be_written_is_told_after_all_is_saved(
+    train: Train,
+    run_at: RunAt,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    more: list[str],
+    code: int,
+) -> None:
+    path, publish = tmp_path / "summary.json", Checkpoints.publish
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "publish", lambda *given: (path.mkdir(exist_ok=True), publish(*given))[1])
+        ended = train(*more, "--checkpoint-every", 100, "--output-dir", tmp_path)
+    assert ended.code == code
+    assert f"{path} could not be written: Is a directory." in (ended.err if code == 1 else caplog.text)
+    command = shlex.split(faults.printed_command(ended.err if code == 1 else ended.out))
+    path.rmdir()
+    assert train(*command[3:], "--max-minutes", 0).code == 0
+    faults.assert_same_result(tmp_path, run_at(1))
+    assert jobs.read_json(path)["resumed_from"] == (STEPS if code == 1 else 0)
+
+
+@pytest.mark.slow
+def test_pictures_that_cannot_be_drawn_do_not_fail_the_run(
+    train: Train, run_at: RunAt, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = tmp_path / "report.html"
+    page.mkdir()
+    assert train("--pictures", "--output-dir", tmp_path).code == 0
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    told, command = warning.split("; try  ")
+    assert told.startswith("the pictures could not be drawn (JobError: ") and f"{tmp_path} cannot be written" in told
+    assert jobs.read_json(tmp_path / "summary.json")["finished"]
+    page.rmdir()
+    assert command == f"python -m ddp_mnist.report {tmp_path}"
+    assert report.main(command.split()[3:]) == 0
+    assert page.is_file()
+
+
+def test_without_a_directory_of_its_own_a_run_gets_one_that_nobody_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rundir.time, "strftime", lambda _: "20261127-101530")  # all in one second
+    made = [str(rundir.create(TrainConfig(recipe="fast"))) for _ in range(3)]
+    assert made == [f"runs/20261127-101530-fast{more}" for more in ("", "-2", "-3")]
+    assert all(Path(path).is_dir() for path in made)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("a file", "Not a directory"), ("a link to nowhere", "File exists")], ids=lambda word: word
+)
+def test_where_no_directory_can_be_made_the_flag_that_names_one_is_told(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch() if kind == "a file" else Path("runs").symlink_to("gone")
+    message = jobs.the_message([train()], 1)
+    assert re.fullmatch(
+        rf"error: runs/[\d-]+-tutorial cannot be made: {why}\. Choose a place with --output-dir\.", message
+    )
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK], ids=["no such call", "no lock daemon"])
+def test_a_file_system_without_locks_is_told_and_trained_on(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / ".lock").touch()  # of a job that was killed, here or where the directory was copied from
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert train("--max-steps", 3, "--output-dir", tmp_path).code == 0
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{tmp_path} cannot be locked (") and os.strerror(code) in warning
+    assert "only one job" in warning
+    assert jobs.read_json(tmp_path / "summary.json")["steps"] == 3
 
 
 IMAGES = "train-images-idx3-ubyte"
