@@ -86,8 +86,7 @@ def tell_uncaught() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, JobError):
-            if sys.__stderr__ is not None:
-                sys.stderr = sys.__stderr__  # torch.distributed's hook puts a buffer there, to label its lines
+            sys.stderr = sys.__stderr__  # torch.distributed's hook puts a buffer there, to label its lines
             leave(tell(error))
         before(kind, error, trace)
 
@@ -102,6 +101,6 @@ def leave(code: int) -> NoReturn:
     process (pytorch#179291, #190489): exit code 134 after a good run, in 7 of 25 runs of 4 ranks on a busy machine.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # None: it was closed before Python began
             stream.flush()
     os._exit(code)

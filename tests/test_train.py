@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tutorial import TutorialCNN, count_correct
 
-from ddp_mnist import TrainConfig, fit, report, rundir
+from ddp_mnist import TrainConfig, fit, provenance, report, rundir
 from ddp_mnist.checkpoint import Checkpoints
 from ddp_mnist.process import tell_uncaught
 from ddp_mnist.step import learning_rate
@@ -100,6 +100,25 @@ def test_the_saved_configuration_is_resolved_and_says_how_it_was_started(
     assert saved["launch"]["world_size"] == world_size
     assert str(run_dir) in saved["launch"]["command"]
     assert saved["git"] is None or len(saved["git"]["commit"]) == 40
+
+
+@pytest.mark.parametrize("why", ["no git", "no checkout"])
+def test_what_is_not_known_of_a_results_origin_is_null(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str
+) -> None:
+    def version(name: str) -> str:
+        if name == "wandb":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(metadata, "version", version)
+    if why == "no git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    facts = provenance.facts(1)
+    assert facts["git"] is None
+    assert (facts["versions"]["wandb"], facts["versions"]["torch"]) == (None, "1.2")
 
 
 @pytest.mark.parametrize("world_size", jobs.sizes(1, 2, 3))
@@ -221,6 +240,22 @@ def test_only_our_own_errors_are_told_in_one_line(process_of_a_job: None, monkey
     tell_uncaught()  # once is enough
     sys.excepthook(ZeroDivisionError, ZeroDivisionError("a bug"), None)
     assert told == [ZeroDivisionError]
+
+
+UNCAUGHT = """
+import io, sys
+from ddp_mnist.errors import UsageError
+from ddp_mnist.process import tell_uncaught
+tell_uncaught()
+sys.stderr = io.StringIO()  # as torch.distributed leaves it
+raise UsageError("a mistake")
+"""
+
+
+@pytest.mark.parametrize(("closed", "told"), [("", "err"), (">&-", "err"), ("2>&-", "out"), (">&- 2>&-", "")])
+def test_an_error_has_its_message_and_code_whatever_is_closed(closed: str, told: str) -> None:
+    ended = jobs.run(["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, "-c", UNCAUGHT])
+    assert ended == jobs.Ended(2, *("error: a mistake\n" if told == name else "" for name in ("out", "err")))
 
 
 def test_fit_returns_the_summary_it_writes(tiny: Path, tmp_path: Path, process_of_a_job: None) -> None:
