@@ -133,10 +133,9 @@ def no_server() -> str:
         try:
             # Without the password that the address may hold: it would stand in the message.
             address = f"{server().partition('://')[0]}://{host()}"
-            urllib.request.build_opener().open(address, timeout=seconds).close()
+            with contextlib.suppress(urllib.error.HTTPError):  # it is there, and does not like the question
+                urllib.request.build_opener().open(address, timeout=seconds).close()
             found[0] = ""
-        except urllib.error.HTTPError:
-            found[0] = ""  # it is there, and does not like the question
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLError):
@@ -336,21 +335,17 @@ def yield_cpu(pid: int) -> None:
     interrupted."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, NICENESS)
-    if hasattr(os, "SCHED_BATCH"):  # it never interrupts: it takes the next turn, and this may be given back
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
+    with contextlib.suppress(OSError, AttributeError):  # Linux's: it never interrupts, and may be given back
+        os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
     share_cpu(pid, NICENESS)
 
 
 def share_cpu(pid: int, niceness: int) -> None:
     """How a session's processes stand against those of other sessions, where Linux shares the CPU out by sessions
     (autogroups) and niceness counts only within one: a mirror that is merely nice would get half of it."""
-    for _ in range(5):  # Linux takes one such wish in 0.1 s, of all its users together
-        try:
-            Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
-        except BlockingIOError:
+    with contextlib.suppress(OSError):
+        for _ in range(5):  # Linux takes one such wish in 0.1 s, of all its users together
+            with contextlib.suppress(BlockingIOError):
+                Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+                return
             time.sleep(0.1)
-        except OSError:
-            break
-        else:
-            break

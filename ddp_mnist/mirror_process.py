@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     own_share.start()
     try:
         # A killed attempt's mirror may still be at it.
-        holder = rundir.lock(run_dir / FOLDER, PREDECESSOR_SECONDS)
+        _holder = rundir.lock(run_dir / FOLDER, PREDECESSOR_SECONDS)  # as long as this process lives
         try:
             follow(run_dir, options, end)
         except (TimeoutError, JobError):
@@ -71,8 +71,6 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(Exception):
                 sys.modules["wandb"].teardown()
             follow(run_dir, options, end)
-        if holder is not None:
-            holder.release()
         return 0
     except Exception as error:  # the training's console names it; the log has the traceback
         log.exception("the mirror has failed")

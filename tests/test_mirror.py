@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -627,6 +628,33 @@ def share_of(process: psutil.Process) -> str | None:
     return share.read_text().split()[-1] if share.exists() else None
 
 
+@pytest.mark.parametrize(
+    ("answers", "share"),
+    [
+        ([], "19"),
+        ([BlockingIOError(), BlockingIOError()], "19"),
+        ([BlockingIOError()] * 100, None),
+        ([PermissionError()], None),
+    ],
+)
+def test_a_share_of_the_cpu_is_asked_for_as_long_as_linux_puts_it_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: list[OSError], share: str | None
+) -> None:
+    file = tmp_path / "autogroup"
+    real, left = Path.write_text, iter(answers)
+
+    def write(path: Path, text: str) -> None:
+        assert path == Path("/proc/17/autogroup")
+        if error := next(left, None):
+            raise error
+        real(file, text)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    mirror.share_cpu(17, 19)
+    assert (file.read_text() if file.exists() else None) == share
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_of_several_ranks_one_has_a_mirror(flags: list[str], tmp_path: Path) -> None:
@@ -735,6 +763,34 @@ def bad_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     return marker
 
 
+def test_a_mirror_whose_training_dies_before_its_run_begins_leaves_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bad_wandb(monkeypatch, tmp_path / "bad")
+    ended = jobs.run([sys.executable, "-m", "ddp_mnist.mirror_process", str(os.getpid())])
+    assert ended == jobs.Ended(0, "", "")
+
+
+def test_a_mirror_whose_process_does_not_start_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, train: Train, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert train("--wandb", "offline", "--max-steps", 2, "--output-dir", tmp_path / "run").code == 0
+    assert "W&B: the mirror could not be started ([Errno 2] No such file or directory: " in caplog.text
+    assert jobs.read_json(tmp_path / "run" / "summary.json")["wandb_mode"] == "disabled"
+
+
+@pytest.mark.slow
+def test_a_run_that_wandb_does_not_even_take_offline_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch, train: Train, run_at: Callable[[int], Path], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "a:b")  # which wandb refuses
+    ended = train("--wandb", "offline", "--output-dir", tmp_path)
+    assert_unhurt(ended, tmp_path, run_at(1), "disabled")
+    assert "wandb does not even work offline: Run ID cannot contain" in ended.out
+    assert f"(see {tmp_path}/wandb/mirror.log); metrics.jsonl has everything.\n" in ended.out
+
+
 @pytest.mark.parametrize("trouble", ["a file in the way", "a full disk"])
 def test_a_run_directory_without_room_for_the_mirror_is_trained_in(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, train: Train, tmp_path: Path, trouble: str
@@ -832,7 +888,7 @@ def test_offline_attempts_are_synced_into_one_curve(server: wandb_server.Server,
     told = finished(start(run_dir, "offline"))
     command = told.partition("send it with: ")[2].replace("wandb sync", f"{sys.executable} -m wandb sync")
     account = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_ERROR_REPORTING": "false"}
-    ended = jobs.run(["bash", "-c", command], account)
+    ended = jobs.run(["bash", "-c", command], account, cwd=tmp_path)  # where wandb leaves a folder
     assert ended.code == 0, ended.err
     (run,) = server.runs
     assert [line["step"] for line in server.history(run)] == list(range(1, 9))
@@ -915,6 +971,22 @@ def test_a_mirror_of_a_run_that_was_started_over_leaves_the_new_one_alone(tmp_pa
     finished(new)
     (attempt,) = attempts(run_dir)
     assert (attempt.run["run_id"], steps([attempt])) == (new.id, list(range(1, 10)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["no data", "no config.json"])
+def test_mistakes_whose_pictures_cannot_be_read_are_left_out(tmp_path: Path, trouble: str) -> None:
+    run_dir = hand_made(tmp_path)
+    if trouble == "no config.json":
+        (run_dir / "config.json").unlink()
+    mistake = {"index": 0, "label": 3, "prediction": 5, "confidence": 0.9}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "test/loss": 0.5, "test/mistakes": [mistake]}) + "\n")
+    assert "send it with" in finished(start(run_dir, "offline"))
+    assert "no pictures of mistakes: " in (run_dir / "wandb" / mirror.LOG).read_text()
+    (attempt,) = attempts(run_dir)
+    assert_mirrored(attempt.history, run_dir)
+    assert not any("mistakes" in key for key in attempt.history[-1])
 
 
 def test_half_a_line_is_not_mirrored(tmp_path: Path) -> None:
