@@ -156,8 +156,7 @@ class _Place(NamedTuple):
         advice = f"run `python -m ddp_mnist.data fetch --dataset {self.dataset} --data-dir {self.root}`"
         if first:
             advice = f"`{first}`, then {advice}"
-        if self.md5:
-            advice += " on a machine with internet access, or use --dataset synthetic"
+        advice += " on a machine with internet access, or use --dataset synthetic"
         return DataError(f"{self.folder / name}: {'; '.join(reasons)}. To mend it, {advice}.")
 
 

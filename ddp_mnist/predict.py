@@ -172,12 +172,8 @@ def _background(pixels: Floats) -> Floats:
         votes += np.convolve(counts, [0.5, 1, 0.5], "same")  # a colour may lie on the edge of two bins
     bin_ = int(votes.argmax())
     low, high = edges[max(bin_ - 1, 0)], edges[min(bin_ + 2, 16)]
-    for part in (border, everything):
-        level = part.mean(axis=1)
-        chosen = part[(level >= low) & (level < high)]
-        if len(chosen):
-            return np.median(chosen, axis=0)
-    raise AssertionError("the chosen level has no pixel")
+    inside = [part[(part.mean(axis=1) >= low) & (part.mean(axis=1) < high)] for part in (border, everything)]
+    return np.median(inside[0] if len(inside[0]) else inside[1], axis=0)
 
 
 def _is_laid_out(ink: Floats) -> bool:

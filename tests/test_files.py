@@ -338,6 +338,15 @@ def test_labels_out_of_range_and_counts_that_differ(tmp_path: Path, small: None)
     assert content(files.read_split("fashion-mnist", tmp_path, "train", fetch=False)) == TRAIN
 
 
+def test_labels_from_the_gz_that_do_not_fit_the_images(tmp_path: Path, small: None) -> None:
+    folder = fill(tmp_path, raw=True, folder="FashionMNIST")
+    (folder / IMAGES).write_bytes(idx(np.zeros((299, 28, 28), np.uint8)))  # of other data, and nothing speaks against
+    (folder / LABELS).unlink()
+    (folder / f"{LABELS}.gz").write_bytes(PACKED[LABELS])
+    with pytest.raises(files.DataError, match=rf"{IMAGES}: 299 images but 300 labels\. To mend it, run"):
+        files.read_split("fashion-mnist", tmp_path, "train", fetch=False)
+
+
 @pytest.mark.parametrize("witness", ["MD5SUMS", "gz"])
 def test_flipped_byte_is_caught_in_fashion_mnist(tmp_path: Path, small: None, witness: str) -> None:
     folder = fill(tmp_path, packed=True, folder="FashionMNIST")

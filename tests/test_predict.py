@@ -246,6 +246,17 @@ def test_clothing_is_neither_cropped_nor_moved(save: Callable[..., Path]) -> Non
     assert (found[8:20] == shoe[10:22]).all() and not found[:8].any() and not found[20:].any()
 
 
+@pytest.mark.parametrize("light", [False, True])
+def test_a_frame_that_shades_off_is_not_taken_for_the_paper(save: Callable[..., Path], light: bool) -> None:
+    sheet = np.zeros((28, 28), dtype=np.uint8)
+    sheet[12:20, 4:24] = 255
+    frame = np.ones((28, 28), dtype=bool)
+    frame[1:-1, 1:-1] = False
+    sheet[frame] = np.linspace(80, 255, frame.sum())  # nowhere the colour of the paper
+    picture = save(Image.fromarray(sheet if light else 255 - sheet))
+    assert (prepare(picture, "fashion-mnist") == sheet).all()
+
+
 # --- What cannot be used
 
 
