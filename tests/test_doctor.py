@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import platform
 import re
 import socket
 import sys
@@ -12,12 +14,13 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jobs
 import pytest
 
-from ddp_mnist import doctor, doctor_finding, doctor_job, doctor_machine, files
+from ddp_mnist import doctor, doctor_finding, doctor_job, doctor_machine, files, synthetic
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.doctor import Rank
 from ddp_mnist.doctor_finding import Finding
@@ -121,6 +124,12 @@ def test_a_mistake_is_one_message(
     assert message in jobs.the_message([run(*arguments)], code)
 
 
+def test_a_mistake_is_told_by_one_rank(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert run("--timeout", "1") == jobs.Ended(2, "", "")
+
+
 def test_a_world_size_that_does_not_divide_the_batch(
     run: Run, healthy: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +224,9 @@ def test_packages_are_compared_with_what_the_project_requires(installed: dict[st
     assert problems or [each.status for each in found] == ["ok"]
 
 
-def test_requirements_come_from_the_installed_package_or_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requirements_come_from_the_installed_package_or_the_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def missing(name: str) -> None:
         raise doctor_machine.metadata.PackageNotFoundError(name)
 
@@ -224,6 +235,9 @@ def test_requirements_come_from_the_installed_package_or_the_checkout(monkeypatc
     for found in installed, doctor_machine.requirements():
         assert found[0] == "python>=3.11" and "torch>=2.11" in found
         assert not any("pytest" in each for each in found)
+    monkeypatch.setattr(doctor_machine, "__file__", str(tmp_path / "ddp_mnist" / "doctor_machine.py"))  # copied files
+    (found,) = doctor_machine.packages(doctor_machine.requirements(), doctor_machine.versions())
+    assert (found.status, found.text) == ("ok", f"python {platform.python_version()}")
 
 
 def test_a_package_that_cannot_be_imported_is_a_problem_not_a_traceback(
@@ -234,6 +248,14 @@ def test_a_package_that_cannot_be_imported_is_a_problem_not_a_traceback(
     assert ended.code == 1
     (problem,) = lines_of(ended, "problem")
     assert "ddp_mnist.world cannot be imported with" in problem and "-> make install" in problem
+
+
+def test_without_packaging_no_version_is_judged(run: Run, healthy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    ended = run(*healthy)
+    assert ended.code == 1
+    (problem,) = lines_of(ended, "problem")
+    assert f"packages   packaging is not installed for {sys.executable} -> make install" in problem
 
 
 def test_it_still_answers_without_the_first_package_that_the_job_imports(tmp_path: Path) -> None:
@@ -282,11 +304,16 @@ def test_an_import_that_hangs_is_given_up() -> None:
     assert doctor_machine.import_failure("time; time.sleep(1000)", limit=0.1) == "not done after 0 s"
 
 
-def test_the_build_is_read_without_importing() -> None:
+def test_the_build_is_read_without_importing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
 
+    (tmp_path / "of_another_form").mkdir()
+    (tmp_path / "of_another_form" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (tmp_path / "of_another_form" / "version.py").write_text("VERSION = (1, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     assert doctor_machine.build("torch") == torch.__version__
-    assert doctor_machine.build("no_such_package") == doctor_machine.build("json") == ""
+    for name in ("no_such_package", "json", "of_another_form"):
+        assert doctor_machine.build(name) == ""
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
@@ -345,6 +372,12 @@ def test_what_accelerate_launch_was_asked_for(tmp_path: Path, command: str, aske
     assert doctor_job.asked_processes(command.format(config=config).split(" ")) == asked
 
 
+def test_a_parent_that_is_not_in_sight_has_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 0)  # as in a container that was entered from outside
+    assert doctor_job.parent_command() == []
+    assert [each.status for each in doctor_job.launch({}, doctor_job.parent_command())] == ["ok"]
+
+
 @pytest.mark.slow
 def test_accelerate_launch_that_silently_starts_one_process(healthy: list[str], tmp_path: Path) -> None:
     launcher = [sys.executable, str(Path(sys.executable).with_name("accelerate")), "launch"]
@@ -398,6 +431,24 @@ def test_looking_for_devices_needs_none() -> None:
     assert not found.failure and (found.gpus or found.bf16 == doctor_machine.cpu_has_bf16())
 
 
+def test_a_gpu_for_which_torch_has_no_kernels_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def ones(*_: Any, device: str) -> None:
+        raise RuntimeError(f"CUDA error: no kernel image\nis available for {device}")
+
+    named = SimpleNamespace(name=H100[0], total_memory=H100[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: named)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    told = doctor_machine.device(doctor_machine.look_for_devices(local_rank=5), {})
+    assert told.status == "problem"
+    assert told.text.startswith("4 GPUs: NVIDIA H100, 80 GiB")
+    assert told.text.endswith("cannot compute: CUDA error: no kernel image is available for cuda:1")
+
+
 @pytest.mark.parametrize(
     ("asked", "gpus", "bf16", "status"),
     [
@@ -440,6 +491,12 @@ def test_cpus_and_threads(quota: float | None, threads: int, ranks: int, status:
     assert told.advice == ("--threads 1" if status == "warning" else "")
 
 
+def test_where_a_process_is_bound_to_no_cpus_it_may_use_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on a Mac
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert doctor_machine.allowed_cpus() == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("own", "contents", "quota"),
     [
@@ -472,6 +529,14 @@ def test_data_that_are_not_staged(run: Run, tmp_path: Path, name: str) -> None:
     assert f"{name} is not staged" in problem and "train-images-idx3-ubyte is missing" in problem
     which = "" if name == "mnist" else f" --dataset {name}"
     assert f"-> python -m ddp_mnist.data fetch{which} --data-dir {tmp_path / 'data'}" in problem
+    assert not (tmp_path / "data").exists()
+
+
+def test_digits_that_are_still_to_be_drawn(run: Run, tmp_path: Path) -> None:
+    ended = run("--dataset", "synthetic", "--data-dir", tmp_path / "data")
+    assert ended.code == 0 and lines_of(ended, "warning") == []
+    folder = tmp_path / "data" / f"Synthetic-v{synthetic.VERSION}" / "raw"
+    assert f"data       synthetic: the job draws the digits into {folder}\n" in ended.out
     assert not (tmp_path / "data").exists()
 
 
@@ -532,7 +597,7 @@ def test_a_disk_without_room_or_locks(monkeypatch: pytest.MonkeyPatch, tmp_path:
         told = doctor_job.output(tmp_path)
         assert told.status == "warning" and "0.0 GB free" in told.text and "make room" in told.advice
     with monkeypatch.context() as patch:
-        patch.setattr(doctor_job, "takes", lambda path: True)
+        patch.setattr("fcntl.flock", lambda *arguments: None)  # says yes to everybody
         told = doctor_job.output(tmp_path)
         assert told.status == "warning" and "no locks" in told.text
     with monkeypatch.context() as patch:
@@ -653,6 +718,20 @@ def test_slurm_and_its_traps(
     assert first.status == "ok" and first.text.startswith(told)
     assert [each.status for each in traps] == ["warning"] * (trap is not None)
     assert all(each.text.find(trap or "") >= 0 and each.advice for each in traps)
+
+
+@pytest.mark.parametrize(
+    ("squeue", "told"), [("echo 9:59", ", 9:59 left"), ("true", ""), ("echo 9:59; exit 1", ""), (None, "")]
+)
+def test_the_time_left_is_told_where_squeue_knows_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, squeue: str | None, told: str
+) -> None:
+    if squeue:
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+        (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (found,) = doctor_job.slurm({"SLURM_JOB_ID": "12"}, sbatch=True, allowed=2)
+    assert found == Finding("ok", "slurm", f"job 12 on 1 node, outside any srun step{told}")
 
 
 # --- Ranks compared ---------------------------------------------------------------------------------------------------
