@@ -172,8 +172,8 @@ def output(path: Path) -> Finding:
     try:
         with TemporaryDirectory(prefix=".doctor-", dir=home) as folder:
             lock = works = None
-            with suppress(NotImplementedError, OSError):
-                lock = filelock.FileLock(Path(folder, "lock"), timeout=0)
+            with suppress(OSError):
+                lock = filelock.FileLock(Path(folder, "lock"), timeout=0, fallback_to_soft=False)
                 lock.acquire()
                 works = not takes(Path(folder, "lock"))
                 lock.release()
@@ -195,7 +195,7 @@ def takes(path: Path) -> bool:
     import filelock
 
     try:
-        with filelock.FileLock(path, timeout=0):
+        with filelock.FileLock(path, timeout=0, fallback_to_soft=False):
             return True
     except filelock.Timeout:
         return False
