@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -227,3 +228,24 @@ def test_auto_is_the_real_data_where_it_is_there_and_generated_digits_where_it_i
     assert "THIS IS NOT MNIST" in caplog.text
     for name in ("mnist", "fashion-mnist", "synthetic"):
         assert data.resolve(name, tmp_path) == name
+
+
+# --- python -m ddp_mnist.data
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
+def test_a_timeout_that_is_none_is_a_wrong_flag(
+    seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        data.main(["fetch", "--data-dir", str(tmp_path), "--timeout", seconds])
+    assert exit.value.code == 2
+    assert f"--timeout is {float(seconds)}; expected seconds above 0" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_fetched_are_one_message_and_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    root = tmp_path / "file" / "data"
+    ended = jobs.Ended(data.main(["fetch", "--data-dir", str(root)]), *capsys.readouterr())
+    assert f"cannot write: [Errno 20] Not a directory: '{root}/MNIST/raw'" in jobs.the_message([ended], 1)
+    assert ended.out == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from conftest import TEST_IMAGES, TRAIN_IMAGES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddp_mnist import data
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Split, to_float
 from ddp_mnist.evaluate import Score, evaluate, main
@@ -192,6 +194,31 @@ def test_the_data_may_lie_elsewhere_by_now(rescore: Command, a_run: Path, tiny: 
     (a_run / "config.json").write_text(json.dumps(config))
     assert rescore(a_run, "--data-dir", tiny).code == 0
     assert not (a_run / "gone").exists()
+
+
+def test_a_score_on_generated_digits_says_so(
+    rescore: Command, a_run: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = data.load
+    asked: list[str] = []
+
+    def drawn(dataset: str, root: Path) -> tuple[Split, Split]:
+        asked.append(dataset)
+        return load("fashion-mnist", tiny)  # 70,000 digits are not drawn for this
+
+    monkeypatch.setattr(data, "load", drawn)
+    assert "THIS IS NOT MNIST" not in rescore(a_run).out
+    config = jobs.read_json(a_run / "config.json")
+    config["settings"]["dataset"] = "synthetic"
+    (a_run / "config.json").write_text(json.dumps(config))
+    ended = rescore(a_run)
+    assert (ended.code, asked) == (0, ["fashion-mnist", "synthetic"])
+    assert f", on synthetic\n{data.SYNTHETIC_WARNING}\nChecking accuracy on training data\n" in ended.out
+
+
+def test_ctrl_c_ends_it_without_a_word(rescore: Command, a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load", lambda dataset, root: signal.raise_signal(signal.SIGINT))
+    assert rescore(a_run) == jobs.Ended(130, "", "")
 
 
 @pytest.mark.slow

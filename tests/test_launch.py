@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,15 @@ def test_without_sbatch_it_says_where_to_go(checkout: Path, flags: list[str]) ->
     assert ended.err.startswith("error: there is no sbatch on PATH: submit from a login node")
 
 
+def test_an_answer_of_sbatch_that_names_no_job_is_told(
+    checkout: Path, fake_slurm: Callable[..., dict[str, str]], flags: list[str]
+) -> None:
+    ended = submit(checkout, "--", *flags, **fake_slurm(sbatch="echo see you tomorrow", srun="exit 1"))
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith('error: Could not make sense of sbatch output "see you tomorrow')
+    assert "Traceback" not in ended.err
+
+
 def test_what_sbatch_says_is_passed_on_unchanged(
     checkout: Path, fake_slurm: Callable[..., dict[str, str]], flags: list[str]
 ) -> None:
@@ -180,6 +190,61 @@ def test_a_followed_job_ends_as_slurm_says(
     monkeypatch.setenv("PATH", fake_slurm(scontrol=answer)["PATH"])
     job: Any = SimpleNamespace(job_id="7", paths=SimpleNamespace(result_pickle=tmp_path / "none"))
     assert slurm_outcome(job) == expected
+
+
+def test_ctrl_c_ends_the_following_and_not_the_job(
+    checkout: Path, fake_slurm: Callable[..., dict[str, str]], flags: list[str]
+) -> None:
+    answer = "kill -INT $PPID; echo JobId=42 JobState=RUNNING ExitCode=0:0"
+    env = fake_slurm(sbatch="echo Submitted batch job 42", srun="exit 1", scontrol=answer, scancel="")
+    ended = submit(checkout, "--follow", "--", *flags, **env)
+    assert (ended.code, ended.err) == (130, "\nno longer following; job 42 goes on\n")
+    assert not (checkout / "scancel.calls").exists()
+
+
+# What the job does before it trains
+
+
+def test_only_a_jobs_first_start_is_fresh_and_the_leftover_of_a_killed_requeue_is_removed(tmp_path: Path) -> None:
+    from launch.job import Job
+
+    job = Job(("--fresh",), "python -m launch.submit --")
+    (tmp_path / "7_submitted.pkl.save_tmp").touch()  # with it submitit would not requeue again
+    kept = tmp_path / "7_submitted.pkl"
+    kept.touch()
+
+    def fresh(rank: int) -> bool:
+        paths = SimpleNamespace(folder=tmp_path)
+        env: Any = SimpleNamespace(cluster="slurm", job_id="7", global_rank=rank, num_tasks=2, paths=paths)
+        config = job.config(env)
+        assert config.output_dir == Path("runs/slurm-7")
+        return config.fresh
+
+    assert [fresh(0), fresh(0)] == [True, False]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "7_started", kept]
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "expected"),
+    [
+        ("echo 'NodeName=node1 Arch=x86_64'; echo '   NodeAddr=10.0.0.7 NodeHostName=node1'", "10.0.0.7"),
+        ("echo 'Node node1 not found' >&2; exit 1", "node1"),
+        (None, "node1"),
+    ],
+    ids=["known to SLURM", "unknown to SLURM", "no scontrol"],
+)
+def test_a_node_whose_name_does_not_resolve_is_met_at_the_address_that_slurm_has(
+    fake_slurm: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch, scontrol: str | None, expected: str
+) -> None:
+    from launch.job import _address
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    assert _address("127.0.0.1") == "127.0.0.1"
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setenv("PATH", fake_slurm(scontrol=scontrol)["PATH"] if scontrol else "/nowhere")
+    assert _address("node1") == expected
 
 
 # The local and the debug executor

@@ -216,6 +216,18 @@ def test_every_step_draws_anew(fit_here: Callable[..., Result]) -> None:
     assert len(set(net.drawn)) == len(net.drawn) == 12
 
 
+class Failing(nn.Linear):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise RuntimeError("a mistake of its own")
+        return super().forward(images.flatten(1))
+
+
+def test_what_a_network_raises_reaches_the_caller_as_it_is(fit_here: Callable[..., Result]) -> None:
+    with pytest.raises(RuntimeError, match=r"^a mistake of its own$"):
+        fit_here(model=lambda: Failing(12, 3))
+
+
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
     """A scaler as fp16 has it on a GPU, and a network whose gradients overflow until it has found its scale, in the
