@@ -132,7 +132,8 @@ def run_together(setup: Setup, commands: Sequence[Sequence[str]], environments: 
                 raise JobError(f"`python {' '.join(words)}` ended with {code} and said: {said}")
             lines.append((out.read().strip().splitlines() or [""])[-1])
         if None in codes:
-            raise JobError(f"`python {' '.join(commands[0])}` did not end within {PATIENCE:.0f} s.")
+            hung = " ".join(commands[codes.index(None)])
+            raise JobError(f"`python {hung}` did not end within {PATIENCE:.0f} s.")
         return lines
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +146,13 @@ def test_the_table_has_a_line_for_each_quantity_and_says_what_a_gpu_lacks(report
 
 
 @pytest.mark.slow
+def test_the_estimate_alone_has_no_table_of_quantities(report: dict[str, Any]) -> None:
+    lines = bench.table([report | {"rows": []}]).splitlines()
+    assert not [line for line in lines if line.startswith("| what")]
+    assert [line for line in lines if line.startswith("| global batch")]
+
+
+@pytest.mark.slow
 def test_two_reports_stand_side_by_side(
     report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +255,68 @@ def test_the_published_recipe_is_restated_and_learns(setup: Setup, threads: None
     assert reference.published_accuracy(trained, images, labels) > 0.3
 
 
+def figures() -> dict[str, Any]:
+    """What `measure` gives where one row was asked for."""
+    return {
+        "machine": bench._machine(1) | {"load_average": [0.0, 0.0, 0.0]},
+        "data": {"name": "mnist", "train_images": 60_000, "test_images": 10_000},
+        "settings": {"repeats": 1, "seeds": 1},
+        "rows": [bench._figures("loader", Line("loader alone", "images/s", "them", ours=[3.0], other=[2.0]))],
+        "scaling": None,
+    }
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["--json", "only printed"])
+def test_figures_are_printed_and_kept_where_it_was_asked(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = figures()
+    monkeypatch.setattr(bench, "measure", lambda options: found)
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["--json", "figures.json"] if kept else []) == 0
+    assert capsys.readouterr() == (bench.table([found]) + "\n", "")
+    assert [jobs.read_json(file) for file in tmp_path.iterdir()] == ([found] if kept else [])
+
+
+def test_figures_that_cannot_be_written_are_printed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = figures()
+    monkeypatch.setattr(bench, "measure", lambda options: found)
+    file = tmp_path / "figures.json"
+    file.mkdir()
+    assert bench.main(["--json", str(file)]) == 1
+    assert capsys.readouterr() == (
+        bench.table([found]) + "\n",
+        f"error: --json {file} cannot be written: Is a directory.\n",
+    )
+
+
+@pytest.mark.parametrize("says", ["model name\t: A Chip\n", "processor\t: 0\n", None])
+def test_the_processor_has_the_name_the_system_gives_it_or_that_of_its_kind(
+    says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> str:
+        assert str(path) == "/proc/cpuinfo"
+        if says is None:
+            raise FileNotFoundError(path)
+        return says
+
+    monkeypatch.setattr(Path, "read_text", read)
+    kind = platform.processor() or platform.machine()
+    assert bench._cpu_model() == ("A Chip" if says and "name" in says else kind) != ""
+
+
+def test_a_slice_of_mnist_is_measured_and_said_to_be_one(mnist: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    words = ["--quick", "--rows", "loader", "--dataset", "mnist", "--data-dir", str(mnist), "--json", str(file)]
+    ended = jobs.run([sys.executable, "-m", "ddp_mnist.bench", *words])
+    assert ended.code == 0, ended.err
+    assert jobs.read_json(file)["data"] == {"name": "mnist", "train_images": 1_500, "test_images": 250}
+    assert "1,500 training and 250 test images of a slice of MNIST: accuracies and ratios are not those" in ended.out
+    assert "NOT MNIST" not in ended.out + ended.err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -297,6 +368,19 @@ def test_a_failing_child_is_reported_in_its_own_words_and_ends_the_others(setup:
     with pytest.raises(JobError, match=r"ended with 1 and said: the disk is gone") as error:
         bench_setup.run_together(setup, commands, [{}, {}])
     assert mark.exists() and "ended with -9" not in str(error.value)
+
+
+def test_a_child_that_does_not_end_is_named_and_ended(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def wait_for_the_first_to_end(_: float) -> None:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        now[0] = math.inf
+
+    monkeypatch.setattr(bench_setup, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=wait_for_the_first_to_end))
+    commands = [["-c", "print(1)"], ["-c", "import time; time.sleep(600)"]]
+    with pytest.raises(JobError, match=r"^`python -c import time; time.sleep\(600\)` did not end within 1800 s\.$"):
+        bench_setup.run_together(setup, commands, [{}, {}])
 
 
 def test_ctrl_c_in_a_run_of_ours_ends_the_benchmark(
