@@ -138,6 +138,43 @@ def test_several_fits_in_one_script_are_those_of_a_script_each(script: Path, tmp
     faults.assert_same_result(tmp_path / "runs" / "2", tmp_path / "runs" / "alone")
 
 
+MEETINGS = """
+import torch
+from ddp_mnist import TrainConfig, world
+from ddp_mnist.errors import JobError
+from ddp_mnist.process import leave
+
+Accelerator = world.Accelerator
+def failing(**_):
+    raise RuntimeError("no such device")
+told = []
+for number in range(30):
+    world.Accelerator = failing if number % 2 else Accelerator
+    try:
+        with world.World(TrainConfig(threads=1, timeout_minutes=0.2)) as met:
+            assert met.sum(torch.ones(1)).item() == 2
+    except JobError as error:
+        told.append(str(error))
+assert len(told) == 15, told
+assert all("could not be brought together" in each and "no such device" in each for each in told), told
+leave(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["variables", "torchrun"])
+def test_ranks_meet_again_and_again_also_after_a_meeting_that_failed(tmp_path: Path, launcher: str) -> None:
+    """Where they meet, the addresses of all meetings before are still written down, also of those that failed."""
+    path = tmp_path / "meetings.py"
+    path.write_text(MEETINGS)
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(jobs.free_port())]
+        jobs.succeeded([jobs.run([*command, "--nproc-per-node", "2", str(path)])])
+    else:
+        jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(path)]))
+
+
 @pytest.mark.slow
 def test_as_a_whole_command_it_has_the_flags_and_exit_codes(script: Path, tmp_path: Path) -> None:
     text = script.read_text().split("config =")[0].replace("import TrainConfig, fit", "import run")
