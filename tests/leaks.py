@@ -43,13 +43,19 @@ def temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.fixture(scope="module", autouse=True)
 def no_orphans(temporary_directory: Path) -> Iterator[None]:
-    """Once a module's fixtures are gone, so are all processes that its tests have started, whoever is their parent."""
-    before = {process.pid for process in _marked()}
+    """Once a module's fixtures are gone, so are all processes that its tests have started, whoever is their parent, and
+    their threads and files."""
+
+    def state() -> dict[str, Any]:
+        found = _state(temporary_directory) | {"processes": set(_marked())}
+        return {what: found[what] for what in ENDING}
+
+    before = state()
     yield
-    _wait_until(lambda: not {process.pid for process in _marked()} - before)
-    left = [process for process in _marked() if process.pid not in before]
-    if left:
-        pytest.fail(f"this module leaves processes behind: {_described(left)}", pytrace=False)
+    _wait_until(lambda: not _differences(before, state()))
+    found = _differences(before, state())
+    if found:
+        pytest.fail("this module leaves behind:\n" + "\n".join(f"  {line}" for line in found), pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ LEAKS = {
     "environment_gone": "del os.environ['GIVEN']",
     "signal": "signal.signal(signal.SIGUSR2, signal.SIG_IGN)",
     "process": "held.append(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']))",
-    "file": "tempfile.mkstemp()",
-    "folder": "tempfile.mkdtemp()",
+    "file": "held.append(tempfile.mkstemp()[1])",
+    "folder": "held.append(tempfile.mkdtemp())",
     "directory": "os.chdir('/')",
     "umask": "os.umask(0o077)",
     "path": "sys.path.append('/left')",
@@ -58,6 +58,8 @@ def test_put_away():
         if isinstance(one, subprocess.Popen):
             one.kill()
             one.wait()
+        if isinstance(one, str):
+            (os.rmdir if os.path.isdir(one) else os.remove)(one)
     leave.set()
 """
 QUICK = """
@@ -73,6 +75,28 @@ def test_its_parent_is_gone():
         "pid, flush=True)"
     with open("orphan", "w") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, start_new_session=True, check=True)
+"""
+# As in tests/test_slurm.py, where `running` has others start and end things while a test is judged.
+SIDE_BY_SIDE = f"""{QUICK}
+import os, pytest
+
+@pytest.fixture(scope="module")
+def running():
+    pass
+
+def test_processes(running):
+    with open("left", "w") as out:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        out.write(str(child.pid))
+
+def test_files(running):
+    tempfile.mkstemp(prefix="left-")
+
+def test_environment(running):
+    os.environ["LEFT"] = "1"
+
+def test_nothing(running):
+    pass
 """
 
 
@@ -116,8 +140,19 @@ def test_a_process_whose_parent_is_gone_fails_its_module(tmp_path: Path) -> None
     pid = int((tmp_path / "orphan").read_text())
     os.kill(pid, signal.SIGKILL)
     assert "ERROR test_leaking.py::test_its_parent_is_gone - Failed: this module" in ended.out
-    assert f"this module leaves processes behind: {pid} (" in ended.out
+    assert f"this module leaves behind:\n  processes: {pid} (" in ended.out
     assert ended.code == 1
+
+
+@pytest.mark.slow
+def test_what_tests_side_by_side_have_started_is_judged_at_their_modules_end(tmp_path: Path) -> None:
+    ended = pytest_on(tmp_path, SIDE_BY_SIDE)
+    pid = int((tmp_path / "left").read_text())
+    os.kill(pid, signal.SIGKILL)
+    failed = re.findall(r"^ERROR test_leaking.py::(\w+) - Failed: (\w+ \w+)", ended.out, re.MULTILINE)
+    assert failed == [("test_environment", "this test"), ("test_nothing", "this module")], ended.out
+    assert "this test leaves behind:\n  environment: LEFT was None, is '1'\n" in ended.out
+    assert re.search(rf"this module leaves behind:\n  processes: {pid} \(.*\n  temporary files: left-\w+\n", ended.out)
 
 
 @pytest.mark.slow
