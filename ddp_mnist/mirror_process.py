@@ -75,8 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the training's console names it; the log has the traceback
         log.exception("the mirror has failed")
         latest = latest_news(run_dir, options["attempt"]) or {"mode": "disabled"}
+        problem = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError, JobError):
-            note(run_dir, options, latest=latest | {"problem": f"{type(error).__name__}: {error}"})
+            note(run_dir, options, latest=latest | {"problem": problem})
         return 1
 
 

@@ -787,7 +787,7 @@ def test_a_run_that_wandb_does_not_even_take_offline_is_not_missed(
     monkeypatch.setenv("WANDB_RUN_ID", "a:b")  # which wandb refuses
     ended = train("--wandb", "offline", "--output-dir", tmp_path)
     assert_unhurt(ended, tmp_path, run_at(1), "disabled")
-    assert "wandb does not even work offline: Run ID cannot contain" in ended.out
+    assert "W&B: wandb does not even work offline: Run ID cannot contain" in ended.out
     assert f"(see {tmp_path}/wandb/mirror.log); metrics.jsonl has everything.\n" in ended.out
 
 

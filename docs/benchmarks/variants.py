@@ -37,13 +37,59 @@ class ReluFirst(CNN):
         return self.fc1(hidden.flatten(1))
 
 
-class ActivationsReordered(CNN):
-    """A batch of activations is brought into the order of the linear layer's weight, not the weight into theirs."""
+class BiasInside(CNN):
+    """Each bias where it belongs, in its convolution: four times the work for it and for its gradient."""
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = F.relu(F.max_pool2d(self.conv1(images), 2))
-        hidden = F.relu(F.max_pool2d(self.conv2(hidden), 2))
+        return self.classify(F.relu(F.max_pool2d(self.conv2(hidden), 2)))
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        weight = self.fc1.weight.unflatten(1, hidden.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        return F.linear(hidden.permute(0, 2, 3, 1).flatten(1), weight, self.fc1.bias)
+
+
+class ActivationsReordered(BiasInside):
+    """A batch of activations is brought into the order of the linear layer's weight, not the weight into theirs."""
+
+    def classify(self, hidden: Tensor) -> Tensor:
         return self.fc1(hidden.flatten(1))
+
+
+class Maxima(torch.autograd.Function):
+    """Pooling as the maximum of two rows, then of two columns. Its forward takes a third of max_pool2d's time, whose
+    vectors 8 channels do not fill; its backward takes twice as long."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Any:
+        pixels = images.permute(0, 2, 3, 1)
+        rows = torch.maximum(pixels[:, 0::2], pixels[:, 1::2])
+        ctx.save_for_backward(pixels, rows)
+        return torch.maximum(rows[:, :, 0::2], rows[:, :, 1::2]).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        pixels, rows = ctx.saved_tensors
+        inner, outer = torch.empty_like(rows), torch.empty_like(pixels)
+        _share(
+            gradients[0].permute(0, 2, 3, 1), rows[:, :, 0::2], rows[:, :, 1::2], inner[:, :, 0::2], inner[:, :, 1::2]
+        )
+        _share(inner, pixels[:, 0::2], pixels[:, 1::2], outer[:, 0::2], outer[:, 1::2])
+        return outer.permute(0, 3, 1, 2)
+
+
+def _share(gradient: Tensor, one: Tensor, other: Tensor, to_one: Tensor, to_other: Tensor) -> None:
+    torch.ge(one, other, out=to_one)  # 1 or 0
+    to_one.mul_(gradient)
+    torch.sub(gradient, to_one, out=to_other)
+
+
+class PoolingByMaxima(BiasInside):
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = Maxima.apply(F.conv2d(images, self.conv1.weight, padding=1))
+        hidden = F.relu(pooled + self.conv1.bias.view(-1, 1, 1))  # type: ignore[union-attr]
+        pooled = F.max_pool2d(F.conv2d(hidden, self.conv2.weight, padding=1), 2)
+        return self.classify(pooled.add_(self.conv2.bias.view(-1, 1, 1)).relu_())  # type: ignore[union-attr]
 
 
 class ByHand(torch.autograd.Function):
@@ -95,9 +141,9 @@ class Patches(CNN):
         return self.fc1(hidden.flatten(1))
 
 
-class TwoRows(CNN):
+class TwoRows(BiasInside):
     """The first convolution for two rows at a time, as 16 channels, which fill a CPU's vectors: the four cells of a
-    pooling then lie side by side in memory. The network's very function."""
+    pooling then lie side by side in memory."""
 
     def forward(self, images: Tensor) -> Tensor:
         weight, bias = self.conv1.weight, self.conv1.bias
@@ -106,9 +152,7 @@ class TwoRows(CNN):
         rows = F.conv2d(images, kernels, torch.cat([bias, bias]), stride=(2, 1), padding=1)  # type: ignore[list-item]
         cells = rows.permute(0, 2, 3, 1).view(len(images), 14 * 14, 4, -1).permute(0, 3, 1, 2)
         hidden = F.relu(F.max_pool2d(cells, (1, 4)).view(len(images), -1, 14, 14))
-        hidden = F.relu(F.max_pool2d(self.conv2(hidden), 2))
-        weight = self.fc1.weight.unflatten(1, hidden.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-        return F.linear(hidden.permute(0, 2, 3, 1).flatten(1), weight, self.fc1.bias)
+        return self.classify(F.relu(F.max_pool2d(self.conv2(hidden), 2)))
 
 
 def step_of(net: nn.Module, *, channels_last: bool = True, **adam: Any) -> Step:
@@ -137,7 +181,7 @@ def without_onednn(batch: Batch, step: Step) -> None:
 
 
 def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tuple[str, Step]]:
-    yield "plain: channels_last, pooling first, fused Adam", step_of(CNN())
+    yield "plain: channels_last, pooling first, bias behind it, torch's fused Adam", step_of(CNN())
     job = TrainStep(config, world)
     yield "the job's own step, Accelerate and counts included", lambda batch: job(batch, 1e-3)
     accelerated = world.accelerator.prepare(torch.optim.Adam(job.net.parameters(), lr=1e-3, fused=True))
@@ -149,12 +193,14 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
 
     yield "the same through Accelerate's optimizer", wrapped
     yield "NCHW in place of channels_last", step_of(CNN(), channels_last=False)
-    yield "ReLU before pooling", step_of(ReluFirst())
-    yield "activations reordered for the linear layer, not its weight", step_of(ActivationsReordered())
+    yield "bias in the convolution", step_of(BiasInside())
+    yield "the same, ReLU before pooling", step_of(ReluFirst())
+    yield "the same, activations reordered for the linear layer, not its weight", step_of(ActivationsReordered())
     yield "Adam not fused", step_of(CNN(), fused=False)
-    yield "one autograd node, backward by hand", step_of(HandNet())
+    yield "first pooling as maxima of rows and columns", step_of(PoolingByMaxima())
+    yield "bias in the convolution, one autograd node, backward by hand", step_of(HandNet())
     yield "first convolution as a product over patches", step_of(Patches())
-    yield "first convolution two rows at a time", step_of(TwoRows())
+    yield "bias in the convolution, the first one two rows at a time", step_of(TwoRows())
     native = step_of(CNN(), channels_last=False)
     yield "without oneDNN", lambda batch: without_onednn(batch, native)
     if compile:  # takes a minute to compile
