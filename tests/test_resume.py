@@ -72,6 +72,7 @@ def test_the_printed_command_has_the_precision_that_accelerate_launch_was_told(
 def test_the_printed_command_of_several_machines_leaves_open_what_differs_on_each(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], launcher: str
 ) -> None:
+    monkeypatch.delenv("DDP_MNIST_DATA", raising=False)  # which the command would write out
     for name, value in {**variables, "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     world: Any = SimpleNamespace(size=8, device=torch.device("cuda"))

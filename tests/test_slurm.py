@@ -391,10 +391,14 @@ def test_requeues_are_counted(site: Site) -> None:
     frozen = job.freeze()
     assert re.search(rf"{job.id} .* R ", site.cluster.run("squeue", "--me"))
     assert re.search(r"^debug\* gpu:\d+ \d+$", site.cluster.run("sinfo", "-o", "%P %G %c"), re.MULTILINE)
-    site.cluster.run("scancel", "--signal=TERM", job.id)
-    thaw(frozen, after=signal.SIGTERM)
-    assert job.wait("FAILED")["ExitCode"] == "75:0"
-    assert "not requeued: MAX_REQUEUES=0 is reached" in job.log
+    with subprocess.Popen(["tail", "-f", job.log_path.name], cwd=job.cwd, stdout=subprocess.PIPE, text=True) as tail:
+        try:
+            site.cluster.run("scancel", "--signal=TERM", job.id)
+            thaw(frozen, after=signal.SIGTERM)
+            assert job.wait("FAILED")["ExitCode"] == "75:0"
+            assert tail.stdout and any("not requeued: MAX_REQUEUES=0 is reached" in line for line in tail.stdout)
+        finally:
+            tail.kill()
     assert result(job)["threads"] == 2
 
 
