@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 def _layer(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
-    gradient have a quarter of the work, which a CPU's sums in bf16 would not gain from."""
+    gradient have a quarter of the work. Not under autocast: a CPU's sums in bf16 are slower than what they would save.
+    Hooks of the convolution run under autocast only."""
     if torch.is_autocast_enabled(images.device.type):
         return F.relu(F.max_pool2d(convolution(images), 2))
-    pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=1), 2)
+    pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=convolution.padding), 2)
     return pooled.add_(convolution.bias.view(-1, 1, 1)).relu_()  # type: ignore[union-attr]
 
 
@@ -20,8 +21,8 @@ class CNN(nn.Module):
     """Images (N, in_channels, 28, 28) in 0-1 → logits (N, num_classes), both fp32.
 
     Parameter names and shapes are the tutorial's (9,098 parameters at the defaults), so a state dict fits either
-    class. It is the same function but for rounding: each layer pools before the ReLU, which then has a quarter of the
-    work, and the linear layer sums in another order.
+    class. It is the same function but for rounding: each layer pools before bias and ReLU, which then have a quarter of
+    the work, and the linear layer sums in another order.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ class RunLog:
 
     @property
     def steps_per_epoch(self) -> int:
-        """As config.json has it; where that is lost, those of MNIST."""
-        return self.config.get("steps_per_epoch", 938)
+        """As config.json has it; where that is lost, or older, those of MNIST."""
+        return self.config.get("steps_per_epoch", math.ceil(60_000 / self.settings.get("batch_size", 64)))
 
     def missing(self) -> list[str]:
         """What cannot be drawn or told yet, and why; a sentence each."""

@@ -34,12 +34,12 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def fused_step(self) -> None:
-        """`step`, less what takes longer than Adam itself: it looks for a CUDA graph, for hooks, for new parameters."""
+        """`step`, without its looks for a CUDA graph, hooks and new parameters: two thirds of its time."""
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
-        if not group["fused"] or not all(states):
-            self.step()  # makes the states
+        if not group["fused"] or group["amsgrad"] or not all(states):
+            self.step()  # also makes the states
             return
         beta1, beta2 = group["betas"]
         functional_adam(
@@ -54,9 +54,9 @@ class Adam(torch.optim.Adam):
             beta1=beta1,
             beta2=beta2,
             lr=group["lr"],
-            weight_decay=0,
+            weight_decay=group["weight_decay"],
             eps=group["eps"],
-            maximize=False,
+            maximize=group["maximize"],
         )
 
 

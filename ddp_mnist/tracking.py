@@ -67,7 +67,7 @@ class Tracker:
         self._mirror = mirror
         if world.is_main:
             self._file = MetricsFile(run_dir / rundir.METRICS, keep=metrics_bytes)
-            if config.progress and sys.stderr.isatty():
+            if config.progress and sys.stderr is not None and sys.stderr.isatty():
                 self._bar = tqdm(total=self.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Tracker:

@@ -151,7 +151,7 @@ told = []
 for number in range(30):
     world.Accelerator = failing if number % 2 else Accelerator
     try:
-        with world.World(TrainConfig(threads=1, timeout_minutes=0.2)) as met:
+        with world.World(TrainConfig(threads=1, timeout_minutes=1)) as met:
             assert met.sum(torch.ones(1)).item() == 2
     except JobError as error:
         told.append(str(error))

@@ -69,12 +69,13 @@ def test_fifty_steps_are_those_of_torchs_own_fused_adam_bit_for_bit(world: World
     assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
 
 
-def test_parameters_without_a_gradient_are_left_alone_as_torchs_own_adam_does() -> None:
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.5}, {"maximize": True}, {"amsgrad": True}])
+def test_parameters_without_a_gradient_are_left_alone_as_torchs_own_adam_does(options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(3, generator=generator) for _ in range(3)]
     ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
-    adam = Adam(ours, lr=0.1, fused=True)
-    expected = torch.optim.Adam(theirs, lr=0.1, fused=True)
+    adam = Adam(ours, lr=0.1, fused=True, **options)
+    expected = torch.optim.Adam(theirs, lr=0.1, fused=True, **options)
     for used in [(0,), (0, 1), (1,), (0, 2), (0, 1, 2), (), (2,)]:  # the second and the third come later
         for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
             gradient = torch.randn(3, generator=generator)

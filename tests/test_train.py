@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import faults
 import jobs
@@ -28,6 +28,7 @@ from tutorial import TutorialCNN, count_correct
 
 from ddp_mnist import TrainConfig, fit, provenance, report, rundir
 from ddp_mnist.checkpoint import Checkpoints
+from ddp_mnist.config import Schedule
 from ddp_mnist.process import tell_uncaught
 from ddp_mnist.step import learning_rate
 from ddp_mnist.tracking import MetricsFile
@@ -256,6 +257,20 @@ raise UsageError("a mistake")
 def test_an_error_has_its_message_and_code_whatever_is_closed(closed: str, told: str) -> None:
     ended = jobs.run(["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, "-c", UNCAUGHT])
     assert ended == jobs.Ended(2, *("error: a mistake\n" if told == name else "" for name in ("out", "err")))
+
+
+@pytest.mark.slow
+def test_a_job_whose_output_is_closed_trains_all_the_same(tiny: Path, tmp_path: Path) -> None:
+    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
+    flags += ["--max-steps", "2", "--output-dir", str(tmp_path)]
+    ended = jobs.run(["bash", "-c", 'exec "$0" "$@" 2>&-', *jobs.TRAIN, *flags])
+    assert ended.code == 0, ended.out
+    assert jobs.read_json(tmp_path / "summary.json")["steps"] == 2
+
+
+def test_every_schedule_has_a_shape() -> None:
+    for schedule in get_args(Schedule):
+        assert learning_rate(TrainConfig(schedule=schedule), 99, 100) > 0
 
 
 def test_fit_returns_the_summary_it_writes(tiny: Path, tmp_path: Path, process_of_a_job: None) -> None:
