@@ -88,6 +88,17 @@ def test_parameters_without_a_gradient_are_left_alone_as_torchs_own_adam_does(op
         ]
 
 
+def test_after_the_first_step_only_adams_function_is_called(
+    world: World, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TrainStep(CONFIG, world)
+    step(batches[0], CONFIG.lr)
+    monkeypatch.setattr(step.adam, "step", None)
+    before = step.snapshot()[0]
+    step(batches[1], CONFIG.lr)
+    assert not torch.equal(step.snapshot()[0]["fc1.weight"], before["fc1.weight"])
+
+
 def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: list[Batch]) -> None:
     """The tutorial has another memory layout, another order of ReLU and pooling, and an Adam in separate operations."""
     found = trained(world, batches)
