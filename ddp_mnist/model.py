@@ -21,8 +21,8 @@ class CNN(nn.Module):
     """Images (N, in_channels, 28, 28) in 0-1 → logits (N, num_classes), both fp32.
 
     Parameter names and shapes are the tutorial's (9,098 parameters at the defaults), so a state dict fits either
-    class. It is the same function but for rounding: each layer pools before bias and ReLU, which then have a quarter of
-    the work, and the linear layer sums in another order.
+    class. It is the same function but for rounding: each layer pools before bias and ReLU (under autocast: before
+    ReLU), which then have a quarter of the work, and the linear layer sums in another order.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:

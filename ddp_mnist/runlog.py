@@ -83,7 +83,7 @@ class RunLog:
 
     @property
     def steps_per_epoch(self) -> int:
-        """As config.json has it; where that is lost, or older, those of MNIST."""
+        """As config.json has it; where that is lost, or older, those of MNIST, in batches of 64 unless it says."""
         return self.config.get("steps_per_epoch", math.ceil(60_000 / self.settings.get("batch_size", 64)))
 
     def missing(self) -> list[str]:

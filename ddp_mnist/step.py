@@ -34,11 +34,13 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def fused_step(self) -> None:
-        """`step`, without its looks for a CUDA graph, hooks and new parameters: two thirds of its time."""
+        """`step`, without its looks for a CUDA graph and for hooks: two thirds of its time. Where a parameter is
+        new, or an option is set that a fork may want, it is `step` itself."""
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
-        if not group["fused"] or group["amsgrad"] or not all(states):
+        options = group["amsgrad"], group.get("decoupled_weight_decay")
+        if not group["fused"] or any(options) or not all(states):
             self.step()  # also makes the states
             return
         beta1, beta2 = group["betas"]

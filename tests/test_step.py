@@ -69,7 +69,16 @@ def test_fifty_steps_are_those_of_torchs_own_fused_adam_bit_for_bit(world: World
     assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.5}, {"maximize": True}, {"amsgrad": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.5},
+        {"maximize": True},
+        {"amsgrad": True},
+        {"weight_decay": 0.5, "decoupled_weight_decay": True},
+    ],
+)
 def test_parameters_without_a_gradient_are_left_alone_as_torchs_own_adam_does(options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(3, generator=generator) for _ in range(3)]
