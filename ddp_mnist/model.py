@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 def _layer(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
-    gradient have a quarter of the work. Not under autocast: a CPU's sums in bf16 are slower than what they would save.
-    Hooks of the convolution run under autocast only."""
+    gradient have a quarter of the work. Not under autocast: in bf16 a CPU loses by it
+    (docs/benchmarks/variants.py). Hooks of the convolution run under autocast only."""
     if torch.is_autocast_enabled(images.device.type):
         return F.relu(F.max_pool2d(convolution(images), 2))
     pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=convolution.padding), 2)

@@ -34,7 +34,7 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def fused_step(self) -> None:
-        """`step`, without its looks for a CUDA graph and for hooks: two thirds of its time. Where a parameter is
+        """`step`, without its looks for a CUDA graph and for hooks (docs/benchmarks/variants.py). Where a parameter is
         new, or an option is set that a fork may want, it is `step` itself."""
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -84,12 +84,25 @@ def _share(gradient: Tensor, one: Tensor, other: Tensor, to_one: Tensor, to_othe
     torch.sub(gradient, to_one, out=to_other)
 
 
-class PoolingByMaxima(BiasInside):
+class BiasBehind(BiasInside):
+    """As in the network, which leaves the bias in the convolution under autocast: in any precision."""
+
     def forward(self, images: Tensor) -> Tensor:
-        pooled = Maxima.apply(F.conv2d(images, self.conv1.weight, padding=1))
-        hidden = F.relu(pooled + self.conv1.bias.view(-1, 1, 1))  # type: ignore[union-attr]
+        pooled = self.pool(F.conv2d(images, self.conv1.weight, padding=1))
+        hidden = F.relu(pooled + self.bias(self.conv1, pooled))
         pooled = F.max_pool2d(F.conv2d(hidden, self.conv2.weight, padding=1), 2)
-        return self.classify(pooled.add_(self.conv2.bias.view(-1, 1, 1)).relu_())  # type: ignore[union-attr]
+        return self.classify(F.relu(pooled + self.bias(self.conv2, pooled)))
+
+    def pool(self, images: Tensor) -> Tensor:
+        return F.max_pool2d(images, 2)
+
+    def bias(self, convolution: nn.Conv2d, pooled: Tensor) -> Tensor:
+        return convolution.bias.to(pooled.dtype).view(-1, 1, 1)  # type: ignore[union-attr]
+
+
+class PoolingByMaxima(BiasBehind):
+    def pool(self, images: Tensor) -> Tensor:
+        return Maxima.apply(images)
 
 
 class ByHand(torch.autograd.Function):
@@ -155,7 +168,7 @@ class TwoRows(BiasInside):
         return self.classify(F.relu(F.max_pool2d(self.conv2(hidden), 2)))
 
 
-def step_of(net: nn.Module, *, channels_last: bool = True, **adam: Any) -> Step:
+def step_of(net: nn.Module, *, channels_last: bool = True, bf16: bool = False, **adam: Any) -> Step:
     """Forward, backward and Adam as in step.py, with nothing around them."""
     if channels_last:
         net.to(memory_format=torch.channels_last)
@@ -163,7 +176,9 @@ def step_of(net: nn.Module, *, channels_last: bool = True, **adam: Any) -> Step:
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        loss = F.cross_entropy(net(to_float(batch.images)), batch.labels, reduction="sum") / batch.global_size
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = net(to_float(batch.images))
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum") / batch.global_size
         loss.backward()
         optimizer.step()
 
@@ -184,6 +199,9 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
     yield "plain: channels_last, pooling first, bias behind it, torch's fused Adam", step_of(CNN())
     job = TrainStep(config, world)
     yield "the job's own step, Accelerate and counts included", lambda batch: job(batch, 1e-3)
+    whole = TrainStep(config, world)
+    whole.adam.fused_step = whole.adam.step  # type: ignore[method-assign]
+    yield "the same with torch's whole Adam.step", lambda batch: whole(batch, 1e-3)
     accelerated = world.accelerator.prepare(torch.optim.Adam(job.net.parameters(), lr=1e-3, fused=True))
 
     def wrapped(batch: Batch) -> None:
@@ -196,6 +214,8 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
     yield "bias in the convolution", step_of(BiasInside())
     yield "the same, ReLU before pooling", step_of(ReluFirst())
     yield "the same, activations reordered for the linear layer, not its weight", step_of(ActivationsReordered())
+    yield "bf16, bias in the convolution, as the network has it there", step_of(CNN(), bf16=True)
+    yield "bf16, bias behind the pooling", step_of(BiasBehind(), bf16=True)
     yield "Adam not fused", step_of(CNN(), fused=False)
     yield "first pooling as maxima of rows and columns", step_of(PoolingByMaxima())
     yield "bias in the convolution, one autograd node, backward by hand", step_of(HandNet())
