@@ -70,7 +70,7 @@ def bare_seconds(config: TrainConfig) -> float:
         total = len(batches) * config.epochs
 
         def run() -> None:
-            step.settle_buckets(batches)
+            step.settle(batches)
             done = 0
             for epoch in range(config.epochs):
                 for batch in batches.epoch(epoch):

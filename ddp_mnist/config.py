@@ -118,6 +118,9 @@ class TrainConfig:
     threads: int = 0
     """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
 
+    cuda_graphs: bool = True
+    """On one GPU: record a step's kernels once and replay them with one call. Not of other networks, nor in fp16."""
+
     compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compile the network first, on a GPU into CUDA graphs. On a CPU it is slower."""
 

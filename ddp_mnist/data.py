@@ -8,6 +8,7 @@ pre-stages the files for nodes without internet.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import logging
 import sys
@@ -150,14 +151,26 @@ class ShardSampler(DistributedSampler):
 class Batch:
     """One rank's share of one global batch; it may hold no image at all in an epoch's last, uneven batch."""
 
-    images: Tensor
-    """(n, channels, height, width) as the data set has them: our data uint8 (n, 1, 28, 28)"""
-    labels: Tensor
-    """int64 (n,)"""
+    split: Split
+    rows: Tensor
+    """int64 (n,), on the split's device: what `images` and `labels` gather when they are first asked for."""
     global_size: int
     """Images in the global batch, over all ranks."""
     seed: int
     """What is drawn at random in this share's forward pass follows from it: another one for each step and rank."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """(n, channels, height, width) as the data set has them: our data uint8 (n, 1, 28, 28)"""
+        return self.split.images.index_select(0, self.rows)
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """int64 (n,)"""
+        return self.split.labels.index_select(0, self.rows)
 
 
 class TrainBatches:
@@ -186,12 +199,8 @@ class TrainBatches:
         indices = self.sampler.indices().to(self.split.labels.device)
         for step in range(start, len(self)):
             rows = indices[step * self.local_size : (step + 1) * self.local_size]
-            yield Batch(
-                self.split.images.index_select(0, rows),
-                self.split.labels.index_select(0, rows),
-                self.global_size(step),
-                _mix(self.sampler.seed, epoch, step, self.sampler.rank),
-            )
+            seed = _mix(self.sampler.seed, epoch, step, self.sampler.rank)
+            yield Batch(self.split, rows, self.global_size(step), seed)
 
 
 def _mix(*numbers: int) -> int:

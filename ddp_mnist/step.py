@@ -18,8 +18,13 @@ from ddp_mnist.checkpoint import weights as checkpoint_weights
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Batch, Split, TrainBatches, to_float
 from ddp_mnist.errors import UsageError
+from ddp_mnist.graphs import Action, Graphs
 from ddp_mnist.model import CNN
 from ddp_mnist.world import World
+
+
+STATE = ("step", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of each parameter."""
 
 
 class Adam(torch.optim.Adam):
@@ -31,6 +36,14 @@ class Adam(torch.optim.Adam):
     load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+    def begin(self) -> None:
+        """Make the states that torch makes in the first step."""
+        for parameter in self.param_groups[0]["params"]:
+            if not self.state[parameter]:
+                zero = torch.zeros((), device=parameter.device)
+                moments = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                self.state[parameter] = dict(zip(STATE, (zero, *moments), strict=True))
 
     @torch.no_grad()
     def fused_step(self) -> None:
@@ -106,13 +119,37 @@ class TrainStep:
         self.parameters = list(self.net.parameters())
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
+        self.forward = self._forward
+        self.graphs: Graphs | None = None
+        if self.may_be_recorded():
+            self.adam.begin()
+            # What a graph reads must stay where it was when it was recorded.
+            self.rate = config.lr
+            self.adam.param_groups[0]["lr"] = torch.tensor(config.lr, device=world.device)
+            self.graphs = Graphs(self.changing)
         if config.compile:
-            # On a GPU as CUDA graphs: launching its 25 kernels takes longer than they do. An epoch's last batch has
-            # another size, which gets a graph of its own.
-            mode = "reduce-overhead" if world.device.type == "cuda" else "default"
-            self.model = torch.compile(self.model, mode=mode, dynamic=False)
+            self.compile()
         if snapshot is not None:
             self.restore(snapshot)
+
+    def compile(self) -> None:
+        """An epoch's last batch has another size, which is compiled by itself."""
+        if self.graphs is not None:
+            self.forward = torch.compile(self._forward, dynamic=False)
+        else:
+            # torch's own CUDA graphs, where ours cannot be.
+            mode = "reduce-overhead" if self.world.device.type == "cuda" else "default"
+            self.model = torch.compile(self.model, mode=mode, dynamic=False)
+
+    def may_be_recorded(self) -> bool:
+        """Whether a step can be a CUDA graph: not what another network may do on the way, not fp16's scaler, whose steps
+        that overflow are counted here, and not the exchange with other ranks."""
+        alone = self.world.device.type == "cuda" and self.world.size == 1
+        return alone and self.config.cuda_graphs and self.name is None and self.world.accelerator.scaler is None
+
+    def changing(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [*self.parameters, *(value for state in self.adam.state.values() for value in state.values())]
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(weights, optimizer, scaler) as a checkpoint keeps them. Raises: JobError when a weight is not finite."""
@@ -128,7 +165,7 @@ class TrainStep:
     def restore(self, snapshot: Snapshot) -> None:
         """The optimizer's and the scaler's state as they were saved, which the weights are already."""
         for name, parameter in self.net.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            for key in STATE:
                 value = snapshot.optimizer.get(f"{name}.{key}")
                 if value is None:  # saved before the first step
                     continue
@@ -143,8 +180,13 @@ class TrainStep:
     def __call__(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
         """Returns this rank's part of the global mean loss, and how many of its images were recognised: two scalars
         whose sums over the ranks are the loss and the count."""
+        if self.graphs is not None:
+            return self._replayed(self.graphs, batch, rate)
         for group in self.adam.param_groups:
             group["lr"] = rate
+        return self._launched(batch)
+
+    def _launched(self, batch: Batch) -> tuple[Tensor, Tensor]:
         for parameter in self.parameters:
             parameter.grad = None
         result = self.gradients(batch)
@@ -157,6 +199,29 @@ class TrainStep:
             # package at every step: 0.1 ms on a local disk, more on one that a cluster shares.
             self.adam.fused_step()
         return result
+
+    def _replayed(self, graphs: Graphs, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
+        if rate != self.rate:
+            self.adam.param_groups[0]["lr"].fill_(rate)
+            self.rate = rate
+        figures, *rest = graphs.replay(kind_of(batch), batch.rows, self.action(batch))
+        for parameter, gradient in zip(self.parameters, rest, strict=False):
+            parameter.grad = gradient
+        if self.config.grad_clip:
+            self.clipped_from = rest[-1]
+        loss, correct = figures.clone()
+        return loss, correct
+
+    def action(self, batch: Batch) -> Action:
+        """A step on other rows in that batch's place, as `graphs` records it: [(loss, count), gradients, norm]."""
+
+        def launch(rows: Tensor) -> list[Tensor]:
+            loss, correct = self._launched(Batch(batch.split, rows, batch.global_size, batch.seed))
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            norm = [] if self.clipped_from is None else [self.clipped_from]
+            return [torch.stack([loss, correct.to(loss.dtype)]), *gradients, *norm]
+
+        return launch
 
     def gradient_norm(self) -> float:
         """Of the last step's gradient over all ranks, before clipping; NaN before the first step."""
@@ -193,14 +258,28 @@ class TrainStep:
             loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
             self.world.accelerator.backward(loss)
             return loss.detach(), torch.zeros_like(loss)
+        loss, correct = self.forward(images, labels, global_size)
+        self.world.accelerator.backward(loss * self.world.size if self.world.size > 1 else loss)
+        return loss.detach(), correct
+
+    def _forward(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         logits = self.model(to_float(images))
         loss = F.cross_entropy(logits, labels, reduction="sum") / global_size
-        self.world.accelerator.backward(loss * self.world.size if self.world.size > 1 else loss)
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+        return loss, (logits.detach().argmax(1) == labels).sum()
 
-    def settle_buckets(self, batches: TrainBatches) -> None:
-        """Two uncounted passes: DDP regroups its gradients after the first backward, which would change the order
-        of sums between the first step of a run and the first step after a resume."""
+    def settle(self, batches: TrainBatches) -> None:
+        """What must be done once before the first step; counts nothing and changes nothing.
+
+        On one GPU its graphs are recorded. Among several ranks: two passes, as DDP regroups its gradients after the
+        first backward, which would change the order of sums between the first step of a run and the first step after
+        a resume.
+        """
+        if self.graphs is not None:
+            for start in (0, len(batches) - 1):
+                batch = next(batches.epoch(0, start))
+                self.graphs.recorded(kind_of(batch), batch.rows, self.action(batch))
+            self.clipped_from = None
+            self.optimizer.zero_grad()
         if self.world.size == 1:
             return
         batch = next(batches.epoch(0))
@@ -210,6 +289,11 @@ class TrainStep:
         for buffer, before in zip(self.net.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self.optimizer.zero_grad()
+
+
+def kind_of(batch: Batch) -> tuple[int, int, int]:
+    """Batches of one kind differ in nothing but their rows."""
+    return id(batch.split), len(batch), batch.global_size
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

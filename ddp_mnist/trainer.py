@@ -184,7 +184,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """The whole attempt; returns what summary.json has. Raises: JobError, the same on all ranks."""
         self.world.agree(self.write_config)
-        self.step.settle_buckets(self.batches)
+        self.step.settle(self.batches)
         self.tracker.say(self.banner)
         self.tracker.start_mirror()
         reason = self.loop()

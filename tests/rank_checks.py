@@ -41,7 +41,7 @@ def gradients(world: World, images: Tensor, labels: Tensor) -> dict[str, Tensor]
         batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
         for parts in PARTS:
             step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1), world)
-            step.settle_buckets(batches)
+            step.settle(batches)
             for number, batch in enumerate(batches.epoch(0)):
                 step.optimizer.zero_grad()
                 loss, _ = step.gradients(batch)
@@ -62,7 +62,7 @@ def settling(world: World, split: Split) -> dict[str, Any]:
     batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
     step = TrainStep(TrainConfig(batch_size=BATCH, threads=1), world)
     before = digest(step.net)
-    step.settle_buckets(batches)
+    step.settle(batches)
     gradient = sum(value.grad.abs().sum().item() for value in step.net.parameters() if value.grad is not None)
     return {"before": before, "after": digest(step.net), "gradient": gradient, "optimizer": len(step.optimizer.state)}
 
