@@ -117,11 +117,14 @@ def few_batches(setup: Setup, world: World, size: int) -> list[Batch]:
 
 def epoch(setup: Setup) -> list[Line]:
     line = Line("training, one epoch, batch 64, Adam 1e-3", "images/s", TUTORIAL)
+    compiled = Line("the same with --compile", "images/s", TUTORIAL)
+    lines = [line, compiled] if torch.cuda.is_available() else [line]  # on a CPU it loses: variants.py
     theirs, _ = reference.tutorial_loaders(setup.dataset, setup.root)
 
     def ours(number: int) -> None:
-        summary = setup.job(epochs=1, seed=number)
-        line.ours.append(summary["samples_seen"] / summary["train_seconds"])
+        for each in lines:
+            summary = setup.job(epochs=1, seed=number, compile=each is compiled)
+            each.ours.append(summary["samples_seen"] / summary["train_seconds"])
 
     def other(number: int) -> None:
         setup.as_the_tutorial()
@@ -129,7 +132,8 @@ def epoch(setup: Setup) -> list[Line]:
         line.other.append(len(setup.train) / timed(lambda: tutorial.epoch(theirs)))
 
     in_turn(setup.repeats, ours, other)
-    return [line]
+    compiled.other = line.other
+    return lines
 
 
 def to_98(setup: Setup) -> list[Line]:
@@ -290,7 +294,8 @@ def ranks(setup: Setup) -> list[Line]:
 
 def overhead(setup: Setup) -> list[Line]:
     """The default command without its scores, from the first line of its log to its last file, against its very batches
-    and steps alone; every run in processes of its own. A few percent need more turns than the other rows."""
+    and steps alone; every run in processes of its own. A few percent need more turns than the other rows: on a CPU,
+    whose times vary more, there are some."""
     bare = "its batches and steps alone"
     epochs = f"{setup.epochs} epoch{'s' if setup.epochs > 1 else ''}"
     one = Line(f"training with checkpoints, tracking, stop agreement: {epochs}", "s", bare)
@@ -304,9 +309,12 @@ def overhead(setup: Setup) -> list[Line]:
         one.ours.append(full_seconds(setup, [{}], 0, seed))
         unmirrored.ours.append(full_seconds(setup, [{}], 0, seed, wandb="disabled"))
 
-    turns = 1 if setup.repeats == 1 else 3 * setup.repeats
+    on_gpu = torch.cuda.is_available()
+    turns = setup.repeats if on_gpu or setup.repeats == 1 else 3 * setup.repeats
     in_turn(turns, of_one, lambda seed: one.other.append(alone([{}], 0, seed)))
     unmirrored.other = one.other
+    if on_gpu:
+        return [one, unmirrored]
     in_turn(
         setup.repeats,
         lambda seed: two.ours.append(full_seconds(setup, cpu_ranks(2), 1, seed)),

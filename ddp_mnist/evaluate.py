@@ -22,6 +22,7 @@ from ddp_mnist.checkpoint import Saved, open_saved
 from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import Split, evaluation_batches, to_float
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.model import placed
 from ddp_mnist.process import leave, muted, rank_from_environment, show_warnings, tell
 from ddp_mnist.world import World, lost_ranks_told
 
@@ -176,7 +177,7 @@ def rescore(run_dir: Path, world: World, data_dir: Path | None = None) -> tuple[
     own = saved.config.data_dir
     root = data_dir or (own if own.exists() else default_data_dir())
     train, test = world.agree(lambda: data.load(saved.config.dataset, root))
-    net = saved.net.to(world.device).to(memory_format=torch.channels_last)  # as in training: the same rounding
+    net = placed(saved.net, world.device)  # as in training: the same rounding
     return saved, evaluate(net, train.to(world.device), world), evaluate(net, test.to(world.device), world)
 
 

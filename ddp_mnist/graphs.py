@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3
-"""Runs before a recording: libraries choose kernels and allocate, torch.compile compiles. None of it can be recorded."""
+"""Runs before a recording: libraries choose kernels and take memory, torch.compile compiles."""
 
 Action = Callable[[Tensor], list[Tensor]]
 """A step on the rows (n,) of a data set; returns what others read of it."""
@@ -53,7 +53,8 @@ class Graphs:
     def _record(self, rows: Tensor, action: Action) -> Recording:
         rows = rows.clone()
         changed = list(self._changed())
-        before = [tensor.clone() for tensor in changed]
+        # Detached: a clone that autograd knows of would tie the weights' gradients to this stream.
+        before = [tensor.detach().clone() for tensor in changed]
         results, replay = capture(lambda: action(rows))
         for tensor, value in zip(changed, before, strict=True):
             tensor.detach().copy_(value)

@@ -7,14 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def placed(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device, its weights in the order in memory that is the faster one there."""
+    net.to(device)
+    # CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/variants.py).
+    if device.type != "cuda" and all(parameter.dim() <= 4 for parameter in net.parameters()):
+        net.to(memory_format=torch.channels_last)
+    return net
+
+
+def _on_gpu(images: Tensor) -> bool:
+    return images.device.type == "cuda"
+
+
 def _layer(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
-    gradient have a quarter of the work. Not under autocast: in bf16 a CPU loses by it
-    (docs/benchmarks/variants.py). Hooks of the convolution run under autocast only."""
-    if torch.is_autocast_enabled(images.device.type):
+    gradient have a quarter of the work. Not under autocast on a CPU, which loses by it
+    (docs/benchmarks/variants.py). Hooks of the convolution run there only."""
+    if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return F.relu(F.max_pool2d(convolution(images), 2))
     pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=convolution.padding), 2)
-    return pooled.add_(convolution.bias.view(-1, 1, 1)).relu_()  # type: ignore[union-attr]
+    bias = convolution.bias.to(pooled.dtype).view(-1, 1, 1)  # type: ignore[union-attr]
+    if _on_gpu(images):
+        # Its gradient then is summed over each picture first, then over the pictures: a GPU is twice as fast so.
+        bias = bias.expand(len(images), -1, 1, 1)
+    return pooled.add_(bias).relu_()
 
 
 class CNN(nn.Module):
@@ -34,7 +51,16 @@ class CNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = _layer(self.conv2, _layer(self.conv1, images))
+        if _on_gpu(hidden):
+            return self._classify_in_parts(hidden.flatten(1))
         # Both in the order that channels_last activations have in memory: to reorder the weight, and its gradient, is
         # less than to reorder a batch of activations and theirs.
         weight = self.fc1.weight.unflatten(1, hidden.shape[1:]).permute(0, 2, 3, 1).flatten(1)
         return F.linear(hidden.permute(0, 2, 3, 1).flatten(1), weight, self.fc1.bias)
+
+    def _classify_in_parts(self, hidden: Tensor) -> Tensor:
+        """The linear layer as seven products of a seventh of its inputs each, which a GPU does side by side: with so
+        few outputs cuBLAS adds up all inputs one after the other."""
+        parts = hidden.unflatten(1, (7, -1)).transpose(0, 1)
+        weights = self.fc1.weight.unflatten(1, (7, -1)).permute(1, 2, 0)
+        return torch.bmm(parts, weights).sum(0) + self.fc1.bias

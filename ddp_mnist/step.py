@@ -19,9 +19,8 @@ from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Batch, Split, TrainBatches, to_float
 from ddp_mnist.errors import UsageError
 from ddp_mnist.graphs import Action, Graphs
-from ddp_mnist.model import CNN
+from ddp_mnist.model import CNN, placed
 from ddp_mnist.world import World
-
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter."""
@@ -106,9 +105,7 @@ class TrainStep:
                 raise UsageError(f"{config.output_dir} holds a run of another network: {error}") from error
         elif path is not None:
             world.agree(lambda: load_weights(self.net, path))
-        self.net.to(world.device)
-        if all(parameter.dim() <= 4 for parameter in self.net.parameters()):
-            self.net.to(memory_format=torch.channels_last)
+        placed(self.net, world.device)
         kind = type(self.net)
         self.name = f"{kind.__module__}.{kind.__qualname__}" if model else None
         """Of the caller's own network; None: it is ours."""
@@ -142,8 +139,8 @@ class TrainStep:
             self.model = torch.compile(self.model, mode=mode, dynamic=False)
 
     def may_be_recorded(self) -> bool:
-        """Whether a step can be a CUDA graph: not what another network may do on the way, not fp16's scaler, whose steps
-        that overflow are counted here, and not the exchange with other ranks."""
+        """Whether a step can be a CUDA graph: not what another network may do on the way, not with fp16's scaler, which
+        decides on the host what becomes of a step, and not the exchange with other ranks."""
         alone = self.world.device.type == "cuda" and self.world.size == 1
         return alone and self.config.cuda_graphs and self.name is None and self.world.accelerator.scaler is None
 
@@ -256,11 +253,17 @@ class TrainStep:
         if self.spare is not None and not len(labels):
             # Many networks cannot take an empty share: they get an image that counts for nothing.
             loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
-            self.world.accelerator.backward(loss)
+            self._backward(loss)
             return loss.detach(), torch.zeros_like(loss)
         loss, correct = self.forward(images, labels, global_size)
-        self.world.accelerator.backward(loss * self.world.size if self.world.size > 1 else loss)
+        self._backward(loss * self.world.size if self.world.size > 1 else loss)
         return loss.detach(), correct
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.world.accelerator.scaler is not None:
+            self.world.accelerator.backward(loss)
+        else:
+            loss.backward()  # what Accelerate's comes to without a scaler, less a division by one
 
     def _forward(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         logits = self.model(to_float(images))

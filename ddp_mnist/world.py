@@ -50,6 +50,9 @@ class World:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         torch.set_num_threads(self.threads)
         _keep_freed_memory()
+        if _shares_gpus():
+            # Accelerate would tell DDP that rank 1 has the machine's second GPU: without this it asks the weights.
+            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         limit, backend = timedelta(minutes=config.timeout_minutes), _backend()
         try:
             if self.size > 1:

@@ -16,6 +16,7 @@ import torch
 from ddp_mnist import checkpoint, rundir
 from ddp_mnist.checkpoint import Checkpoints, SaveClock, Snapshot, TrainState
 from ddp_mnist.config import TrainConfig
+from ddp_mnist.data import Batch, Split
 from ddp_mnist.model import CNN
 from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
@@ -66,10 +67,8 @@ def test_equal_states_are_equal_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_step_restored_from_its_snapshot_is_the_same_step(process_of_a_job: None, precision: Any) -> None:
-    images = torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8)
-    from ddp_mnist.data import Batch
-
-    batch = Batch(images, torch.arange(12) % 10, 12, seed=0)
+    split = Split(torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8), torch.arange(12) % 10)
+    batch = Batch(split, torch.arange(12), 12, seed=0)
     config = TrainConfig(mixed_precision=precision, threads=1)
     with World(config) as world:
         step = TrainStep(config, world)

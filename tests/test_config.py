@@ -33,6 +33,8 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--seed", ["7"], "seed", 7),
     ("--mixed-precision", ["bf16"], "mixed_precision", "bf16"),
     ("--threads", ["2"], "threads", 2),
+    ("--cuda-graphs", [], "cuda_graphs", True),
+    ("--no-cuda-graphs", [], "cuda_graphs", False),
     ("--compile", [], "compile", True),
     ("--init-from", ["f"], "init_from", Path("f")),
     ("--checkpoint-every", ["25"], "checkpoint_every", 25),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddp_mnist import TrainConfig, graphs
-from ddp_mnist.data import Batch, Split, TrainBatches
+from ddp_mnist.data import Split, TrainBatches
 from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
 
@@ -57,6 +58,25 @@ def trained(world: World, batches: TrainBatches, *, recorded: bool, rates: Any =
         loss, correct = step(batch, rate)
         figures.append((loss, correct, step.gradient_norm()))
     return [(float(loss), int(correct), norm) for loss, correct, norm in figures], step.snapshot()
+
+
+def test_a_compiled_step_is_recorded_with_its_loss(
+    world: World, batches: TrainBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in test_step.py: torch's compiler but for its last stage."""
+    traced: list[str] = []
+
+    def as_traced(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        traced.append(str(graph.graph))
+        return graph.forward
+
+    expected = trained(world, batches, recorded=True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_traced))
+    found = trained(world, batches, recorded=True, compile=True)
+    torch.compiler.reset()
+    assert found[0] == expected[0]
+    assert len(traced) == 2  # an epoch's last batch has another size
+    assert all("conv2d" in graph and "cross_entropy" in graph for graph in traced)
 
 
 @pytest.mark.parametrize(
