@@ -131,6 +131,8 @@ class TrainStep:
 
     def compile(self) -> None:
         """An epoch's last batch has another size, which is compiled by itself."""
+        # What earlier runs of this process have compiled counts against torch's limit; beyond it nothing is compiled.
+        torch.compiler.reset()
         if self.graphs is not None:
             self.forward = torch.compile(self._forward, dynamic=False)
         else:

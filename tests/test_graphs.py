@@ -73,10 +73,13 @@ def test_a_compiled_step_is_recorded_with_its_loss(
     expected = trained(world, batches, recorded=True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_traced))
     found = trained(world, batches, recorded=True, compile=True)
-    torch.compiler.reset()
     assert found[0] == expected[0]
     assert len(traced) == 2  # an epoch's last batch has another size
     assert all("conv2d" in graph and "cross_entropy" in graph for graph in traced)
+    for _ in range(torch._dynamo.config.recompile_limit):  # each is compiled, however many there were before
+        trained(world, batches, recorded=True, compile=True)
+    torch.compiler.reset()
+    assert len(traced) == 2 * (1 + torch._dynamo.config.recompile_limit)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ddp_mnist import CNN, TrainConfig
 from ddp_mnist.data import Batch, Split, TrainBatches, to_float
+from ddp_mnist.model import _Pool
 from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
 
@@ -56,36 +57,8 @@ class ActivationsReordered(BiasInside):
         return self.fc1(hidden.flatten(1))
 
 
-class Maxima(torch.autograd.Function):
-    """Pooling as the maximum of two rows, then of two columns. Its forward takes a third of max_pool2d's time, whose
-    vectors 8 channels do not fill; its backward takes twice as long."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Any:
-        pixels = images.permute(0, 2, 3, 1)
-        rows = torch.maximum(pixels[:, 0::2], pixels[:, 1::2])
-        ctx.save_for_backward(pixels, rows)
-        return torch.maximum(rows[:, :, 0::2], rows[:, :, 1::2]).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        pixels, rows = ctx.saved_tensors
-        inner, outer = torch.empty_like(rows), torch.empty_like(pixels)
-        _share(
-            gradients[0].permute(0, 2, 3, 1), rows[:, :, 0::2], rows[:, :, 1::2], inner[:, :, 0::2], inner[:, :, 1::2]
-        )
-        _share(inner, pixels[:, 0::2], pixels[:, 1::2], outer[:, 0::2], outer[:, 1::2])
-        return outer.permute(0, 3, 1, 2)
-
-
-def _share(gradient: Tensor, one: Tensor, other: Tensor, to_one: Tensor, to_other: Tensor) -> None:
-    torch.ge(one, other, out=to_one)  # 1 or 0
-    to_one.mul_(gradient)
-    torch.sub(gradient, to_one, out=to_other)
-
-
 class BiasBehind(BiasInside):
-    """As in the network, which leaves the bias in the convolution under autocast: in any precision."""
+    """As in the network in fp32: in any precision."""
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = self.pool(F.conv2d(images, self.conv1.weight, padding=1))
@@ -102,7 +75,7 @@ class BiasBehind(BiasInside):
 
 class PoolingByMaxima(BiasBehind):
     def pool(self, images: Tensor) -> Tensor:
-        return Maxima.apply(images)
+        return _Pool.apply(images)
 
 
 class ByHand(torch.autograd.Function):
@@ -214,10 +187,11 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
     yield "bias in the convolution", step_of(BiasInside())
     yield "the same, ReLU before pooling", step_of(ReluFirst())
     yield "the same, activations reordered for the linear layer, not its weight", step_of(ActivationsReordered())
-    yield "bf16, bias in the convolution, as the network has it there", step_of(CNN(), bf16=True)
-    yield "bf16, bias behind the pooling", step_of(BiasBehind(), bf16=True)
+    yield "bf16: bias in the convolution, pooling by maxima, as the network does it there", step_of(CNN(), bf16=True)
+    yield "bf16: bias in the convolution, torch's pooling", step_of(BiasInside(), bf16=True)
+    yield "bf16: bias behind torch's pooling", step_of(BiasBehind(), bf16=True)
     yield "Adam not fused", step_of(CNN(), fused=False)
-    yield "first pooling as maxima of rows and columns", step_of(PoolingByMaxima())
+    yield "first pooling by maxima of rows and columns", step_of(PoolingByMaxima())
     yield "bias in the convolution, one autograd node, backward by hand", step_of(HandNet())
     yield "first convolution as a product over patches", step_of(Patches())
     yield "bias in the convolution, the first one two rows at a time", step_of(TwoRows())

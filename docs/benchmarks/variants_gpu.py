@@ -61,6 +61,8 @@ def job(world: World, config: TrainConfig, kind: type[CNN] = CNN, *, channels_la
         step.net.__class__ = kind
     if channels_last:
         step.net.to(memory_format=torch.channels_last)
+        step.adam.state.clear()
+        step.adam.begin()  # its moments in the same layout
     return lambda batch: step(batch, 1e-3)
 
 
