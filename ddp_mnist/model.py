@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def placed(net: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device, its weights in the order in memory that is the faster one there."""
     net.to(device)
-    # CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/variants.py).
+    # CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/README.md).
     if device.type != "cuda" and all(parameter.dim() <= 4 for parameter in net.parameters()):
         net.to(memory_format=torch.channels_last)
     return net
@@ -64,7 +64,7 @@ def _layer(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=convolution.padding), 2)
     bias = convolution.bias.to(pooled.dtype).view(-1, 1, 1)  # type: ignore[union-attr]
     if _on_gpu(images):
-        # Its gradient then is summed over each picture first, then over the pictures: a GPU is twice as fast so.
+        # Its gradient is then summed over each picture first: a GPU does that sooner than one long sum.
         bias = bias.expand(len(images), -1, 1, 1)
     return pooled.add_(bias).relu_()
 
@@ -95,7 +95,7 @@ class CNN(nn.Module):
 
     def _classify_in_parts(self, hidden: Tensor) -> Tensor:
         """The linear layer as seven products of a seventh of its inputs each, which a GPU does side by side: with so
-        few outputs cuBLAS adds up all inputs one after the other."""
+        few outputs cuBLAS adds up all inputs one after the other (docs/benchmarks/variants_gpu.py)."""
         parts = hidden.unflatten(1, (7, -1)).transpose(0, 1)
         weights = self.fc1.weight.unflatten(1, (7, -1)).permute(1, 2, 0)
         return torch.bmm(parts, weights).sum(0) + self.fc1.bias

@@ -144,6 +144,9 @@ COMMANDS: dict[str, Here | By | Not] = {
     "python docs/benchmarks/variants.py --compile --repeats 20": here(
         "| torch.compile |", ("--repeats 20", "--repeats 1 --steps 2 --batch-size 8")
     ),
+    "python docs/benchmarks/variants_gpu.py": by(
+        "tests/test_gpu.py::test_the_ways_to_write_a_step_can_be_compared", "variants_gpu.py"
+    ),
     "python docs/benchmarks/tune.py --seeds 24 published 8,48:160:2:2.2e-2:0.95:linear:bf16": by(
         "tests/test_mnist.py::test_tuning_scores_on_images_that_were_held_out_of_the_training_set", "tune.py"
     ),
@@ -375,7 +378,7 @@ PROGRAMS = {
     **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("train", "data", "report", "evaluate")},
     **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("predict", "doctor", "bench", "reference")},
     **{f"launch.{name}": ("-m", f"launch.{name}") for name in ("submit", "check", "table")},
-    **{f"docs/benchmarks/{name}.py": (f"docs/benchmarks/{name}.py",) for name in ("tune", "variants")},
+    **{f"docs/benchmarks/{name}.py": (f"docs/benchmarks/{name}.py",) for name in ("tune", "variants", "variants_gpu")},
 }
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
 # A machine without SLURM cannot be asked; `sbatch --help` has them.
@@ -497,7 +500,7 @@ def test_the_readme_is_short_and_in_order() -> None:
 
 NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)(?: \((\d[\d,.]*)-(\d[\d,.]*)\)| ± (\d[\d,.]*))?")
 # By the words that begin a row of the README: the rows of the benchmark whose figures it has.
-MEASURED = {
+CPU = {
     "training, the tutorial's recipe": ["training, one epoch, batch 64, Adam 1e-3"],
     "training seconds to 98 %": ["training until 98 %: --recipe fast --epochs 1"],
     "the whole command, 5 epochs": ["the whole command, 5 epochs and all scores"],
@@ -507,12 +510,23 @@ MEASURED = {
     "logging, checkpoints, W&B": ["training with checkpoints, tracking, stop agreement: 5 epochs"],
     "that with": ["the same with --wandb disabled"],
 }
+GPU = {name: CPU[name] for name in CPU if name not in ("that command with", "2 ranks", "that with")} | {
+    "the same with `--compile`": ["the same with --compile"]
+}
+TABLES = (("cpu-", CPU), ("nvidia-", GPU))
+"""In the order of the README: how the names of the files begin, and the rows."""
 
 
-def measured() -> dict[str, Any]:
-    """The file that the README links to."""
-    (linked,) = {link for link in documents.links(README) if link.endswith(".json")}
-    return json.loads((README.parent / linked).read_text())
+def linked(begins: str = "") -> list[Path]:
+    """The benchmark's files that the README links to."""
+    paths = [README.parent / link for link in documents.links(README) if link.endswith(".json")]
+    return [path for path in paths if path.name.startswith(begins)]
+
+
+def measured(begins: str) -> dict[str, Any]:
+    """Those that begin so, as one: the facts of the first, the rows of all."""
+    reports = [json.loads(path.read_text()) for path in linked(begins)]
+    return reports[0] | {"rows": [row for report in reports for row in report["rows"]]}
 
 
 def line_of(report: dict[str, Any], what: str, after: str = "") -> dict[str, Any]:
@@ -538,12 +552,16 @@ def rounds_to(text: str, value: float) -> bool:
     return abs(float(digits) - value) <= 0.5 * 10**-decimals * 1.0001
 
 
-def test_the_figures_in_the_readme_are_those_of_the_benchmarks_file() -> None:
-    report = measured()
-    cells_of = {cells[0]: cells for cells in documents.rows(documents.section(README, "Results")) if len(cells) == 4}
-    assert len(cells_of) == len(MEASURED)
-    for begins, names in MEASURED.items():
-        (cells,) = [cells for what, cells in cells_of.items() if what.startswith(begins)]
+@pytest.mark.parametrize(("number", "begins", "expected"), [(n, *table) for n, table in enumerate(TABLES)])
+def test_the_figures_in_the_readme_are_those_of_the_benchmarks_files(
+    number: int, begins: str, expected: dict[str, list[str]]
+) -> None:
+    report = measured(begins)
+    table = re.findall(r"(?:^\|.*\n)+", documents.section(README, "Results"), re.MULTILINE)[number]
+    cells_of = {cells[0]: cells for cells in documents.rows(table)}
+    assert len(cells_of) == len(expected)
+    for begin, names in expected.items():
+        (cells,) = [cells for what, cells in cells_of.items() if what.startswith(begin)]
         for name in names:
             line = line_of(report, name, after=names[0])
             assert shows(cells[1], line["ours"], line["shown"]), f"{cells[1]}: not {line['ours']}"
@@ -553,13 +571,20 @@ def test_the_figures_in_the_readme_are_those_of_the_benchmarks_file() -> None:
         assert found, f"{cells[3]}: not {ratio['ratio']}"
 
 
+def test_each_file_is_in_a_table() -> None:
+    assert {len(linked(begins)) for begins, _ in TABLES} == {1, 2} and len(linked()) == 3
+
+
 RATIO = {"median": "", "min": "_min", "max": "_max"}
 
 
 def test_the_readme_says_on_what_it_was_measured() -> None:
-    text, report = documents.section(README, "Results"), measured()
-    versions = report["machine"]["versions"]
-    assert f"torch {versions['torch'].rpartition('.')[0]};" in text
+    text, report, on_gpu = documents.section(README, "Results"), measured("cpu-"), measured("nvidia-")
+    for each, end in ((report, ";"), (on_gpu, ",")):
+        assert f"torch {each['machine']['versions']['torch'].rpartition('.')[0]}{end}" in text
+    assert f"one {on_gpu['machine']['gpu']} with {on_gpu['machine']['cores']} CPU cores" in text
+    assert "twice, and the last two rows once" in text and on_gpu["settings"]["repeats"] == 2
+    assert f"{on_gpu['settings']['seeds']} seeds" in text
     assert report["data"] == {"name": "mnist", "train_images": 60_000, "test_images": 10_000}
     assert "three times, median (min-max)" in text and report["settings"]["repeats"] == 3
     assert f"{report['settings']['seeds']} seeds" in text
@@ -569,9 +594,8 @@ def test_the_readme_says_on_what_it_was_measured() -> None:
     assert f"one of {int(before) + len(settings)} tried" in text
 
 
-def test_the_table_beside_the_file_is_the_files() -> None:
-    (linked,) = {link for link in documents.links(README) if link.endswith(".json")}
-    file = ROOT / linked
+@pytest.mark.parametrize("file", linked(), ids=lambda file: file.name)
+def test_the_table_beside_a_file_is_the_files(file: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "ddp_mnist.bench", "--table", file],
         capture_output=True,

@@ -147,3 +147,10 @@ def test_half_precision_learns_and_keeps_fp32_weights(run: Run, precision: str) 
 def test_two_ranks_share_one_gpu_over_gloo(run: Run) -> None:
     assert run(ranks=2)["device"] == "cuda" and run(ranks=2)["world_size"] == 2
     assert_same_curve(run(ranks=2), run())
+
+
+def test_the_ways_to_write_a_step_can_be_compared() -> None:
+    command = [sys.executable, "docs/benchmarks/variants_gpu.py", "--repeats", "1", "--steps", "2"]
+    ended = jobs.run(command, {"CUDA_VISIBLE_DEVICES": "0"}, cwd=Path(__file__).parents[1])
+    assert ended.code == 0, ended.err
+    assert "| channels_last |" in ended.out
