@@ -66,7 +66,7 @@ def loader(setup: Setup) -> list[Line]:
         def ours(number: int) -> None:
             def read() -> None:
                 for batch in batches.epoch(number):
-                    to_float(batch.images)
+                    _ = to_float(batch.images), batch.labels
 
             line.ours.append(len(train) / timed(read))
 
@@ -109,9 +109,12 @@ def step(setup: Setup) -> list[Line]:
 
 
 def few_batches(setup: Setup, world: World, size: int) -> list[Batch]:
-    """`setup.steps` whole batches of that size, in the order of an epoch; repeated where the data set is smaller."""
+    """`setup.steps` whole batches of that size, in the order of an epoch; repeated where the data set is smaller. What
+    a batch holds is gathered already, but for a step that is a CUDA graph, which gathers for itself."""
     batches = TrainBatches(setup.train.to(world.device), batch_size=size, rank=0, world_size=1, seed=0)
     whole = list(itertools.islice(batches.epoch(0), min(setup.steps, len(setup.train) // size)))
+    for batch in whole:
+        _ = batch.images, batch.labels
     return list(itertools.islice(itertools.cycle(whole), setup.steps))
 
 
@@ -353,7 +356,8 @@ def scaling(setup: Setup) -> dict[str, Any]:
     return {
         "estimate": True,
         "how": "global batch / (one rank's step on its share + the all-reduce x log2(ranks) / log2(measured ranks)); "
-        "one GPU or one CPU core for each rank, nothing overlaps, a network between machines is slower",
+        "one GPU or one CPU core for each rank, nothing overlaps, a network between machines is slower"
+        + ("; a step is launched kernel by kernel, as among several ranks: one alone is faster" if gpus else ""),
         "device": "cuda" if gpus else "cpu",
         "step_seconds": {str(size): float(f"{seconds:.4g}") for size, seconds in steps.items()},
         "all_reduce": exchange,
@@ -362,8 +366,9 @@ def scaling(setup: Setup) -> dict[str, Any]:
 
 
 def share_seconds(setup: Setup, *, threads: int) -> dict[int, float]:
-    """Median seconds of one rank's step on each share of a global batch that RANKS give it, by images."""
-    config = setup.config(threads=threads)
+    """Median seconds of one rank's step on each share of a global batch that RANKS give it, by images; without CUDA
+    graphs, which several ranks do not have."""
+    config = setup.config(threads=threads, cuda_graphs=False)
     steps = {}
     with World(config) as world:
         for size in sorted({batch // ranks for batch in RANK_BATCHES for ranks in RANKS}):

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddp_mnist.errors import JobError
+
 WARM_UP = 3
 """Runs before a recording: libraries choose kernels and take memory, torch.compile compiles."""
 
-Action = Callable[[Tensor], list[Tensor]]
+Results = list[Tensor | None]
+Action = Callable[[Tensor], Results]
 """A step on the rows (n,) of a data set; returns what others read of it."""
 
 
@@ -22,11 +25,11 @@ Action = Callable[[Tensor], list[Tensor]]
 class Recording:
     rows: Tensor
     """Where the graph reads its rows."""
-    results: list[Tensor]
+    results: Results
     """What it writes anew at each replay."""
     replay: Callable[[], None]
     action: Action
-    """Kept, as it holds what else the graph reads."""
+    """Kept, as it holds what else the graph reads: the data set."""
 
 
 class Graphs:
@@ -37,7 +40,7 @@ class Graphs:
         self._changed = changed
         self._recordings: dict[Hashable, Recording] = {}
 
-    def replay(self, kind: Hashable, rows: Tensor, action: Action) -> list[Tensor]:
+    def replay(self, kind: Hashable, rows: Tensor, action: Action) -> Results:
         """Do `action` on these rows, by the recording of its kind. The results are overwritten by the next call."""
         found = self.recorded(kind, rows, action)
         found.rows.copy_(rows)
@@ -61,8 +64,8 @@ class Graphs:
         return Recording(rows, results, replay, action)
 
 
-def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    """(what `run` returns, what does it again, into the same tensors)."""
+def capture(run: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
+    """(what `run` returns, what does it again, into the same tensors). Raises: JobError when it cannot be recorded."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -70,6 +73,10 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[],
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    try:
+        with torch.cuda.graph(graph):
+            results = run()
+    except RuntimeError as error:  # what a fork's network does on the host, say, or CUDA_LAUNCH_BLOCKING
+        why = str(error.__context__ or error).splitlines()[0]
+        raise JobError(f"a step cannot be recorded as a CUDA graph ({why}). Use --no-cuda-graphs.") from error
     return results, graph.replay

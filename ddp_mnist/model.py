@@ -11,8 +11,9 @@ from torch import Tensor, nn
 def placed(net: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device, its weights in the order in memory that is the faster one there."""
     net.to(device)
-    # CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/README.md).
-    if device.type != "cuda" and all(parameter.dim() <= 4 for parameter in net.parameters()):
+    # Not ours on a GPU: CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/README.md).
+    usual = isinstance(net, CNN) and device.type == "cuda"
+    if not usual and all(parameter.dim() <= 4 for parameter in net.parameters()):
         net.to(memory_format=torch.channels_last)
     return net
 
@@ -59,8 +60,9 @@ def _layer(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     (docs/benchmarks/variants.py). Hooks of the convolution run there only."""
     if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         full = convolution(images)
-        even = full.dtype == torch.bfloat16 and not (full.shape[2] % 2 or full.shape[3] % 2)
-        return F.relu(_Pool.apply(full) if even else F.max_pool2d(full, 2))
+        even = full.shape[2] % 2 == full.shape[3] % 2 == 0
+        by_maxima = even and full.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        return F.relu(_Pool.apply(full) if by_maxima else F.max_pool2d(full, 2))
     pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=convolution.padding), 2)
     bias = convolution.bias.to(pooled.dtype).view(-1, 1, 1)  # type: ignore[union-attr]
     if _on_gpu(images):
@@ -96,6 +98,8 @@ class CNN(nn.Module):
     def _classify_in_parts(self, hidden: Tensor) -> Tensor:
         """The linear layer as seven products of a seventh of its inputs each, which a GPU does side by side: with so
         few outputs cuBLAS adds up all inputs one after the other (docs/benchmarks/variants_gpu.py)."""
+        if self.fc1.in_features % 7:  # a fork for larger images
+            return self.fc1(hidden)
         parts = hidden.unflatten(1, (7, -1)).transpose(0, 1)
         weights = self.fc1.weight.unflatten(1, (7, -1)).permute(1, 2, 0)
         return torch.bmm(parts, weights).sum(0) + self.fc1.bias

@@ -39,7 +39,7 @@ class Adam(torch.optim.Adam):
     def begin(self) -> None:
         """Make the states that torch makes in the first step."""
         for parameter in self.param_groups[0]["params"]:
-            if not self.state[parameter]:
+            if parameter.requires_grad and not self.state[parameter]:
                 zero = torch.zeros((), device=parameter.device)
                 moments = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 self.state[parameter] = dict(zip(STATE, (zero, *moments), strict=True))
@@ -116,7 +116,7 @@ class TrainStep:
         self.parameters = list(self.net.parameters())
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
-        self.forward = self._forward
+        self.compiled: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
         self.graphs: Graphs | None = None
         if self.may_be_recorded():
             self.adam.begin()
@@ -134,21 +134,27 @@ class TrainStep:
         # What earlier runs of this process have compiled counts against torch's limit; beyond it nothing is compiled.
         torch.compiler.reset()
         if self.graphs is not None:
-            self.forward = torch.compile(self._forward, dynamic=False)
+            self.compiled = torch.compile(self._forward, dynamic=False)
         else:
             # torch's own CUDA graphs, where ours cannot be.
             mode = "reduce-overhead" if self.world.device.type == "cuda" else "default"
             self.model = torch.compile(self.model, mode=mode, dynamic=False)
 
+    def close(self) -> None:
+        """Let go of what was recorded and compiled: both hold this object, and with it the data set, alive."""
+        self.graphs = self.compiled = None
+
     def may_be_recorded(self) -> bool:
         """Whether a step can be a CUDA graph: not what another network may do on the way, not with fp16's scaler, which
-        decides on the host what becomes of a step, and not the exchange with other ranks."""
-        alone = self.world.device.type == "cuda" and self.world.size == 1
+        decides on the host what becomes of a step, not the exchange with other ranks, and not on AMD's GPUs, where
+        nobody has tried it."""
+        alone = self.world.device.type == "cuda" and self.world.size == 1 and torch.version.hip is None
         return alone and self.config.cuda_graphs and self.name is None and self.world.accelerator.scaler is None
 
     def changing(self) -> list[Tensor]:
         """All that a step changes."""
-        return [*self.parameters, *(value for state in self.adam.state.values() for value in state.values())]
+        states = (value for state in self.adam.state.values() for value in state.values())
+        return [*self.parameters, *self.net.buffers(), *states]
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(weights, optimizer, scaler) as a checkpoint keeps them. Raises: JobError when a weight is not finite."""
@@ -203,22 +209,20 @@ class TrainStep:
         if rate != self.rate:
             self.adam.param_groups[0]["lr"].fill_(rate)
             self.rate = rate
-        figures, *rest = graphs.replay(kind_of(batch), batch.rows, self.action(batch))
-        for parameter, gradient in zip(self.parameters, rest, strict=False):
+        figures, self.clipped_from, *gradients = graphs.replay(kind_of(batch), batch.rows, self.action(batch))
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        if self.config.grad_clip:
-            self.clipped_from = rest[-1]
-        loss, correct = figures.clone()
+        assert figures is not None
+        loss, correct = figures.clone()  # the next replay overwrites it
         return loss, correct
 
     def action(self, batch: Batch) -> Action:
-        """A step on other rows in that batch's place, as `graphs` records it: [(loss, count), gradients, norm]."""
+        """A step on other rows in that batch's place, as `graphs` records it: [(loss, count), norm, gradients ...]."""
 
-        def launch(rows: Tensor) -> list[Tensor]:
+        def launch(rows: Tensor) -> list[Tensor | None]:
             loss, correct = self._launched(Batch(batch.split, rows, batch.global_size, batch.seed))
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            norm = [] if self.clipped_from is None else [self.clipped_from]
-            return [torch.stack([loss, correct.to(loss.dtype)]), *gradients, *norm]
+            figures = torch.stack([loss, correct.to(loss.dtype)])
+            return [figures, self.clipped_from, *(parameter.grad for parameter in self.parameters)]
 
         return launch
 
@@ -257,7 +261,7 @@ class TrainStep:
             loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
             self._backward(loss)
             return loss.detach(), torch.zeros_like(loss)
-        loss, correct = self.forward(images, labels, global_size)
+        loss, correct = (self.compiled or self._forward)(images, labels, global_size)
         self._backward(loss * self.world.size if self.world.size > 1 else loss)
         return loss.detach(), correct
 
@@ -296,9 +300,10 @@ class TrainStep:
         self.optimizer.zero_grad()
 
 
-def kind_of(batch: Batch) -> tuple[int, int, int]:
-    """Batches of one kind differ in nothing but their rows."""
-    return id(batch.split), len(batch), batch.global_size
+def kind_of(batch: Batch) -> tuple[int, int]:
+    """One rank's batches of one kind differ in nothing but their rows. A recording keeps its data set alive, so that no
+    other gets its id."""
+    return id(batch.split), len(batch)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -98,6 +98,7 @@ def attempt(
                 if run.finished:
                     return already_finished(run, world, model)
                 trainer = Trainer(run, world, stop, mirror, model, own, asked)
+                stack.callback(trainer.step.close)
                 stack.enter_context(trainer.tracker)
                 return Result(run.path, trainer.run(), trainer.step.net.eval())
         except JobError as error:
@@ -109,7 +110,7 @@ def attempt(
 
 
 def already_finished(run: Run, world: World, model: Callable[[], nn.Module] | None) -> Result:
-    net = TrainStep(run.config, world, run.snapshot, model).net.eval()
+    net = TrainStep(run.config.replace(compile=False), world, run.snapshot, model).net.eval()
     if world.is_main:
         print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
     return Result(run.path, run.finished, net)

@@ -50,9 +50,10 @@ class World:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
         torch.set_num_threads(self.threads)
         _keep_freed_memory()
+        self._environment = contextlib.ExitStack()
         if _shares_gpus():
             # Accelerate would tell DDP that rank 1 has the machine's second GPU: without this it asks the weights.
-            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+            self._environment.callback(_set(BYPASS, "true"))
         limit, backend = timedelta(minutes=config.timeout_minutes), _backend()
         try:
             if self.size > 1:
@@ -103,6 +104,7 @@ class World:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._environment.close()
         _reset_accelerate()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -262,6 +264,22 @@ def _backend() -> str:
     Without a GPU Accelerate takes gloo whatever this says.
     """
     return "gloo" if _shares_gpus() else "nccl"
+
+
+BYPASS = "ACCELERATE_BYPASS_DEVICE_MAP"
+
+
+def _set(name: str, value: str) -> Callable[[], None]:
+    """Sets a variable of the environment; returns what puts it back."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+
+    def put_back() -> None:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+    return put_back
 
 
 def _shares_gpus() -> bool:

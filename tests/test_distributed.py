@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tutorial import TutorialCNN, count_correct, read_raw, train_losses
 
+from ddp_mnist import TrainConfig, world
 from ddp_mnist.data import ShardSampler
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -256,3 +257,17 @@ def test_all_ranks_agree_on_a_new_run_directory(flags: list[str], tmp_path: Path
     assert {path.name for path in run_dir.iterdir()} >= {"summary.json", "config.json", "model.safetensors"}
     assert "Checking accuracy" in ended[0].out
     assert ended[1].out == ""
+
+
+@pytest.mark.parametrize("before", [None, "false"])
+def test_ddp_is_not_told_of_a_gpu_that_is_not_there(
+    process_of_a_job: None, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """Where ranks share a GPU, Accelerate would name it by the rank's number; on a GPU, tests/test_gpu.py."""
+    monkeypatch.setattr(world, "_shares_gpus", lambda: True)
+    monkeypatch.setattr(world, "_backend", lambda: "nccl")  # as for one rank anywhere
+    if before is not None:
+        monkeypatch.setenv("ACCELERATE_BYPASS_DEVICE_MAP", before)
+    with world.World(TrainConfig(threads=1)):
+        assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
+    assert os.environ.get("ACCELERATE_BYPASS_DEVICE_MAP") == before

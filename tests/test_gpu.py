@@ -77,7 +77,11 @@ def assert_same_weights(found: dict[str, Any], expected: dict[str, Any]) -> None
         assert (value - expected["weights"][name]).abs().max() < WEIGHTS, name
 
 
-@pytest.mark.parametrize("more", [[], ["--accumulate", "3"], ["--grad-clip", "0.1"], ["--recipe", "fast"]], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--accumulate", "3"], ["--grad-clip", "0.1"], ["--recipe", "fast"], ["--mixed-precision", "bf16"]],
+    ids=str,
+)
 def test_a_recorded_step_computes_what_the_plain_one_does(run: Run, more: list[str]) -> None:
     """The uneven last batch and a rate that changes at every step included."""
     recorded, plain = run(*more), run(*more, "--no-cuda-graphs")
@@ -154,3 +158,27 @@ def test_the_ways_to_write_a_step_can_be_compared() -> None:
     ended = jobs.run(command, {"CUDA_VISIBLE_DEVICES": "0"}, cwd=Path(__file__).parents[1])
     assert ended.code == 0, ended.err
     assert "| channels_last |" in ended.out
+
+
+def test_a_network_that_cannot_be_recorded_is_told_of_the_flag(tiny: Path, tmp_path: Path) -> None:
+    program = tmp_path / "fork.py"
+    program.write_text(
+        "import sys\n"
+        "from ddp_mnist import CNN, step\n"
+        "from ddp_mnist.train import main\n"
+        "class Asking(CNN):\n"
+        "    def forward(self, images):\n"
+        "        logits = super().forward(images)\n"
+        "        assert logits.sum().item() < 1e9\n"
+        "        return logits\n"
+        "step.CNN = Asking\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
+    flags += ["--max-steps", "3", "--output-dir", str(tmp_path / "run")]
+    refused, taken = (
+        jobs.run([sys.executable, str(program), *flags, *more], {"CUDA_VISIBLE_DEVICES": "0"})
+        for more in ([], ["--no-cuda-graphs"])
+    )
+    assert refused.code == 1 and "--no-cuda-graphs" in refused.err and "Traceback" not in refused.err, refused.err
+    assert taken.code == 0, taken.err
