@@ -1,7 +1,6 @@
 """The tutorial's network: two 3x3 convolutions with pooling, one linear layer."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,47 +21,12 @@ def _on_gpu(images: Tensor) -> bool:
     return images.device.type == "cuda"
 
 
-class _Pool(torch.autograd.Function):
-    """2x2 max pooling, images (n, c, h, w) of even h and w in channels_last, as the larger of two rows, then of two
-    columns: in bf16 a CPU takes less time for it than for torch's (docs/benchmarks/variants.py). Of cells that are
-    equal one gets the gradient, as in torch's, but it may be another one."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:
-        pixels = images.permute(0, 2, 3, 1)
-        rows = torch.maximum(pixels[:, 0::2], pixels[:, 1::2])
-        ctx.save_for_backward(pixels, rows)
-        return torch.maximum(rows[:, :, 0::2], rows[:, :, 1::2]).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        pixels, rows = ctx.saved_tensors
-        of_rows, of_pixels = torch.empty_like(rows), torch.empty_like(pixels)
-        _to_the_larger(
-            gradients[0].permute(0, 2, 3, 1),
-            (rows[:, :, 0::2], rows[:, :, 1::2]),
-            (of_rows[:, :, 0::2], of_rows[:, :, 1::2]),
-        )
-        _to_the_larger(of_rows, (pixels[:, 0::2], pixels[:, 1::2]), (of_pixels[:, 0::2], of_pixels[:, 1::2]))
-        return of_pixels.permute(0, 3, 1, 2)
-
-
-def _to_the_larger(gradient: Tensor, values: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
-    """`gradient` into the `out` of the larger value, 0 into the other."""
-    torch.ge(*values, out=out[0])  # 1 or 0
-    out[0].mul_(gradient)
-    torch.sub(gradient, out[0], out=out[1])
-
-
 def _layer(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
     gradient have a quarter of the work. Not under autocast on a CPU, which loses by it
     (docs/benchmarks/variants.py). Hooks of the convolution run there only."""
     if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        full = convolution(images)
-        even = full.shape[2] % 2 == full.shape[3] % 2 == 0
-        by_maxima = even and full.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        return F.relu(_Pool.apply(full) if by_maxima else F.max_pool2d(full, 2))
+        return F.relu(F.max_pool2d(convolution(images), 2))
     pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=convolution.padding), 2)
     bias = convolution.bias.to(pooled.dtype).view(-1, 1, 1)  # type: ignore[union-attr]
     if _on_gpu(images):

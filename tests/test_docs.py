@@ -144,6 +144,9 @@ COMMANDS: dict[str, Here | By | Not] = {
     "python docs/benchmarks/variants.py --compile --repeats 20": here(
         "| torch.compile |", ("--repeats 20", "--repeats 1 --steps 2 --batch-size 8")
     ),
+    "python docs/benchmarks/variants.py --widths 8 48 --batch-size 160 --repeats 20": here(
+        "| bf16, both poolings as maxima", ("--batch-size 160 --repeats 20", "--batch-size 8 --repeats 1 --steps 2")
+    ),
     "python docs/benchmarks/variants_gpu.py": by(
         "tests/test_gpu.py::test_the_ways_to_write_a_step_can_be_compared", "variants_gpu.py"
     ),

@@ -76,30 +76,6 @@ def test_what_a_gpu_does_in_another_order_is_the_same_function(
     assert not all(map(torch.equal, *found))  # it was another order
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pooling_by_maxima_is_max_pooling(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    # No two values of a picture are equal, not even in bf16: which of them gets the gradient is each side's own choice.
-    values = torch.arange(-98, 98, dtype=torch.float32)
-    images = torch.stack([values[torch.randperm(196, generator=generator)] for _ in range(24)]).view(4, 6, 14, 14)
-    gradient = torch.randn(4, 6, 7, 7, generator=generator).to(dtype)
-    found = []
-    for pool in (model._Pool.apply, lambda each: torch.nn.functional.max_pool2d(each, 2)):
-        leaf = images.to(dtype, memory_format=torch.channels_last).requires_grad_()
-        pooled = pool(leaf)
-        pooled.backward(gradient)
-        found.append((pooled.detach(), leaf.grad))
-    assert all(map(torch.equal, *found))
-
-
-def test_of_equal_cells_one_gets_the_gradient() -> None:
-    leaf = torch.zeros(3, 2, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
-    model._Pool.apply(leaf).backward(torch.ones(3, 2, 7, 7))
-    assert leaf.grad is not None
-    cells = leaf.grad.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
-    assert (cells.sum(-1) == 1).all() and (cells.amax(-1) == 1).all()
-
-
 @pytest.mark.parametrize("size", [28, 29])
 def test_in_bf16_the_logits_are_the_tutorials_but_for_rounding(size: int) -> None:
     """29: its pooling leaves out a row and a column."""
