@@ -480,7 +480,7 @@ def test_each_setting_is_a_results_cause_or_none() -> None:
     """A new one has to be put into one of these lists."""
     how = {
         *("data_dir", "output_dir", "threads", "checkpoint_every", "keep_checkpoints", "fresh", "max_minutes"),
-        *("timeout_minutes", "log_every", "pictures", "progress"),
+        *("timeout_minutes", "log_every", "pictures", "progress", "cuda_graphs"),
         *("wandb", "wandb_project", "wandb_entity", "wandb_group", "wandb_name", "wandb_tags", "wandb_model"),
     }
     assert not how & set(runlog.CAUSES)
