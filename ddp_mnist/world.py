@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 from torch import Tensor
 
 from ddp_mnist.config import TrainConfig
@@ -53,7 +53,7 @@ class World:
         self._environment = contextlib.ExitStack()
         if _shares_gpus():
             # Accelerate would tell DDP that rank 1 has the machine's second GPU: without this it asks the weights.
-            self._environment.callback(_set(BYPASS, "true"))
+            self._environment.enter_context(patch_environment(ACCELERATE_BYPASS_DEVICE_MAP="true"))
         limit, backend = timedelta(minutes=config.timeout_minutes), _backend()
         try:
             if self.size > 1:
@@ -264,22 +264,6 @@ def _backend() -> str:
     Without a GPU Accelerate takes gloo whatever this says.
     """
     return "gloo" if _shares_gpus() else "nccl"
-
-
-BYPASS = "ACCELERATE_BYPASS_DEVICE_MAP"
-
-
-def _set(name: str, value: str) -> Callable[[], None]:
-    """Sets a variable of the environment; returns what puts it back."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-
-    def put_back() -> None:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
-
-    return put_back
 
 
 def _shares_gpus() -> bool:
