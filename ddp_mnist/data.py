@@ -114,7 +114,7 @@ def to_float(images: Tensor) -> Tensor:
 
     Images of other types are taken as they are.
     """
-    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.to(torch.float32)
+    return images.div(255) if images.dtype == torch.uint8 else images.to(torch.float32)
 
 
 class ShardSampler(DistributedSampler):
@@ -156,11 +156,16 @@ class Batch:
     """int64 (n,), on the split's device: what `images` and `labels` gather when they are first asked for."""
     global_size: int
     """Images in the global batch, over all ranks."""
-    seed: int
-    """What is drawn at random in this share's forward pass follows from it: another one for each step and rank."""
+    place: tuple[int, ...]
+    """Seed, epoch, step in the epoch, rank."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def seed(self) -> int:
+        """What is drawn at random in this share's forward pass follows from it: another one for each step and rank."""
+        return _mix(*self.place)
 
     @functools.cached_property
     def images(self) -> Tensor:
@@ -199,8 +204,7 @@ class TrainBatches:
         indices = self.sampler.indices().to(self.split.labels.device)
         for step in range(start, len(self)):
             rows = indices[step * self.local_size : (step + 1) * self.local_size]
-            seed = _mix(self.sampler.seed, epoch, step, self.sampler.rank)
-            yield Batch(self.split, rows, self.global_size(step), seed)
+            yield Batch(self.split, rows, self.global_size(step), (self.sampler.seed, epoch, step, self.sampler.rank))
 
 
 def _mix(*numbers: int) -> int:

@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddp_mnist.pooling import relu_of_maxima
+
 
 def placed(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network on the device, its weights in the order in memory that is the faster one there."""
+    """The network on the device for training, its weights in the order in memory that is the faster one there."""
     net.to(device)
+    if isinstance(net, CNN):
+        net.once = True
     # Not ours on a GPU: CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/README.md).
     usual = isinstance(net, CNN) and device.type == "cuda"
     if not usual and all(parameter.dim() <= 4 for parameter in net.parameters()):
@@ -21,18 +25,19 @@ def _on_gpu(images: Tensor) -> bool:
     return images.device.type == "cuda"
 
 
-def _layer(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+def _layer(convolution: nn.Conv2d, images: Tensor, once: bool) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
     gradient have a quarter of the work. Not under autocast on a CPU, which loses by it
-    (docs/benchmarks/variants.py). Hooks of the convolution run there only."""
-    if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return F.relu(F.max_pool2d(convolution(images), 2))
-    pooled = F.max_pool2d(F.conv2d(images, convolution.weight, padding=convolution.padding), 2)
-    bias = convolution.bias.to(pooled.dtype).view(-1, 1, 1)  # type: ignore[union-attr]
+    (docs/benchmarks/variants.py). Hooks of the convolutions do not run."""
+    weight, bias, padding = convolution.weight, convolution.bias, convolution.padding
     if _on_gpu(images):
-        # Its gradient is then summed over each picture first: a GPU does that sooner than one long sum.
-        bias = bias.expand(len(images), -1, 1, 1)
-    return pooled.add_(bias).relu_()
+        pooled = F.max_pool2d(F.conv2d(images, weight, padding=padding), 2)
+        # The bias's gradient is summed over each picture first: a GPU does that sooner than one long sum.
+        bias = bias.to(pooled.dtype).view(-1, 1, 1).expand(len(images), -1, 1, 1)  # type: ignore[union-attr]
+        return pooled.add_(bias).relu_()
+    if torch.is_autocast_enabled("cpu"):
+        return relu_of_maxima(F.conv2d(images, weight, bias, padding=padding), None, once=once)
+    return relu_of_maxima(F.conv2d(images, weight, padding=padding), bias, once=once)
 
 
 class CNN(nn.Module):
@@ -43,6 +48,9 @@ class CNN(nn.Module):
     ReLU), which then have a quarter of the work, and the linear layer sums in another order.
     """
 
+    once = False
+    """Whether each forward pass has one backward pass at most, and torch.func none: on a CPU it is then the faster one."""
+
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:
         super().__init__()
         first, second = widths
@@ -51,7 +59,7 @@ class CNN(nn.Module):
         self.fc1 = nn.Linear(second * 7 * 7, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = _layer(self.conv2, _layer(self.conv1, images))
+        hidden = _layer(self.conv2, _layer(self.conv1, images, self.once), self.once)
         if _on_gpu(hidden):
             return self._classify_in_parts(hidden.flatten(1))
         # Both in the order that channels_last activations have in memory: to reorder the weight, and its gradient, is

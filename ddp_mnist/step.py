@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.adam import adam as functional_adam
 
 from ddp_mnist.checkpoint import Snapshot, load_weights
 from ddp_mnist.checkpoint import weights as checkpoint_weights
@@ -46,28 +45,30 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def fused_step(self) -> None:
-        """`step`, without its looks for a CUDA graph and for hooks (docs/benchmarks/variants.py). Where a parameter is
-        new, or an option is set that a fork may want, it is `step` itself."""
+        """What `step` comes to, without its looks for a CUDA graph, for hooks and for devices
+        (docs/benchmarks/variants.py). Where a parameter is new, or an option is set that a fork may want, it is `step`
+        itself."""
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
         options = group["amsgrad"], group.get("decoupled_weight_decay")
-        if not group["fused"] or any(options) or not all(states):
+        if not group["fused"] or any(options) or not states or not all(states):
             self.step()  # also makes the states
             return
         beta1, beta2 = group["betas"]
-        functional_adam(
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
             parameters,
             [parameter.grad for parameter in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"] for state in states],
-            fused=True,
+            steps,
             amsgrad=False,
+            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=group["maximize"],
@@ -220,7 +221,7 @@ class TrainStep:
         """A step on other rows in that batch's place, as `graphs` records it: [(loss, count), norm, gradients ...]."""
 
         def launch(rows: Tensor) -> list[Tensor | None]:
-            loss, correct = self._launched(Batch(batch.split, rows, batch.global_size, batch.seed))
+            loss, correct = self._launched(Batch(batch.split, rows, batch.global_size, batch.place))
             figures = torch.stack([loss, correct.to(loss.dtype)])
             return [figures, self.clipped_from, *(parameter.grad for parameter in self.parameters)]
 
@@ -273,7 +274,10 @@ class TrainStep:
 
     def _forward(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         logits = self.model(to_float(images))
-        loss = F.cross_entropy(logits, labels, reduction="sum") / global_size
+        if len(labels) == global_size:
+            loss = F.cross_entropy(logits, labels)  # two operations less
+        else:
+            loss = F.cross_entropy(logits, labels, reduction="sum") / global_size
         return loss, (logits.detach().argmax(1) == labels).sum()
 
     def settle(self, batches: TrainBatches) -> None:

@@ -134,8 +134,8 @@ FAULTS = (
     ),
     Fault(
         "all ranks draw the same dropout",
-        "_mix(self.sampler.seed, epoch, step, self.sampler.rank)",
-        "_mix(self.sampler.seed, epoch, step)",
+        "(self.sampler.seed, epoch, step, self.sampler.rank)",
+        "(self.sampler.seed, epoch, step)",
         ("tests/test_data.py::test_every_share_has_a_seed_of_its_own",),
     ),
     Fault(

@@ -68,7 +68,7 @@ def test_equal_states_are_equal_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_step_restored_from_its_snapshot_is_the_same_step(process_of_a_job: None, precision: Any) -> None:
     split = Split(torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8), torch.arange(12) % 10)
-    batch = Batch(split, torch.arange(12), 12, seed=0)
+    batch = Batch(split, torch.arange(12), 12, place=(0,))
     config = TrainConfig(mixed_precision=precision, threads=1)
     with World(config) as world:
         step = TrainStep(config, world)
