@@ -49,7 +49,8 @@ class CNN(nn.Module):
     """
 
     once = False
-    """Whether each forward pass has one backward pass at most, and torch.func none: on a CPU it is then the faster one."""
+    """Whether each forward pass has one backward pass at most, and torch.func none: it is then the faster one on a
+    CPU."""
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:
         super().__init__()

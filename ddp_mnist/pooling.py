@@ -29,7 +29,7 @@ def relu_of_maxima(images: Tensor, bias: Tensor | None, *, once: bool) -> Tensor
         pooled = F.max_pool2d(images, 2)
         return (pooled if bias is None else pooled.add_(bias.view(-1, 1, 1))).relu_()
     if images.requires_grad:
-        return _ReluOfMaxima.apply(images, bias)  # type: ignore[no-any-return]
+        return _ReluOfMaxima.apply(images, bias)
     return _forward(images, bias)[1]
 
 
@@ -50,7 +50,7 @@ class _ReluOfMaxima(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         images, rows, pooled = ctx.saved_tensors
         gradient = torch.ops.aten.threshold_backward(gradient, pooled, 0)

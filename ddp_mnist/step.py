@@ -117,6 +117,7 @@ class TrainStep:
         self.parameters = list(self.net.parameters())
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
+        world.exchange_awake(self.model)
         self.compiled: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
         self.graphs: Graphs | None = None
         if self.may_be_recorded():

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddp_mnist import data, step, trainer
+from ddp_mnist import world as worlds
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Split, TrainBatches
 from ddp_mnist.errors import JobError, UsageError
@@ -73,6 +75,35 @@ def clipped(world: World, split: Split) -> float:
     step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, grad_clip=CLIP), world)
     step(next(batches.epoch(0)), 1e-3)
     return torch.cat([value.grad.flatten() for value in step.net.parameters() if value.grad is not None]).norm().item()
+
+
+def exchanged(world: World) -> dict[str, Any]:
+    """How far the ranks' gradients are from their mean, for a network of several buckets; with a rank that is late."""
+    found: dict[str, Any] = {"errors": [], "last": []}
+    average = worlds._average
+
+    def watched(size: int, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        found["last"].append(bucket.is_last())
+        return average(size, bucket)
+
+    worlds._average = watched
+    for awake in (0.0, worlds.AWAKE):
+        worlds.AWAKE = awake
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(600, 600), torch.nn.Linear(600, 600))
+        inputs = torch.randn(world.size, 5, 600)  # the same on all ranks, which take one each
+        expected = torch.autograd.grad(sum(net(each).square().sum() for each in inputs), list(net.parameters()))
+        model = world.accelerator.prepare(net)
+        world.exchange_awake(model)
+        for _ in range(2):  # DDP regroups its gradients after the first
+            net.zero_grad()
+            if world.rank == world.size - 1:
+                time.sleep(0.1)
+            model(inputs[world.rank]).square().sum().backward()
+        pairs = zip(net.parameters(), expected, strict=True)
+        found["errors"] += [(value.grad - mean / world.size).abs().max().item() for value, mean in pairs]
+    worlds._average = average
+    return found
 
 
 def agreement(world: World) -> dict[str, Any]:
@@ -133,6 +164,7 @@ def main(root: Path, folder: Path, ports: Sequence[str]) -> None:
             "sum": world.sum(torch.tensor([1.0, world.rank])).tolist(),
             "broadcast": world.broadcast(f"from rank {world.rank}"),
             "agree": agreement(world),
+            "exchanged": exchanged(world),
             "settle": settling(world, train),
             "clipped": clipped(world, train),
         }

@@ -86,6 +86,13 @@ def test_gradients_are_the_same_bits_on_all_ranks(ranks_at: Any, world_size: int
     assert all(torch.equal(gradients[0][key], other[key]) for other in gradients[1:] for key in gradients[0])
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradients_of_several_buckets_are_averaged_also_when_a_rank_is_late(ranks_at: Any, world_size: int) -> None:
+    for rank in ranks_at(world_size)[0]:
+        assert max(rank["exchanged"]["errors"]) < 1e-3 and len(rank["exchanged"]["errors"]) == 8
+        assert set(rank["exchanged"]["last"]) == (set() if world_size == 1 else {True, False})
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_all_ranks_hold_the_same_weights_after_a_run(ranks_at: Any, world_size: int) -> None:
     found, _ = ranks_at(world_size)

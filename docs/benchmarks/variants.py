@@ -191,6 +191,12 @@ def step_of(net: nn.Module, *, channels_last: bool = True, bf16: bool = False, *
     return step
 
 
+class InPlace(CNN):
+    """As the job has it: pooling, bias and ReLU in the memory of what is pooled."""
+
+    once = True
+
+
 class HandNet(CNN):
     def forward(self, images: Tensor) -> Tensor:
         return ByHand.apply(images, *self.parameters())
@@ -224,7 +230,9 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
         "the same, activations reordered for the linear layer, not its weight",
         step_of(ActivationsReordered(widths=widths)),
     )
-    yield "bf16, bias in the convolution, as the network has it there", step_of(CNN(widths=widths), bf16=True)
+    yield "pooling, bias and ReLU in place, as the job has them", step_of(InPlace(widths=widths))
+    yield "bf16, bias in the convolution", step_of(CNN(widths=widths), bf16=True)
+    yield "bf16, the same with pooling and ReLU in place, as the job has it", step_of(InPlace(widths=widths), bf16=True)
     yield "bf16, bias behind the pooling", step_of(BiasBehind(widths=widths), bf16=True)
     yield "bf16, both poolings as maxima of rows and columns", step_of(BothByMaxima(widths=widths), bf16=True)
     yield "Adam not fused", step_of(CNN(widths=widths), fused=False)
