@@ -114,7 +114,7 @@ def to_float(images: Tensor) -> Tensor:
 
     Images of other types are taken as they are.
     """
-    return images.div(255) if images.dtype == torch.uint8 else images.to(torch.float32)
+    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.to(torch.float32)
 
 
 class ShardSampler(DistributedSampler):

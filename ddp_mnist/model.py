@@ -10,10 +10,8 @@ from ddp_mnist.pooling import relu_of_maxima
 
 
 def placed(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network on the device for training, its weights in the order in memory that is the faster one there."""
+    """The network on the device, its weights in the order in memory that is the faster one there."""
     net.to(device)
-    if isinstance(net, CNN):
-        net.once = True
     # Not ours on a GPU: CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/README.md).
     usual = isinstance(net, CNN) and device.type == "cuda"
     if not usual and all(parameter.dim() <= 4 for parameter in net.parameters()):
@@ -49,8 +47,8 @@ class CNN(nn.Module):
     """
 
     once = False
-    """Whether each forward pass has one backward pass at most, and torch.func none: it is then the faster one on a
-    CPU."""
+    """Whether each forward pass has one backward pass at most, and neither torch.func nor hooks of saved tensors see
+    it: it is then the faster one on a CPU. A `TrainStep` sets it as long as it trains."""
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:
         super().__init__()

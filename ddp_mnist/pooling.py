@@ -1,9 +1,11 @@
-"""2x2 pooling, bias and ReLU on a CPU: torch's own in what comes out, in less time and memory.
+"""2x2 pooling, bias and ReLU on a CPU: what torch's three operations compute, in less time and memory.
 
 torch's pooling keeps its input, which is the largest tensor of a step, a second one of 64-bit places, and writes the
 gradient into a third. Here the gradient takes the place of the input, and there are no places: the larger of two rows,
 then of two columns, is found again by comparing them. A step is mostly what it moves between the CPU and its memory
 (docs/benchmarks/README.md).
+
+Where the largest of a window are equal, which torch's pooling settles row by row, another of them may get the gradient.
 """
 
 from __future__ import annotations
@@ -22,15 +24,14 @@ def relu_of_maxima(images: Tensor, bias: Tensor | None, *, once: bool) -> Tensor
     `once`: the backward pass may overwrite the images. The graph can then be used no more than once, and not by
     torch.func. Otherwise, where gradients are wanted, it is torch's own pooling.
     """
-    height, width = images.shape[-2:]
-    suits = images.device.type == "cpu" and height % 2 == width % 2 == 0
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if not suits or traced or (images.requires_grad and not once):
-        pooled = F.max_pool2d(images, 2)
-        return (pooled if bias is None else pooled.add_(bias.view(-1, 1, 1))).relu_()
-    if images.requires_grad:
+    suits = images.device.type == "cpu" and images.shape[-2] % 2 == images.shape[-1] % 2 == 0
+    suits = suits and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if suits and not images.requires_grad:
+        return _forward(images, bias)[1]
+    if suits and once:
         return _ReluOfMaxima.apply(images, bias)
-    return _forward(images, bias)[1]
+    pooled = F.max_pool2d(images, 2)
+    return (pooled if bias is None else pooled.add_(bias.to(pooled.dtype).view(-1, 1, 1))).relu_()
 
 
 def _forward(images: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,11 +58,11 @@ class _ReluOfMaxima(torch.autograd.Function):
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None
         _become_gradients(rows[..., 0::2], rows[..., 1::2], gradient)
         _become_gradients(images[:, :, 0::2], images[:, :, 1::2], rows)
-        return images, of_bias
+        return images.detach(), of_bias
 
 
 def _become_gradients(one: Tensor, other: Tensor, gradient: Tensor) -> None:
-    """Of their maximum's gradient all goes to the larger; to the first, where they are equal."""
+    """Of their maximum's gradient all goes to the larger; to `one`, where they are equal."""
     torch.ge(one, other, out=one)  # 1 or 0
     one.mul_(gradient)
     torch.sub(gradient, one, out=other)

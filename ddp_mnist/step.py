@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Adam(torch.optim.Adam):
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
+    def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.alike = len({(each.device, each.dtype) for each in self.param_groups[0]["params"]}) == 1
+
     def begin(self) -> None:
         """Make the states that torch makes in the first step."""
         for parameter in self.param_groups[0]["params"]:
@@ -45,14 +49,14 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def fused_step(self) -> None:
-        """What `step` comes to, without its looks for a CUDA graph, for hooks and for devices
-        (docs/benchmarks/variants.py). Where a parameter is new, or an option is set that a fork may want, it is `step`
-        itself."""
+        """What `step` comes to for parameters of one type on one device, without its looks for those, for a CUDA graph
+        and for hooks (docs/benchmarks/variants.py). Where a parameter is new, or an option is set that a fork may want,
+        it is `step` itself."""
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
         options = group["amsgrad"], group.get("decoupled_weight_decay")
-        if not group["fused"] or any(options) or not states or not all(states):
+        if not (group["fused"] and self.alike and states and all(states)) or any(options):
             self.step()  # also makes the states
             return
         beta1, beta2 = group["betas"]
@@ -115,6 +119,8 @@ class TrainStep:
         fused = config.mixed_precision != "fp16"
         self.adam = Adam(self.net.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
         self.parameters = list(self.net.parameters())
+        if isinstance(self.net, CNN):
+            self.net.once = True
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
         world.exchange_awake(self.model)
@@ -143,8 +149,11 @@ class TrainStep:
             self.model = torch.compile(self.model, mode=mode, dynamic=False)
 
     def close(self) -> None:
-        """Let go of what was recorded and compiled: both hold this object, and with it the data set, alive."""
+        """Let go of what was recorded and compiled: both hold this object, and with it the data set, alive. The network
+        is a network as any other again."""
         self.graphs = self.compiled = None
+        if isinstance(self.net, CNN):
+            self.net.once = False
 
     def may_be_recorded(self) -> bool:
         """Whether a step can be a CUDA graph: not what another network may do on the way, not with fp16's scaler, which

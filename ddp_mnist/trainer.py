@@ -110,10 +110,11 @@ def attempt(
 
 
 def already_finished(run: Run, world: World, model: Callable[[], nn.Module] | None) -> Result:
-    net = TrainStep(run.config.replace(compile=False), world, run.snapshot, model).net.eval()
+    step = TrainStep(run.config.replace(compile=False), world, run.snapshot, model)
+    step.close()
     if world.is_main:
         print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
-    return Result(run.path, run.finished, net)
+    return Result(run.path, run.finished, step.net.eval())
 
 
 def give_up_early(run: Run, world: World, error: JobError) -> None:

@@ -109,14 +109,16 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks, in place; returns `values`."""
-        if self.size > 1:
+        if self.size > 1 and values.device.type == "cpu":
+            _wait_awake(dist.all_reduce(values, async_op=True))
+        elif self.size > 1:
             dist.all_reduce(values)
         return values
 
     def exchange_awake(self, model: torch.nn.Module) -> None:
-        """Between CPUs, let DDP wait for the others' gradients awake (`_average`)."""
+        """Between CPUs, let DDP wait for the others' gradients awake."""
         if self.size > 1 and self.device.type == "cpu":
-            # DDP compares annotations, which are words here: a lambda has none.
+            # A lambda has no annotations: DDP wants the classes themselves there, and this module has their names.
             model.register_comm_hook(self.size, lambda size, bucket: _average(size, bucket))  # type: ignore[operator]
 
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -188,22 +190,27 @@ class World:
         return result
 
 
-AWAKE = 0.05
-"""Seconds; a rank that is later than this is much later."""
+AWAKE = 0.01
+"""Seconds: longer than it takes to wake a CPU, so that for longer waits a rank may as well sleep."""
 
 
-def _average(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's own exchange, but for how a rank waits for the last of it. For this network all-reduce takes 0.4 ms, and to
-    wake a CPU that has gone to sleep in the meantime may take ten times as long, in virtual machines above all
-    (docs/benchmarks/README.md). So it stays awake for a moment, and leaves the CPU to any other that can use it."""
-    gradients = bucket.buffer().div_(world_size)
-    work = dist.all_reduce(gradients, async_op=True)
-    if not bucket.is_last():
-        return work.get_future().then(lambda done: done.value()[0])
+def _wait_awake(work: dist.Work) -> None:
+    """Between CPUs all-reduce takes 0.4 ms for this network's gradients, and to wake a CPU that has gone to sleep in
+    the meantime may take ten times as long, in virtual machines above all (docs/benchmarks/README.md). So a rank stays
+    awake for a moment, and leaves its CPU to any other that can use it."""
     end = time.monotonic() + AWAKE
     while not work.is_completed() and time.monotonic() < end:
         os.sched_yield()
     work.wait()
+
+
+def _average(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """torch's `allreduce_hook`, but that it waits for the last of the gradients awake."""
+    gradients = bucket.buffer().div_(world_size)
+    work = dist.all_reduce(gradients, async_op=True)
+    if not bucket.is_last():
+        return work.get_future().then(lambda done: done.value()[0])
+    _wait_awake(work)
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(gradients)
     return future
@@ -225,7 +232,10 @@ def lost_ranks_told(world: World) -> Iterator[None]:
 
 def _lost_rank(error: RuntimeError, world: World) -> JobError:
     # gloo: "[/build/path/pair.cc:561] Connection closed by peer [address]. This is typically caused ..."
-    last = str(error).strip().splitlines()[-1].split("] ", 1)[-1].split(". ")[0].rstrip(".")
+    # What a callback of DDP's raises has other lines around it.
+    lines = str(error).strip().splitlines()
+    told = next((line for line in reversed(lines) if "gloo" in line or "NCCL" in line), lines[-1])
+    last = told.split("] ", 1)[-1].split(". ")[0].rstrip(".")
     return JobError(
         f"rank {world.rank} on {socket.gethostname()} lost contact with another rank, which was killed, crashed or "
         f"did not answer within --timeout-minutes ({last}).",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from tutorial import TutorialCNN
 
-from ddp_mnist import CNN, TrainConfig
+from ddp_mnist import CNN, TrainConfig, fit
 from ddp_mnist.data import Batch, Split, TrainBatches, to_float
 from ddp_mnist.step import Adam, TrainStep
 from ddp_mnist.world import World
@@ -97,15 +97,27 @@ def test_parameters_without_a_gradient_are_left_alone_as_torchs_own_adam_does(op
         ]
 
 
-def test_after_the_first_step_only_adams_function_is_called(
+def test_after_the_first_step_only_adams_kernel_is_called(
     world: World, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = TrainStep(CONFIG, world)
     step(batches[0], CONFIG.lr)
     monkeypatch.setattr(step.adam, "step", None)
+    monkeypatch.setattr("torch.optim.adam.adam", None)
     before = step.snapshot()[0]
     step(batches[1], CONFIG.lr)
     assert not torch.equal(step.snapshot()[0]["fc1.weight"], before["fc1.weight"])
+
+
+def test_a_network_that_was_trained_is_a_network_as_any_other(
+    process_of_a_job: None, tiny: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.replace(dataset="fashion-mnist", data_dir=tiny, output_dir=tmp_path, epochs=1, pictures=False)
+    for _ in ("trained", "finished before"):
+        net = fit(config).model
+        loss = net(torch.rand(4, 1, 28, 28)).logsumexp(1).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
 
 
 def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: list[Batch]) -> None:
