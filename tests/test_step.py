@@ -103,10 +103,18 @@ def test_after_the_first_step_only_adams_kernel_is_called(
     step = TrainStep(CONFIG, world)
     step(batches[0], CONFIG.lr)
     monkeypatch.setattr(step.adam, "step", None)
-    monkeypatch.setattr("torch.optim.adam.adam", None)
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "adam", None)
     before = step.snapshot()[0]
     step(batches[1], CONFIG.lr)
     assert not torch.equal(step.snapshot()[0]["fc1.weight"], before["fc1.weight"])
+
+
+def test_while_it_is_trained_a_network_needs_no_more_memory_than_one_backward_pass_does(world: World) -> None:
+    step = TrainStep(CONFIG, world)
+    loss = step.net(torch.rand(4, 1, 28, 28)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_network_that_was_trained_is_a_network_as_any_other(
