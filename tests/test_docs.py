@@ -88,6 +88,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     "make bench": by(BENCH, "ddp_mnist.bench"),
     "python -m ddp_mnist.bench": by(BENCH, "ddp_mnist.bench"),
     "python -m ddp_mnist.bench --json docs/benchmarks/<gpu>-<date>.json": by(BENCH, "ddp_mnist.bench", "--json"),
+    "python -m ddp_mnist.bench --rows ranks --repeats 2": by(BENCH, "ddp_mnist.bench", "--json"),
     "python -m ddp_mnist.bench --repeats 3 --json FILE": by(BENCH, "ddp_mnist.bench", "--json"),
     "source .venv/bin/activate": here(""),
     "export DDP_MNIST_DATA=/scratch/data": here(""),
@@ -146,6 +147,9 @@ COMMANDS: dict[str, Here | By | Not] = {
     ),
     "python docs/benchmarks/variants.py --widths 8 48 --batch-size 160 --repeats 20": here(
         "| bf16, both poolings as maxima", ("--batch-size 160 --repeats 20", "--batch-size 8 --repeats 1 --steps 2")
+    ),
+    "python docs/benchmarks/variants.py --batch-size 512 --repeats 10 --steps 10": here(
+        "| pooling, bias and ReLU in place", ("512 --repeats 10 --steps 10", "8 --repeats 1 --steps 2")
     ),
     "python docs/benchmarks/variants_gpu.py": by(
         "tests/test_gpu.py::test_the_ways_to_write_a_step_can_be_compared", "variants_gpu.py"
