@@ -2,8 +2,7 @@
 
 torch's pooling keeps its input, which is the largest tensor of a step, a second one of 64-bit places, and writes the
 gradient into a third. Here the gradient takes the place of the input, and there are no places: the larger of two rows,
-then of two columns, is found again by comparing them. A step is mostly what it moves between the CPU and its memory
-(docs/benchmarks/README.md).
+then of two columns, is found again by comparing them (docs/benchmarks/README.md).
 
 Where the largest of a window are equal, which torch's pooling settles row by row, another of them may get the gradient.
 """

@@ -191,13 +191,13 @@ class World:
 
 
 AWAKE = 0.01
-"""Seconds: longer than it takes to wake a CPU, so that for longer waits a rank may as well sleep."""
+"""Seconds: many times what an all-reduce takes; through longer waits a rank may as well sleep."""
 
 
 def _wait_awake(work: dist.Work) -> None:
-    """Between CPUs all-reduce takes 0.4 ms for this network's gradients, and to wake a CPU that has gone to sleep in
-    the meantime may take ten times as long, in virtual machines above all (docs/benchmarks/README.md). So a rank stays
-    awake for a moment, and leaves its CPU to any other that can use it."""
+    """Between CPUs a rank that sleeps until the others' gradients are there often goes on milliseconds later than they
+    are; awake it does so less often (docs/benchmarks/README.md). So it stays awake for a moment, and leaves its CPU to
+    any other that can use it."""
     end = time.monotonic() + AWAKE
     while not work.is_completed() and time.monotonic() < end:
         os.sched_yield()

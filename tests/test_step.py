@@ -97,6 +97,27 @@ def test_parameters_without_a_gradient_are_left_alone_as_torchs_own_adam_does(op
         ]
 
 
+def test_adams_kernel_gets_parameters_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it takes no others. torch sorts them, which ours leaves out."""
+    kernel, types = torch._fused_adam_, []
+
+    def watched(parameters: list[torch.Tensor], *arguments: Any, **options: Any) -> None:
+        types.append({each.dtype for each in parameters})
+        kernel(parameters, *arguments, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", watched)
+    start = [torch.ones(3), torch.ones(3, dtype=torch.float64)]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    adam, expected = Adam(ours, lr=0.1, fused=True), torch.optim.Adam(theirs, lr=0.1, fused=True)
+    for _ in range(3):
+        for each in (*ours, *theirs):
+            each.grad = torch.full_like(each, 0.5)
+        adam.fused_step()
+        expected.step()
+    assert all(map(torch.equal, ours, theirs)) and not torch.equal(ours[0], start[0])
+    assert types and all(len(each) == 1 for each in types)
+
+
 def test_after_the_first_step_only_adams_kernel_is_called(
     world: World, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
