@@ -224,10 +224,9 @@ class Mirror:
     def sync_command(self, *, online: bool = False) -> str:
         """What sends all that lies in the run directory and is not on the server yet; `online`: also what began there,
         which wandb takes for sent."""
-        folder = shlex.quote(str(self.run_dir / FOLDER))
-        return (
-            f"wandb sync {'--include-online ' if online else ''}{folder}/{'*' if online else 'offline-'}run-*-{self.id}"
-        )
+        option, began = ("--include-online ", "*") if online else ("", "offline-")
+        # The last star: of attempts that begin in one second, wandb gives the later ones a number behind the id.
+        return f"wandb sync {option}{shlex.quote(str(self.run_dir / FOLDER))}/{began}run-*-{self.id}*"
 
     def actual(self) -> str:
         """The mode by now: offline also where the server answered, but did not take the run; disabled where wandb

@@ -178,7 +178,7 @@ def last_step(run: Any, mode: str, run_dir: Path) -> int:
         return int(run.summary.get("step") or -1) if run.resumed else -1
     written = -1
     own = Path(run.dir).resolve().parent
-    for path in sorted((run_dir / FOLDER).glob(f"offline-run-*-{run.id}"), reverse=True):
+    for path in sorted((run_dir / FOLDER).glob(f"offline-run-*-{run.id}*"), reverse=True):
         if path.resolve() == own:  # nothing in it yet, and the reader is a whole Python process
             continue
         written = max(steps_in(path), default=-1)

@@ -415,7 +415,7 @@ def test_the_final_model_is_sent_where_that_is_wanted(offline: Offline, mirrored
 
 @pytest.mark.slow
 def test_an_offline_run_says_how_to_send_it(offline: Offline) -> None:
-    command = f"wandb sync '{offline.run_dir}/wandb'/offline-run-*-{mirror.read_state(offline.run_dir)['id']}"
+    command = f"wandb sync '{offline.run_dir}/wandb'/offline-run-*-{mirror.read_state(offline.run_dir)['id']}*"
     assert f"  W&B     offline; send it later with: {command}\n" in offline.ended.out
     assert offline.ended.out.count("W&B") == 2 and not offline.ended.err
     ended = jobs.run(["bash", "-c", command.replace("wandb sync", f"{sys.executable} -m wandb sync --dry-run")])
@@ -568,7 +568,7 @@ def test_no_server_means_offline_with_a_warning(
     ended = train("--wandb", "online", "--output-dir", tmp_path)
     assert_unhurt(ended, tmp_path, run_at(1), "offline")
     (line,) = [record.getMessage() for record in caplog.records]
-    command = f"wandb sync {tmp_path}/wandb/offline-run-*-{mirror.read_state(tmp_path)['id']}"
+    command = f"wandb sync {tmp_path}/wandb/offline-run-*-{mirror.read_state(tmp_path)['id']}*"
     assert line.startswith("W&B is offline: ") and line.endswith(f"; send it later with: {command}")
     assert_mirrored(attempts(tmp_path)[0].history, tmp_path)
     assert_no_secret(KEY, tmp_path, ended)
@@ -744,13 +744,13 @@ def test_what_an_attempt_writes_itself_is_not_asked_what_was_written(
     """Reading a local run takes a process of wandb's, in the first steps of the training."""
     run_dir = hand_made(tmp_path / "run")
     mirror.remember(run_dir)
-    names = ["offline-run-1-abc", "offline-run-2-abc"]
+    names = ["offline-run-1-abc", "offline-run-1-abc-1", "offline-run-2-abc"]
     for name in names:
         (run_dir / "wandb" / name / "files").mkdir(parents=True)
     asked: list[str] = []
     monkeypatch.setattr(mirror_process, "steps_in", lambda path: asked.append(path.name) or iter([7]))
-    own = SimpleNamespace(dir=str(run_dir / "wandb" / names[1] / "files"), id="abc")
-    assert (mirror_process.last_step(own, "offline", run_dir), asked) == (7, names[:1])
+    own = SimpleNamespace(dir=str(run_dir / "wandb" / names[2] / "files"), id="abc")
+    assert (mirror_process.last_step(own, "offline", run_dir), asked) == (7, names[1:2])
 
 
 def bad_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
@@ -886,6 +886,8 @@ def test_offline_attempts_are_synced_into_one_curve(server: wandb_server.Server,
     finished(start(run_dir, "offline"))
     grow(run_dir, 6, 8)
     told = finished(start(run_dir, "offline"))
+    first, second = sorted(run_dir.glob("wandb/offline-run-*"))
+    second.rename(f"{first}-1")  # what wandb itself calls it where both began in one second
     command = told.partition("send it with: ")[2].replace("wandb sync", f"{sys.executable} -m wandb sync")
     account = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_ERROR_REPORTING": "false"}
     ended = jobs.run(["bash", "-c", command], account, cwd=tmp_path)  # where wandb leaves a folder
