@@ -57,7 +57,7 @@ def resolve(dataset: str, root: Path) -> str:
         return dataset
     try:
         for split in files.NAMES:
-            files.read_split("mnist", root, split, timeout=5)
+            files.read_split("mnist", root, split, timeout=5, again=True)
     except JobError as error:
         log.warning("%s\n%s", error, SYNTHETIC_WARNING)
         return "synthetic"

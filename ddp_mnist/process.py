@@ -6,6 +6,7 @@ One message from one rank, an exit code, and no interpreter shutdown.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -59,6 +60,20 @@ def muted() -> Iterator[None]:
     """Nothing that is printed is seen, such as a wrong flag, which every rank would tell of."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
+
+
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """For imports of some size: without the garbage collector, which would look through the growing heap again and
+    again, a tenth of torch's import, and without these modules in what it looks through later."""
+    before = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > before:
+            gc.freeze()
+        gc.enable()
 
 
 def tell(error: JobError) -> int:

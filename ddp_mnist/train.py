@@ -5,6 +5,7 @@ Flags are parsed before torch is imported, so `--help` is instant and a wrong fl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,6 +15,7 @@ from ddp_mnist.mirror import Mirror
 from ddp_mnist.preemption import StopSignal
 from ddp_mnist.process import (
     code_of,
+    imports,
     leave,
     rank_from_environment,
     show_warnings,
@@ -53,8 +55,14 @@ def main(
         config = parse(argv)
         config.check_world(world_size_from_environment())
         stop.__enter__()  # for good: a signal may come as late as the exit
-        with Mirror(config, is_main=rank_from_environment() == 0) as mirror:  # imports wandb meanwhile
-            from ddp_mnist.trainer import attempt  # imports torch
+        with contextlib.ExitStack() as meanwhile:
+            mirror = meanwhile.enter_context(Mirror(config, is_main=rank_from_environment() == 0))  # imports wandb
+            if data is None:
+                from ddp_mnist.files import read_early
+
+                meanwhile.enter_context(read_early(config.dataset, config.data_dir))
+            with imports():
+                from ddp_mnist.trainer import attempt  # imports torch
 
             pair = data() if data else None
             result = attempt(config, model=model, data=pair, stop=stop, mirror=mirror)

@@ -15,6 +15,7 @@ from typing import Any
 import jobs
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ddp_mnist import figures, report, runlog
@@ -248,6 +249,22 @@ def test_the_confusion_matrix_shows_each_count_and_the_errors_in_colour() -> Non
     wrong = sum(map(sum, CONFUSION)) - 900
     assert f"{wrong} of {900 + wrong} wrong" in figure.get_supxlabel()
     looks_drawn(figures.png(figure))
+
+
+def test_a_picture_is_gone_through_once_and_looks_as_matplotlib_saves_it(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
+    def figure() -> Figure:
+        return figures.mistakes_figure(np.zeros((7, 28, 28), np.uint8), mistakes(tiny), "mnist", "a run")
+
+    drawn: list[Figure] = []
+    draw = Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda self, renderer: (drawn.append(self), draw(self, renderer)))
+    content = figures.png(figure())
+    assert len(drawn) == 1
+    saved = io.BytesIO()
+    figure().savefig(saved, dpi=150)
+    assert np.array_equal(Image.open(io.BytesIO(content)), Image.open(saved))
 
 
 def test_an_error_weighs_more_in_a_class_of_few_images() -> None:

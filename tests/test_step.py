@@ -211,6 +211,29 @@ def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) 
     assert not imported & {"torch._dynamo", "torch.distributed.tensor", "sympy", "torchvision", "matplotlib", "wandb"}
 
 
+STARTED = """
+import gc, sys, threading
+from ddp_mnist import files, train
+survey, aside = files._survey, []
+
+def told(place):
+    aside.append(threading.current_thread() is not threading.main_thread())
+    return survey(place)
+
+files._survey = told
+code = train.main(sys.argv[1:])
+print(code, aside, gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+
+
+@pytest.mark.slow
+def test_the_files_are_read_while_torch_is_imported_and_the_collector_rests(tiny: Path, tmp_path: Path) -> None:
+    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
+    command = [sys.executable, "-c", STARTED, *flags, "--max-steps", "2", "--output-dir", str(tmp_path)]
+    ended = jobs.run(command)
+    assert ended.out.endswith("0 [True, True] True True\n"), ended
+
+
 FAULTS = """
 import resource, statistics, torch
 from ddp_mnist import TrainConfig
