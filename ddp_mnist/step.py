@@ -123,7 +123,6 @@ class TrainStep:
             self.net.once = True
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
-        world.exchange_awake(self.model)
         self.compiled: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
         self.graphs: Graphs | None = None
         if self.may_be_recorded():

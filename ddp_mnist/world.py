@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import itertools
@@ -55,18 +56,20 @@ class World:
             # Accelerate would tell DDP that rank 1 has the machine's second GPU: without this it asks the weights.
             self._environment.enter_context(patch_environment(ACCELERATE_BYPASS_DEVICE_MAP="true"))
         limit, backend = timedelta(minutes=config.timeout_minutes), _backend()
+        uses_gloo = on_cpu or backend == "gloo"
         try:
-            if self.size > 1:
-                _meet_again(self.size, "gloo" if on_cpu else backend, limit)
-            self.accelerator = Accelerator(
-                mixed_precision=config.mixed_precision,
-                # Without cpu=True each of several ranks on a machine without a GPU believes it is alone.
-                cpu=on_cpu,
-                kwargs_handlers=[
-                    InitProcessGroupKwargs(backend=backend, timeout=limit),
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                ],
-            )
+            with _patient_threads() if uses_gloo else contextlib.nullcontext():
+                if self.size > 1:
+                    _meet_again(self.size, "gloo" if on_cpu else backend, limit)
+                self.accelerator = Accelerator(
+                    mixed_precision=config.mixed_precision,
+                    # Without cpu=True each of several ranks on a machine without a GPU believes it is alone.
+                    cpu=on_cpu,
+                    kwargs_handlers=[
+                        InitProcessGroupKwargs(backend=backend, timeout=limit),
+                        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    ],
+                )
         except (RuntimeError, ValueError) as error:  # a busy port, an unreachable address, a missing variable
             self.close()
             raise JobError(
@@ -109,17 +112,9 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks, in place; returns `values`."""
-        if self.size > 1 and values.device.type == "cpu":
-            _wait_awake(dist.all_reduce(values, async_op=True))
-        elif self.size > 1:
+        if self.size > 1:
             dist.all_reduce(values)
         return values
-
-    def exchange_awake(self, model: torch.nn.Module) -> None:
-        """Between CPUs, let DDP wait for the others' gradients awake."""
-        if self.size > 1 and self.device.type == "cpu":
-            # A lambda has no annotations: DDP wants the classes themselves there, and this module has their names.
-            model.register_comm_hook(self.size, lambda size, bucket: _average(size, bucket))  # type: ignore[operator]
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's values, on every rank, in place."""
@@ -190,30 +185,29 @@ class World:
         return result
 
 
-AWAKE = 0.01
-"""Seconds: many times what an all-reduce takes; through longer waits a rank may as well sleep."""
+@contextlib.contextmanager
+def _patient_threads() -> Iterator[None]:
+    """Threads that begin inside, such as gloo's, never interrupt one that runs when they are woken.
+
+    gloo's threads wake each other with a lock in hand. Where every CPU is busy, and they are by ranks that train, the
+    woken one may take the CPU of the one that holds the lock, and ask for it again and again until its time slice is
+    over: 3 to 5 ms, in a tenth of the steps of two ranks on two CPUs (docs/benchmarks/README.md). By Linux's policy for
+    batch jobs, which anybody may choose, a woken thread waits its turn.
+    """
+    before = _threads()
+    yield
+    for thread in _threads() - before:
+        with contextlib.suppress(OSError):  # it has ended, or a container forbids it
+            if os.sched_getscheduler(thread) == os.SCHED_OTHER:
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
 
 
-def _wait_awake(work: dist.Work) -> None:
-    """Between CPUs a rank that sleeps until the others' gradients are there often goes on milliseconds later than they
-    are; awake it does so less often (docs/benchmarks/README.md). So it stays awake for a moment, and leaves its CPU to
-    any other that can use it."""
-    end = time.monotonic() + AWAKE
-    while not work.is_completed() and time.monotonic() < end:
-        os.sched_yield()
-    work.wait()
-
-
-def _average(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """torch's `allreduce_hook`, but that it waits for the last of the gradients awake."""
-    gradients = bucket.buffer().div_(world_size)
-    work = dist.all_reduce(gradients, async_op=True)
-    if not bucket.is_last():
-        return work.get_future().then(lambda done: done.value()[0])
-    _wait_awake(work)
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(gradients)
-    return future
+def _threads() -> set[int]:
+    """This process's, by their ids; none where that is not Linux."""
+    try:
+        return set(map(int, os.listdir("/proc/self/task")))
+    except OSError:
+        return set()
 
 
 @contextlib.contextmanager
@@ -232,10 +226,7 @@ def lost_ranks_told(world: World) -> Iterator[None]:
 
 def _lost_rank(error: RuntimeError, world: World) -> JobError:
     # gloo: "[/build/path/pair.cc:561] Connection closed by peer [address]. This is typically caused ..."
-    # What a callback of DDP's raises has other lines around it.
-    lines = str(error).strip().splitlines()
-    told = next((line for line in reversed(lines) if "gloo" in line or "NCCL" in line), lines[-1])
-    last = told.split("] ", 1)[-1].split(". ")[0].rstrip(".")
+    last = str(error).strip().splitlines()[-1].split("] ", 1)[-1].split(". ")[0].rstrip(".")
     return JobError(
         f"rank {world.rank} on {socket.gethostname()} lost contact with another rank, which was killed, crashed or "
         f"did not answer within --timeout-minutes ({last}).",
@@ -255,10 +246,24 @@ _met_at: dist.Store | None = None
 _meetings = itertools.count(1)
 
 
+_group: Any = None
+"""The process group of this process's last world, which is to outlive DDP. Where DDP lets go of it last, it waits for
+gloo's threads with Python's lock in hand, and one of them may want that lock: torch 2.11 hung so now and then after a
+`fit` of two ranks (pytorch#56297). Python's own object lets go of the lock."""
+
+
 def _remember_meeting() -> None:
-    global _met_at
-    if _met_at is None and dist.is_initialized():
-        _met_at = dist.distributed_c10d._get_default_store()
+    global _group, _met_at
+    if dist.is_initialized():
+        _group = dist.group.WORLD
+        _met_at = _met_at or dist.distributed_c10d._get_default_store()
+
+
+@atexit.register
+def _forget_meeting() -> None:
+    """gloo's threads do not survive the end of Python."""
+    global _group
+    _group = None
 
 
 def _meet_again(size: int, backend: str, timeout: timedelta) -> None:
