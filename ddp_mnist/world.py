@@ -226,7 +226,10 @@ def lost_ranks_told(world: World) -> Iterator[None]:
 
 def _lost_rank(error: RuntimeError, world: World) -> JobError:
     # gloo: "[/build/path/pair.cc:561] Connection closed by peer [address]. This is typically caused ..."
-    last = str(error).strip().splitlines()[-1].split("] ", 1)[-1].split(". ")[0].rstrip(".")
+    # What a callback of DDP's raises, a communication hook of a fork's say, has other lines around it.
+    lines = str(error).strip().splitlines()
+    told = next((line for line in reversed(lines) if "gloo" in line or "NCCL" in line), lines[-1])
+    last = told.split("] ", 1)[-1].split(". ")[0].rstrip(".")
     return JobError(
         f"rank {world.rank} on {socket.gethostname()} lost contact with another rank, which was killed, crashed or "
         f"did not answer within --timeout-minutes ({last}).",

@@ -151,6 +151,12 @@ COMMANDS: dict[str, Here | By | Not] = {
     "python docs/benchmarks/variants.py --batch-size 512 --repeats 10 --steps 10": here(
         "| pooling, bias and ReLU in place", ("512 --repeats 10 --steps 10", "8 --repeats 1 --steps 2")
     ),
+    "torchrun --nproc-per-node 2 docs/benchmarks/exchange.py": here(
+        "| as batch jobs |", ("exchange.py", "exchange.py --batch-size 8 --repeats 1 --steps 2")
+    ),
+    "torchrun --nproc-per-node 2 docs/benchmarks/exchange.py --batch-size 64 --steps 200": here(
+        "| as batch jobs |", ("64 --steps 200", "8 --repeats 1 --steps 2")
+    ),
     "python docs/benchmarks/variants_gpu.py": by(
         "tests/test_gpu.py::test_the_ways_to_write_a_step_can_be_compared", "variants_gpu.py"
     ),
@@ -381,11 +387,12 @@ def test_the_python_in_watching_md_loads_a_trained_model(checkout: Callable[...,
 
 # Flags
 
+SCRIPTS = ("exchange", "tune", "variants", "variants_gpu")
 PROGRAMS = {
     **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("train", "data", "report", "evaluate")},
     **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("predict", "doctor", "bench", "reference")},
     **{f"launch.{name}": ("-m", f"launch.{name}") for name in ("submit", "check", "table")},
-    **{f"docs/benchmarks/{name}.py": (f"docs/benchmarks/{name}.py",) for name in ("tune", "variants", "variants_gpu")},
+    **{f"docs/benchmarks/{name}.py": (f"docs/benchmarks/{name}.py",) for name in SCRIPTS},
 }
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
 # A machine without SLURM cannot be asked; `sbatch --help` has them.
