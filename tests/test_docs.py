@@ -88,7 +88,6 @@ COMMANDS: dict[str, Here | By | Not] = {
     "make bench": by(BENCH, "ddp_mnist.bench"),
     "python -m ddp_mnist.bench": by(BENCH, "ddp_mnist.bench"),
     "python -m ddp_mnist.bench --json docs/benchmarks/<gpu>-<date>.json": by(BENCH, "ddp_mnist.bench", "--json"),
-    "python -m ddp_mnist.bench --rows ranks --repeats 2": by(BENCH, "ddp_mnist.bench", "--json"),
     "python -m ddp_mnist.bench --repeats 3 --json FILE": by(BENCH, "ddp_mnist.bench", "--json"),
     "source .venv/bin/activate": here(""),
     "export DDP_MNIST_DATA=/scratch/data": here(""),
