@@ -59,6 +59,7 @@ def resolve(dataset: str, root: Path) -> str:
         for split in files.NAMES:
             files.read_split("mnist", root, split, timeout=5, again=True)
     except JobError as error:
+        files.forget_early()
         log.warning("%s\n%s", error, SYNTHETIC_WARNING)
         return "synthetic"
     return "mnist"
@@ -66,7 +67,10 @@ def resolve(dataset: str, root: Path) -> str:
 
 def load(dataset: str, root: Path) -> tuple[Split, Split]:
     """(train, test), fetched first where they are missing. Raises: DataError."""
-    return _split(dataset, root, "train"), _split(dataset, root, "test")
+    try:
+        return _split(dataset, root, "train"), _split(dataset, root, "test")
+    finally:
+        files.forget_early()
 
 
 def _split(dataset: str, root: Path, name: files.SplitName) -> Split:

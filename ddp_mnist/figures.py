@@ -192,7 +192,6 @@ def _matrix(matrix: Axes, counts: NDArray[np.int64], names: Sequence[str]) -> No
             va="center",
             color=GREY if on_diagonal else "white" if norm(share[label, prediction]) > 0.75 else "black",
             weight="normal" if on_diagonal else "bold",
-            in_layout=False,  # inside its axes whatever it says
         )
     slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if _long(names) else {}
     matrix.set_xticks(range(classes), names, **slant)

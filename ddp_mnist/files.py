@@ -113,6 +113,8 @@ def read_split(
     place = _place(dataset, root, split, fetch, timeout)
     early = _early.pop((place.folder, split), None)
     good, bad = early.result() if early else _survey(place)
+    if early and bad:  # another rank may have mended it meanwhile
+        good, bad = _survey(place)
     if bad:
         good = _repair(place, bad)
     if again:
@@ -134,7 +136,6 @@ def read_early(dataset: str, root: str | Path) -> Iterator[None]:
     dataset = "mnist" if dataset == "auto" else dataset
     places = [_place(dataset, root, split, fetch=False, timeout=0) for split in NAMES]
     futures: list[_Survey] = [Future() for _ in places]
-    _early.update({(place.folder, place.split): future for place, future in zip(places, futures, strict=True)})
 
     def survey() -> None:
         for place, future in zip(places, futures, strict=True):
@@ -144,10 +145,16 @@ def read_early(dataset: str, root: str | Path) -> Iterator[None]:
                 future.set_exception(error)
 
     threading.Thread(target=survey, daemon=True).start()
+    _early.update({(place.folder, place.split): future for place, future in zip(places, futures, strict=True)})
     try:
         yield
     finally:
-        _early.clear()
+        forget_early()
+
+
+def forget_early() -> None:
+    """Let go of what was read early, or to be read again, and has not been asked for: 55 MB."""
+    _early.clear()
 
 
 def fetch(dataset: str, root: str | Path, *, timeout: float = 30.0) -> None:
@@ -226,8 +233,11 @@ def _survey(place: _Place) -> tuple[dict[str, Array], dict[str, str]]:
 
 def _examine(place: _Place, name: str) -> Array:
     """Return the raw file's array. Raises: OSError or ValueError saying what is wrong with it."""
-    # Into numpy's memory, which is of huge pages where Linux has them: 47 MB of small ones take longer than the file.
-    data = np.fromfile(place.folder / name, np.uint8)
+    with open(place.folder / name, "rb") as file:
+        data = np.fromfile(file, np.uint8)  # into huge pages, where Linux has them
+        size = os.fstat(file.fileno()).st_size
+    if len(data) < size:
+        raise OSError(f"only {len(data)} of {size} bytes could be read")
     array, actual = _parse(name, data), _md5(data.data)
     expected = place.md5.get(name, ("", ""))[1] or _recorded(place.folder).get(name)
     if expected is None:

@@ -47,6 +47,9 @@ HASTY_PATIENCE = 10.0
 """The same for a run that was told to stop: its 25 seconds are for the checkpoint."""
 NICENESS = 19
 """A sixtieth of what the training gets where they meet; what the training leaves free is enough."""
+BEGIN_SECONDS = 15.0
+"""Until a mirror begins, where its run has not ended before: wandb's start would take the CPU of the first steps, and a
+short run is mirrored at its end, beside the drawing of its pictures."""
 YIELD_SECONDS = 20.0
 """How long a mirror puts up with that: where others want the CPU as well, so little of it may be nothing."""
 
@@ -325,6 +328,7 @@ def options_of(run_dir: Path, mode: Mode, config: TrainConfig, *, id: str, attem
         "tags": list(config.wandb_tags) or None,
         "model": config.wandb_model,
         "init_seconds": INIT_SECONDS,
+        "begin_seconds": BEGIN_SECONDS,
         "yield_seconds": YIELD_SECONDS,
     }
 

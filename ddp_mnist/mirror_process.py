@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # A killed attempt's mirror may still be at it.
         _holder = rundir.lock(run_dir / FOLDER, PREDECESSOR_SECONDS)  # as long as this process lives
+        log.info("begins in %g s, or at the end of the run", options["begin_seconds"])
+        end.wait(options["begin_seconds"])
         try:
             follow(run_dir, options, end)
         except (TimeoutError, JobError):

@@ -65,15 +65,16 @@ def muted() -> Iterator[None]:
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
     """For imports of some size: without the garbage collector, which would look through the growing heap again and
-    again, a tenth of torch's import, and without these modules in what it looks through later."""
-    before = len(sys.modules)
+    again. All that there is at their end is left out of what it looks through later."""
+    before, collects = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if len(sys.modules) > before:
             gc.freeze()
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 def tell(error: JobError) -> int:

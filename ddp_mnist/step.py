@@ -149,8 +149,13 @@ class TrainStep:
 
     def close(self) -> None:
         """Let go of what was recorded and compiled: both hold this object, and with it the data set, alive. The network
-        is a network as any other again."""
+        is a network as any other again.
+
+        DDP has to go before the process group: letting go of that last, it waits for gloo's threads with Python's lock
+        in hand, and one of them may want that lock. torch 2.11 hung so now and then (pytorch#56297).
+        """
         self.graphs = self.compiled = None
+        self.model = self.net
         if isinstance(self.net, CNN):
             self.net.once = False
 

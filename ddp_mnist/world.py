@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import itertools
@@ -56,9 +55,9 @@ class World:
             # Accelerate would tell DDP that rank 1 has the machine's second GPU: without this it asks the weights.
             self._environment.enter_context(patch_environment(ACCELERATE_BYPASS_DEVICE_MAP="true"))
         limit, backend = timedelta(minutes=config.timeout_minutes), _backend()
-        uses_gloo = on_cpu or backend == "gloo"
+        by_gloo = self.size > 1 and (on_cpu or backend == "gloo")
         try:
-            with _patient_threads() if uses_gloo else contextlib.nullcontext():
+            with _patient_threads() if by_gloo else contextlib.nullcontext():
                 if self.size > 1:
                     _meet_again(self.size, "gloo" if on_cpu else backend, limit)
                 self.accelerator = Accelerator(
@@ -187,27 +186,19 @@ class World:
 
 @contextlib.contextmanager
 def _patient_threads() -> Iterator[None]:
-    """Threads that begin inside, such as gloo's, never interrupt one that runs when they are woken.
+    """Threads that begin inside, gloo's, never interrupt one that runs when they are woken.
 
-    gloo's threads wake each other with a lock in hand. Where every CPU is busy, and they are by ranks that train, the
-    woken one may take the CPU of the one that holds the lock, and ask for it again and again until its time slice is
-    over: 3 to 5 ms, in a tenth of the steps of two ranks on two CPUs (docs/benchmarks/README.md). By Linux's policy for
-    batch jobs, which anybody may choose, a woken thread waits its turn.
+    They wake each other with a lock in hand. Where every CPU is busy, and they are by ranks that train, the woken one
+    may take the CPU of the one that holds the lock, and ask for it again and again until its time slice is over: over
+    3 ms in a quarter of the steps of two ranks on two CPUs (docs/benchmarks/README.md). By Linux's policy for batch
+    jobs, which anybody may choose, a woken thread waits its turn.
     """
-    before = _threads()
-    yield
-    for thread in _threads() - before:
-        with contextlib.suppress(OSError):  # it has ended, or a container forbids it
-            if os.sched_getscheduler(thread) == os.SCHED_OTHER:
-                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _threads() -> set[int]:
-    """This process's, by their ids; none where that is not Linux."""
-    try:
-        return set(map(int, os.listdir("/proc/self/task")))
-    except OSError:
-        return set()
+    with contextlib.ExitStack() as afterwards:
+        with contextlib.suppress(OSError, AttributeError):  # a container forbids it, or it is not Linux
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a new thread has its maker's
+                afterwards.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+        yield
 
 
 @contextlib.contextmanager
@@ -226,10 +217,7 @@ def lost_ranks_told(world: World) -> Iterator[None]:
 
 def _lost_rank(error: RuntimeError, world: World) -> JobError:
     # gloo: "[/build/path/pair.cc:561] Connection closed by peer [address]. This is typically caused ..."
-    # What a callback of DDP's raises, a communication hook of a fork's say, has other lines around it.
-    lines = str(error).strip().splitlines()
-    told = next((line for line in reversed(lines) if "gloo" in line or "NCCL" in line), lines[-1])
-    last = told.split("] ", 1)[-1].split(". ")[0].rstrip(".")
+    last = str(error).strip().splitlines()[-1].split("] ", 1)[-1].split(". ")[0].rstrip(".")
     return JobError(
         f"rank {world.rank} on {socket.gethostname()} lost contact with another rank, which was killed, crashed or "
         f"did not answer within --timeout-minutes ({last}).",
@@ -249,24 +237,10 @@ _met_at: dist.Store | None = None
 _meetings = itertools.count(1)
 
 
-_group: Any = None
-"""The process group of this process's last world, which is to outlive DDP. Where DDP lets go of it last, it waits for
-gloo's threads with Python's lock in hand, and one of them may want that lock: torch 2.11 hung so now and then after a
-`fit` of two ranks (pytorch#56297). Python's own object lets go of the lock."""
-
-
 def _remember_meeting() -> None:
-    global _group, _met_at
-    if dist.is_initialized():
-        _group = dist.group.WORLD
-        _met_at = _met_at or dist.distributed_c10d._get_default_store()
-
-
-@atexit.register
-def _forget_meeting() -> None:
-    """gloo's threads do not survive the end of Python."""
-    global _group
-    _group = None
+    global _met_at
+    if _met_at is None and dist.is_initialized():
+        _met_at = dist.distributed_c10d._get_default_store()
 
 
 def _meet_again(size: int, backend: str, timeout: timedelta) -> None:

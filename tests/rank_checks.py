@@ -5,6 +5,7 @@ python tests/rank_checks.py DATA_ROOT FOLDER      (once per rank, with a launche
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -63,8 +64,17 @@ def settling(world: World, split: Split) -> dict[str, Any]:
     step = TrainStep(TrainConfig(batch_size=BATCH, threads=1), world)
     before = digest(step.net)
     step.settle(batches)
+    wrapped = [type(step.model).__name__]
+    step.close()
+    wrapped.append(type(step.model).__name__)
     gradient = sum(value.grad.abs().sum().item() for value in step.net.parameters() if value.grad is not None)
-    return {"before": before, "after": digest(step.net), "gradient": gradient, "optimizer": len(step.optimizer.state)}
+    return {
+        "before": before,
+        "after": digest(step.net),
+        "gradient": gradient,
+        "optimizer": len(step.optimizer.state),
+        "wrapped": wrapped,
+    }
 
 
 def clipped(world: World, split: Split) -> float:
@@ -75,15 +85,15 @@ def clipped(world: World, split: Split) -> float:
     return torch.cat([value.grad.flatten() for value in step.net.parameters() if value.grad is not None]).norm().item()
 
 
-def policies(world: World) -> dict[str, Any]:
-    """By which policy Linux schedules this thread, and gloo's, by their names, once they have exchanged something."""
+def policies(world: World) -> dict[str, list[int]]:
+    """By which policies Linux schedules gloo's threads, once they have exchanged something, and this one."""
     world.sum(torch.ones(1))
-    gloo = {}
-    for thread in os.listdir("/proc/self/task"):
-        name = Path("/proc/self/task", thread, "comm").read_text().strip()
-        if "gloo" in name:
-            gloo[name] = os.sched_getscheduler(int(thread))
-    return {"own": os.sched_getscheduler(0), "gloo": gloo}
+    found: dict[str, list[int]] = {"gloo": [], "own": [os.sched_getscheduler(0)]}
+    for thread in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if "gloo" in (thread / "comm").read_text():
+                found["gloo"].append(os.sched_getscheduler(int(thread.name)))
+    return found
 
 
 def agreement(world: World) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def test_gradients_are_the_same_bits_on_all_ranks(ranks_at: Any, world_size: int
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gloos_threads_never_interrupt_one_that_runs(ranks_at: Any, world_size: int) -> None:
     for rank in ranks_at(world_size)[0]:
-        assert rank["policies"]["own"] == os.SCHED_OTHER
-        gloo = rank["policies"]["gloo"]
-        assert set(gloo.values()) == (set() if world_size == 1 else {os.SCHED_BATCH}), gloo
+        found = rank["policies"]
+        assert set(found["gloo"]) == (set() if world_size == 1 else {os.SCHED_BATCH})
+        assert found["own"] == [os.SCHED_OTHER]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -118,6 +118,24 @@ def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: An
     for rank in ranks_at(world_size)[0]:
         assert rank["settle"]["before"] == rank["settle"]["after"]
         assert (rank["settle"]["gradient"], rank["settle"]["optimizer"]) == (0, 0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ddp_goes_before_the_process_group(ranks_at: Any, world_size: int) -> None:
+    """Else torch 2.11 hangs now and then when the group goes."""
+    for rank in ranks_at(world_size)[0]:
+        assert rank["settle"]["wrapped"] == ["DistributedDataParallel", "CNN"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the policies of Linux")
+def test_a_container_that_forbids_policies_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refused)
+    with world._patient_threads():
+        entered = True
+    assert entered and os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -296,6 +296,7 @@ def test_what_was_damaged_when_read_early_is_mended(tmp_path: Path, small: None,
             (folder / IMAGES).write_bytes(RAW[IMAGES])
         assert content(files.read_split("mnist", tmp_path, "train", fetch=False)) == TRAIN
     assert (folder / IMAGES).read_bytes() == RAW[IMAGES]
+    assert (folder / files.LOCK).exists() == (mended == "by the reader")  # good by then: nobody waits for anybody
 
 
 def test_a_fault_of_ours_while_reading_early_is_the_readers(
@@ -305,6 +306,31 @@ def test_a_fault_of_ours_while_reading_early_is_the_readers(
     fill(tmp_path, raw=True)
     with files.read_early("mnist", tmp_path), pytest.raises(ZeroDivisionError):
         files.read_split("mnist", tmp_path, "test")
+
+
+def test_what_was_read_to_decide_is_not_kept_where_it_is_not_mnist(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: None
+) -> None:
+    from ddp_mnist import data
+
+    folder = fill(tmp_path, raw=True)
+    (folder / "t10k-images-idx3-ubyte").write_bytes(b"")
+
+    def offline(place: files._Place, name: str, *_: str) -> None:
+        raise place.failure(name, "no network")
+
+    monkeypatch.setattr(files, "_download", offline)
+    assert data.resolve("auto", tmp_path) == "synthetic"
+    (folder / IMAGES).unlink()
+    with pytest.raises(files.DataError, match=f"{IMAGES}: missing"):
+        files.read_split("mnist", tmp_path, "train", fetch=False)
+
+
+def test_a_file_that_a_disk_reads_in_part_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: None) -> None:
+    fill(tmp_path, raw=True)
+    monkeypatch.setattr(np, "fromfile", lambda file, kind: np.zeros(100, kind))
+    with pytest.raises(files.DataError, match=f"only 100 of {len(RAW[IMAGES])} bytes could be read"):
+        files.read_split("mnist", tmp_path, "train", fetch=False)
 
 
 def test_deciding_for_mnist_and_loading_it_is_one_reading(tmp_path: Path, small: None) -> None:

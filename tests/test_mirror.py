@@ -61,6 +61,12 @@ def account(home: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror begins with its run, where a test does not want it otherwise."""
+    monkeypatch.setattr(mirror, "BEGIN_SECONDS", 0.0)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[wandb_server.Server]:
     """A working W&B, and a key for it."""
@@ -720,6 +726,19 @@ def test_wandb_is_imported_while_the_training_imports_torch(monkeypatch: pytest.
         faults.wait_for(marker.exists, "the import")
         processes = family(found)
     assert_gone(processes)
+
+
+@pytest.mark.slow
+def test_a_short_run_is_mirrored_at_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """wandb's start takes CPU, which the first steps need."""
+    monkeypatch.setattr(mirror, "BEGIN_SECONDS", jobs.FOREVER)
+    run_dir = hand_made(tmp_path)
+    found = start(run_dir, "offline")
+    record = run_dir / "wandb" / mirror.LOG
+    faults.wait_for(lambda: record.exists() and "at the end of the run" in record.read_text(), "the mirror's waiting")
+    assert not attempts(run_dir)
+    assert "send it with" in finished(found)
+    assert steps(attempts(run_dir)) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow

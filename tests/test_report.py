@@ -251,10 +251,15 @@ def test_the_confusion_matrix_shows_each_count_and_the_errors_in_colour() -> Non
     looks_drawn(figures.png(figure))
 
 
+@pytest.mark.parametrize("kind", ["curves", "confusion", "mistakes"])
 def test_a_picture_is_gone_through_once_and_looks_as_matplotlib_saves_it(
-    monkeypatch: pytest.MonkeyPatch, tiny: Path
+    monkeypatch: pytest.MonkeyPatch, run: Path, tiny: Path, kind: str
 ) -> None:
     def figure() -> Figure:
+        if kind == "curves":
+            return figures.curves_figure([runlog.read_run(run)])
+        if kind == "confusion":
+            return figures.confusion_figure(CONFUSION, "mnist", "a run")
         return figures.mistakes_figure(np.zeros((7, 28, 28), np.uint8), mistakes(tiny), "mnist", "a run")
 
     drawn: list[Figure] = []
