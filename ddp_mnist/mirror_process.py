@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         _holder = rundir.lock(run_dir / FOLDER, PREDECESSOR_SECONDS)  # as long as this process lives
         log.info("begins in %g s, or at the end of the run", options["begin_seconds"])
         end.wait(options["begin_seconds"])
+        log.info("begins, the run %s", "has ended" if end.come else "goes on")
         try:
             follow(run_dir, options, end)
         except (TimeoutError, JobError):

@@ -221,17 +221,23 @@ def told(place):
     return survey(place)
 
 files._survey = told
-code = train.main(sys.argv[1:])
+if "off" in sys.argv:
+    gc.disable()
+code = train.main([word for word in sys.argv[1:] if word != "off"])
 print(code, aside, gc.isenabled(), gc.get_freeze_count() > 100_000)
 """
 
 
 @pytest.mark.slow
-def test_the_files_are_read_while_torch_is_imported_and_the_collector_rests(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("collector", ["on", "off"])
+def test_the_files_are_read_while_torch_is_imported_and_the_collector_rests(
+    tiny: Path, tmp_path: Path, collector: str
+) -> None:
+    """And is afterwards as it was."""
     flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
     command = [sys.executable, "-c", STARTED, *flags, "--max-steps", "2", "--output-dir", str(tmp_path)]
-    ended = jobs.run(command)
-    assert ended.out.endswith("0 [True, True] True True\n"), ended
+    ended = jobs.run([*command, *(["off"] if collector == "off" else [])])
+    assert ended.out.endswith(f"0 [True, True] {collector == 'on'} True\n"), ended
 
 
 FAULTS = """
