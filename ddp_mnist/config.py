@@ -118,6 +118,10 @@ class TrainConfig:
     threads: int = 0
     """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
 
+    triton: bool = True
+    """On an NVIDIA GPU: compute our network's layers and loss in Triton kernels of our own, whose sums are the same at
+    every run. Without them, and for other networks: torch's."""
+
     cuda_graphs: bool = True
     """On one GPU: record a step's kernels once and replay them with one call. Not of other networks, nor in fp16."""
 

@@ -177,7 +177,7 @@ def rescore(run_dir: Path, world: World, data_dir: Path | None = None) -> tuple[
     own = saved.config.data_dir
     root = data_dir or (own if own.exists() else default_data_dir())
     train, test = world.agree(lambda: data.load(saved.config.dataset, root))
-    net = placed(saved.net, world.device)  # as in training: the same rounding
+    net = placed(saved.net, world.device, triton=saved.config.triton)  # as in training: the same rounding
     return saved, evaluate(net, train.to(world.device), world), evaluate(net, test.to(world.device), world)
 
 

@@ -1,5 +1,7 @@
 """The tutorial's network: two 3x3 convolutions with pooling, one linear layer."""
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,31 +10,47 @@ from torch import Tensor, nn
 
 from ddp_mnist.pooling import relu_of_maxima
 
+log = logging.getLogger(__name__)
 
-def placed(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network on the device, its weights in the order in memory that is the faster one there."""
+
+def placed(net: nn.Module, device: torch.device, *, triton: bool = True) -> nn.Module:
+    """The network on the device, its weights in the order in memory that is the faster one there. `triton`: ours runs
+    there as `kernels`, where that can be."""
     net.to(device)
     # Not ours on a GPU: CUDA's libraries prefer the usual order where the channels are few (docs/benchmarks/README.md).
     usual = isinstance(net, CNN) and device.type == "cuda"
     if not usual and all(parameter.dim() <= 4 for parameter in net.parameters()):
         net.to(memory_format=torch.channels_last)
+    if isinstance(net, CNN):
+        net.triton = triton and device.type == "cuda" and torch.version.hip is None and _triton_works(device)
     return net
 
 
-def _on_gpu(images: Tensor) -> bool:
-    return images.device.type == "cuda"
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether kernels can be built and run here; a warning where not: Triton, a C compiler or a place for what they
+    make may be missing, or the GPU too old."""
+    try:
+        from ddp_mnist import kernels
+
+        kernels.try_out(device)
+    except Exception as error:  # of many kinds; torch does the same, in more time
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+        log.warning("Triton cannot be used (%s): torch's own operations are, which take longer. See --no-triton.", what)
+        return False
+    return True
 
 
-def _layer(convolution: nn.Conv2d, images: Tensor, once: bool) -> Tensor:
+def _layer(convolution: nn.Conv2d, images: Tensor, *, once: bool, triton: bool) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
     gradient have a quarter of the work. Not under autocast on a CPU, which loses by it
     (docs/benchmarks/variants.py). Hooks of the convolutions do not run."""
     weight, bias, padding = convolution.weight, convolution.bias, convolution.padding
-    if _on_gpu(images):
-        pooled = F.max_pool2d(F.conv2d(images, weight, padding=padding), 2)
-        # The bias's gradient is summed over each picture first: a GPU does that sooner than one long sum.
-        bias = bias.to(pooled.dtype).view(-1, 1, 1).expand(len(images), -1, 1, 1)  # type: ignore[union-attr]
-        return pooled.add_(bias).relu_()
+    if triton:
+        from ddp_mnist import kernels
+
+        if kernels.takes_layer(convolution, images):
+            return kernels.layer(images, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         return relu_of_maxima(F.conv2d(images, weight, bias, padding=padding), None, once=once)
     return relu_of_maxima(F.conv2d(images, weight, padding=padding), bias, once=once)
@@ -50,6 +68,9 @@ class CNN(nn.Module):
     """Whether each forward pass has one backward pass at most, and neither torch.func nor hooks of saved tensors see
     it: it is then the faster one on a CPU. A `TrainStep` sets it as long as it trains."""
 
+    triton = False
+    """Whether the layers are those of `kernels`, which have one backward pass at most. `placed` sets it."""
+
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:
         super().__init__()
         first, second = widths
@@ -58,19 +79,17 @@ class CNN(nn.Module):
         self.fc1 = nn.Linear(second * 7 * 7, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = _layer(self.conv2, _layer(self.conv1, images, self.once), self.once)
-        if _on_gpu(hidden):
-            return self._classify_in_parts(hidden.flatten(1))
+        hidden = _layer(self.conv1, images, once=self.once, triton=self.triton)
+        hidden = _layer(self.conv2, hidden, once=self.once, triton=self.triton)
+        weight, bias = self.fc1.weight, self.fc1.bias
+        if self.triton:
+            from ddp_mnist import kernels
+
+            if kernels.takes_linear(self.fc1, hidden):
+                return kernels.linear(hidden.flatten(1), weight, bias)
+        if images.device.type == "cuda":
+            return F.linear(hidden.flatten(1), weight, bias)
         # Both in the order that channels_last activations have in memory: to reorder the weight, and its gradient, is
         # less than to reorder a batch of activations and theirs.
-        weight = self.fc1.weight.unflatten(1, hidden.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-        return F.linear(hidden.permute(0, 2, 3, 1).flatten(1), weight, self.fc1.bias)
-
-    def _classify_in_parts(self, hidden: Tensor) -> Tensor:
-        """The linear layer as seven products of a seventh of its inputs each, which a GPU does side by side: with so
-        few outputs cuBLAS adds up all inputs one after the other (docs/benchmarks/variants_gpu.py)."""
-        if self.fc1.in_features % 7:  # a fork for larger images
-            return self.fc1(hidden)
-        parts = hidden.unflatten(1, (7, -1)).transpose(0, 1)
-        weights = self.fc1.weight.unflatten(1, (7, -1)).permute(1, 2, 0)
-        return torch.bmm(parts, weights).sum(0) + self.fc1.bias
+        weight = weight.unflatten(1, hidden.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        return F.linear(hidden.permute(0, 2, 3, 1).flatten(1), weight, bias)

@@ -14,7 +14,7 @@ from ddp_mnist import rundir
 from ddp_mnist.config import IDENTITY
 from ddp_mnist.errors import JobError, UsageError
 
-CAUSES = (*IDENTITY, "recipe", "mixed_precision", "compile", "max_steps")
+CAUSES = (*IDENTITY, "recipe", "mixed_precision", "triton", "compile", "max_steps")
 """The settings that a result may follow from; what else is set says how a run is run."""
 
 

@@ -110,7 +110,7 @@ class TrainStep:
                 raise UsageError(f"{config.output_dir} holds a run of another network: {error}") from error
         elif path is not None:
             world.agree(lambda: load_weights(self.net, path))
-        placed(self.net, world.device)
+        placed(self.net, world.device, triton=config.triton)
         kind = type(self.net)
         self.name = f"{kind.__module__}.{kind.__qualname__}" if model else None
         """Of the caller's own network; None: it is ours."""
@@ -119,6 +119,7 @@ class TrainStep:
         fused = config.mixed_precision != "fp16"
         self.adam = Adam(self.net.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
         self.parameters = list(self.net.parameters())
+        self.triton = isinstance(self.net, CNN) and self.net.triton
         if isinstance(self.net, CNN):
             self.net.once = True
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
@@ -288,6 +289,11 @@ class TrainStep:
 
     def _forward(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         logits = self.model(to_float(images))
+        if self.triton:
+            from ddp_mnist import kernels
+
+            if kernels.takes_loss(logits):
+                return kernels.loss_and_count(logits, labels, global_size)
         if len(labels) == global_size:
             loss = F.cross_entropy(logits, labels)  # two operations less
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,13 +64,17 @@ def test_one_gpu_is_used_and_trains_as_the_cpu_does(run: Run) -> None:
     assert_same_curve(run(), run(cpu=True))
 
 
-def test_a_run_goes_on_where_it_stopped(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not_bit_for_bit(
+    run: Run, tiny: Path, tmp_path: Path
+) -> None:
     flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
     flags += ["--batch-size", "60", "--epochs", "2", "--log-every", "1", "--output-dir", str(tmp_path)]
     for more in (["--max-steps", "17"], []):
         jobs.succeeded(jobs.run_ranks(1, *flags, *more, variables={"CUDA_VISIBLE_DEVICES": "0"}))
-    losses = [line["train/loss"] for line in jobs.read_metrics(tmp_path)]
-    assert_same_curve(jobs.read_json(tmp_path / "summary.json") | {"losses": losses}, run())
+    found = load_file(tmp_path / "model.safetensors")
+    # Its kernels add up in the same order at every run.
+    assert all(torch.equal(value, found[name]) for name, value in run()["weights"].items())
+    assert [line["train/loss"] for line in jobs.read_metrics(tmp_path)] == run()["losses"]
 
 
 def assert_same_weights(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -87,6 +92,35 @@ def test_a_recorded_step_computes_what_the_plain_one_does(run: Run, more: list[s
     recorded, plain = run(*more), run(*more, "--no-cuda-graphs")
     assert_same_curve(recorded, plain)
     assert_same_weights(recorded, plain)
+
+
+def test_the_kernels_compute_what_torch_does() -> None:
+    command = [sys.executable, str(Path(__file__).parent / "kernel_checks.py"), "cuda"]
+    ended = jobs.run(command, {"CUDA_VISIBLE_DEVICES": "0"})
+    assert ended.code == 0, ended.err
+    for name, error in json.loads(ended.out).items():
+        assert error < (2e-2 if "bfloat16" in name else 2e-3 if "float16" in name else 5e-6), name
+
+
+@pytest.mark.parametrize("more", [[], ["--mixed-precision", "bf16"], ["--widths", "20", "100"]], ids=str)
+def test_a_step_of_tritons_kernels_computes_what_one_of_torchs_does(run: Run, more: list[str]) -> None:
+    """The second layer of the last is too wide for them: torch's own are beside them."""
+    assert_same_curve(run(*more), run(*more, "--no-triton"))
+    assert_same_weights(run(*more), run(*more, "--no-triton"))
+
+
+def test_where_triton_cannot_be_used_there_is_a_warning(run: Run, tiny: Path, tmp_path: Path) -> None:
+    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
+    flags += ["--batch-size", "60", "--epochs", "2", "--log-every", "1", "--output-dir", str(tmp_path / "run")]
+    (tmp_path / "file").touch()
+    variables = {"CUDA_VISIBLE_DEVICES": "0", "TRITON_CACHE_DIR": str(tmp_path / "file" / "below")}
+    (ended,) = jobs.run_ranks(1, *flags, variables=variables)
+    assert ended.code == 0 and ended.err.count("Triton cannot be used (NotADirectoryError: ") == 1, ended.err
+    assert_same_curve(
+        jobs.read_json(tmp_path / "run" / "summary.json")
+        | {"losses": [line["train/loss"] for line in jobs.read_metrics(tmp_path / "run")]},
+        run("--no-triton"),
+    )
 
 
 def test_a_compiled_step_computes_what_the_plain_one_does(run: Run) -> None:
