@@ -2,7 +2,7 @@
 
 At this size a step is bound by the number of its kernels, and cuDNN's gradients of the weights take long besides
 (docs/benchmarks/README.md). Sums are fp32 and added up in the same order at every run. Under autocast, what is read and
-written is rounded to its type, as autocast has it.
+written is rounded to its type, as autocast has it. The sizes of programs were chosen on an H200, for both recipes.
 
 Of four values the largest is kept, and only it gets a gradient: `places` says which one it was. So the backward pass
 never writes out the zeros beside it.
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 NOWHERE = tl.constexpr(4)
 """In `places`: the ReLU let nothing through."""
-PROGRAMS = 2048
+PROGRAMS = 1024
 """Of a launch that adds up over images, about: several for each multiprocessor of a large GPU."""
 MOST = {"inputs": 16, "outputs": 64, "features": 4096, "classes": 16}
 """Of a layer. Beyond them cuDNN and cuBLAS are the faster ones, or may be: not measured."""
@@ -28,8 +28,6 @@ MOST = {"inputs": 16, "outputs": 64, "features": 4096, "classes": 16}
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Of every launch: multiply and add in one instruction. It is Triton's default, but 3.9 wants to be asked for it."""
-OF_IMAGES, OF_WEIGHTS = (32, 8, 1), (32, 4, 1)
-"""Pixels and channels of a program, and its warps (docs/benchmarks/README.md)."""
 
 
 @triton.jit
@@ -184,13 +182,12 @@ def _add_up(parts, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _classify(hidden, weight, bias, out, FEATURES: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
-    """The linear layer on one image."""
-    image = tl.program_id(0)
+    """The linear layer for one image and one class."""
+    image, kind = tl.program_id(0), tl.program_id(1)
     feature = tl.arange(0, BLOCK)
     value = _load(hidden + image * FEATURES + feature, feature < FEATURES, out)
-    for kind in tl.static_range(CLASSES):
-        factor = _load(weight + kind * FEATURES + feature, feature < FEATURES, out)
-        tl.store(out + image * CLASSES + kind, tl.sum(value * factor, 0) + tl.load(bias + kind))
+    factor = _load(weight + kind * FEATURES + feature, feature < FEATURES, out)
+    tl.store(out + image * CLASSES + kind, tl.sum(value * factor, 0) + tl.load(bias + kind))
 
 
 @triton.jit
@@ -257,11 +254,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         images, weight = images.contiguous(), weight.contiguous()
-        count, _, height, width = images.shape
+        count, inputs, height, width = images.shape
         out = torch.empty(count, len(weight), height // 2, width // 2, device=images.device, dtype=_kind(images))
         places = torch.empty_like(out, dtype=torch.uint8)
-        # Few channels are few programs: of two warps each, and of fewer channels.
-        pixels, channels, warps = (32, 4, 2) if len(weight) <= 16 else (32, 8, 1)
+        pixels, channels, warps = (32, 8, 1) if len(weight) > 16 else (16, 4, 1) if inputs > 1 else (32, 4, 2)
         grid = count, triton.cdiv(height * width // 4, pixels), triton.cdiv(len(weight), channels)
         tile = {"PIXELS": pixels, "CHANNELS": channels, "num_warps": warps}
         with torch.cuda.device_of(images):
@@ -276,7 +272,7 @@ class _Layer(torch.autograd.Function):
         gradient = gradient.contiguous()
         sizes = _sizes(images, weight)
         count, inputs, height, width = images.shape
-        pixels, channels, warps = OF_WEIGHTS
+        pixels, channels, warps = (64, 4, 1) if inputs > 1 else (32, 2, 1)
         blocks = triton.cdiv(len(weight), channels)
         each = triton.cdiv(count * inputs * blocks, PROGRAMS)
         groups = triton.cdiv(count, each)
@@ -289,7 +285,7 @@ class _Layer(torch.autograd.Function):
             )
             if ctx.needs_input_grad[0]:
                 of_images = torch.empty_like(images)
-                pixels, channels, warps = OF_IMAGES
+                pixels, channels, warps = 16, 4, 1
                 grid = count, triton.cdiv(height * width // 4, pixels), triton.cdiv(inputs, channels)
                 tile = {"PIXELS": pixels, "CHANNELS": channels, "num_warps": warps}
                 _of_images[grid](gradient, places, weight, of_images, **sizes, **tile, **OPTIONS)
@@ -304,7 +300,7 @@ class _Linear(torch.autograd.Function):
         sizes = {"FEATURES": hidden.shape[1], "CLASSES": len(weight)}
         block = triton.next_power_of_2(hidden.shape[1])
         with torch.cuda.device_of(hidden):
-            _classify[len(hidden),](hidden, weight, bias, out, **sizes, BLOCK=block, **OPTIONS)
+            _classify[len(hidden), len(weight)](hidden, weight, bias, out, **sizes, BLOCK=block, **OPTIONS)
         ctx.save_for_backward(hidden, weight)
         return out
 
@@ -323,7 +319,7 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_hidden = torch.empty_like(hidden)
                 block = triton.next_power_of_2(features)
-                _of_hidden[count,](gradient, weight, of_hidden, **sizes, BLOCK=block, **OPTIONS)
+                _of_hidden[count,](gradient, weight, of_hidden, **sizes, BLOCK=block, num_warps=8, **OPTIONS)
         return of_hidden, *_apart(total, weight)
 
 
@@ -335,7 +331,7 @@ class _Loss(torch.autograd.Function):
         figures = torch.empty(2, device=logits.device)
         count, classes = logits.shape
         rows = min(max(16, triton.next_power_of_2(count)), 256)
-        tile = {"ROWS": rows, "COLUMNS": triton.next_power_of_2(classes), "num_warps": max(1, rows // 16)}
+        tile = {"ROWS": rows, "COLUMNS": triton.next_power_of_2(classes), "num_warps": min(16, rows // 8)}
         with torch.cuda.device_of(logits):
             _loss[1,](logits, labels, figures, gradient, float(size), COUNT=count, CLASSES=classes, **tile, **OPTIONS)
         ctx.save_for_backward(gradient)
