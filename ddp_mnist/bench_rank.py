@@ -1,6 +1,6 @@
 """What `bench` runs in processes of its own: the start of a job, and jobs of several ranks.
 
-`python -m ddp_mnist.bench_rank {startup,ranks,bare,all-reduce} ...`: rank 0 prints one line of JSON.
+`python -m ddp_mnist.bench_rank {startup,ranks,bare,inside,all-reduce} ...`: rank 0 prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -80,6 +80,41 @@ def bare_seconds(config: TrainConfig) -> float:
         return timed(run)
 
 
+def inside_seconds(config: TrainConfig) -> dict[str, float]:
+    """Wall seconds of a run without its scores, and what its batches and steps have of them, by one clock. For a CPU:
+    on a GPU a step is only launched here."""
+    from collections.abc import Iterator
+
+    from ddp_mnist import trainer
+    from ddp_mnist.data import Batch, TrainBatches
+    from ddp_mnist.step import TrainStep
+
+    spent = 0.0
+
+    class Timed(TrainStep):
+        def __call__(self, batch: Batch, rate: float) -> Any:
+            nonlocal spent
+            began = time.perf_counter()
+            result = super().__call__(batch, rate)
+            spent += time.perf_counter() - began
+            return result
+
+    class TimedBatches(TrainBatches):
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+            nonlocal spent
+            every = super().epoch(epoch, start)
+            began = time.perf_counter()
+            for batch in every:
+                spent += time.perf_counter() - began
+                yield batch
+                began = time.perf_counter()
+
+    trainer.TrainStep, trainer.TrainBatches = Timed, TimedBatches  # type: ignore[misc]
+    with contextlib.redirect_stdout(io.StringIO()):
+        summary = trainer.fit(config).summary
+    return {"all": summary["wall_seconds"] - summary["eval_seconds"], "steps": spent}
+
+
 def all_reduce(config: TrainConfig, repeats: int) -> dict[str, Any]:
     """Median seconds of the exchange of one step's gradients, alone."""
     import statistics
@@ -104,9 +139,9 @@ def all_reduce(config: TrainConfig, repeats: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddp_mnist.bench_rank", allow_abbrev=False)
-    parser.add_argument("what", choices=["startup", "ranks", "bare", "all-reduce"])
+    parser.add_argument("what", choices=["startup", "ranks", "bare", "inside", "all-reduce"])
     parser.add_argument(
-        "number", type=float, help="startup: time of the launch; ranks: epochs; bare: seed; else: how often"
+        "number", type=float, help="startup: time of the launch; ranks: epochs; bare, inside: seed; else: how often"
     )
     options, flags = parser.parse_known_args(argv)
     flags += ["--wandb", "disabled", "--no-progress", "--no-pictures"]
@@ -126,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = all_reduce(job("all-reduce"), number)
     elif options.what == "bare":
         found = {"seconds": bare_seconds(job("bare", seed=number))}
+    elif options.what == "inside":
+        found = inside_seconds(job("inside", seed=number, wandb="offline"))
     else:
         from ddp_mnist.trainer import fit
 

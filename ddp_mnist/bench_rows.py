@@ -4,6 +4,7 @@ does so to both, and calls this job as its users do: the very steps, batches, sc
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -298,32 +299,40 @@ def ranks(setup: Setup) -> list[Line]:
 def overhead(setup: Setup) -> list[Line]:
     """The default command without its scores, from the first line of its log to its last file, against its very batches
     and steps alone; every run in processes of its own. A few percent need more turns than the other rows: on a CPU,
-    whose times vary more, there are some."""
+    whose times vary by more, there are some, and a line that has both sides from one run. A GPU is done with five
+    epochs in so little time that two checkpoints are some percent: there, a line has ten times as many."""
     bare = "its batches and steps alone"
     epochs = f"{setup.epochs} epoch{'s' if setup.epochs > 1 else ''}"
     one = Line(f"training with checkpoints, tracking, stop agreement: {epochs}", "s", bare)
     unmirrored = Line("the same with --wandb disabled", "s", bare)
+    long = Line("the first of them, ten times the epochs", "s", bare)
+    inside = Line("the first of them, by its own clock", "s", "its batches and steps, in the same run")
     two = Line("the first of them on the CPU, 2 ranks x 1 thread", "s", bare)
 
-    def alone(environments: Sequence[dict[str, str]], threads: int, seed: int) -> float:
-        return run_ranks(setup, environments, "bare", threads, seed)["seconds"]
+    def both(line: Line, setup: Setup, environments: Sequence[dict[str, str]] = ({},), threads: int = 0) -> None:
+        in_turn(
+            setup.repeats,
+            lambda seed: line.ours.append(full_seconds(setup, environments, threads, seed)),
+            lambda seed: line.other.append(run_ranks(setup, environments, "bare", threads, seed)["seconds"]),
+        )
 
     def of_one(seed: int) -> None:
         one.ours.append(full_seconds(setup, [{}], 0, seed))
         unmirrored.ours.append(full_seconds(setup, [{}], 0, seed, wandb="disabled"))
+        if not on_gpu:
+            found = run_ranks(setup, [{}], "inside", 0, seed)
+            inside.ours.append(found["all"])
+            inside.other.append(found["steps"])
 
     on_gpu = torch.cuda.is_available()
     turns = setup.repeats if on_gpu or setup.repeats == 1 else 3 * setup.repeats
-    in_turn(turns, of_one, lambda seed: one.other.append(alone([{}], 0, seed)))
+    in_turn(turns, of_one, lambda seed: one.other.append(run_ranks(setup, [{}], "bare", 0, seed)["seconds"]))
     unmirrored.other = one.other
     if on_gpu:
-        return [one, unmirrored]
-    in_turn(
-        setup.repeats,
-        lambda seed: two.ours.append(full_seconds(setup, cpu_ranks(2), 1, seed)),
-        lambda seed: two.other.append(alone(cpu_ranks(2), 1, seed)),
-    )
-    return [one, unmirrored, two]
+        both(long, dataclasses.replace(setup, epochs=10 * setup.epochs))
+        return [one, unmirrored, long]
+    both(two, setup, cpu_ranks(2), 1)
+    return [one, unmirrored, inside, two]
 
 
 def full_seconds(

@@ -242,12 +242,13 @@ class TrainStep:
 
         return launch
 
-    def gradient_norm(self) -> float:
-        """Of the last step's gradient over all ranks, before clipping; NaN before the first step."""
+    def gradient_norm(self) -> Tensor:
+        """Of the last step's gradient over all ranks, before clipping: a scalar that the next step may
+        overwrite; NaN before the first."""
         if self.clipped_from is not None:
-            return float(self.clipped_from)
+            return self.clipped_from
         gradients = [value.grad for value in self.net.parameters() if value.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).item() if gradients else math.nan
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(math.nan)
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward and backward of a share, in `accumulate` parts; the ranks exchange gradients in the last one.

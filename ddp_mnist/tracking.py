@@ -1,6 +1,9 @@
 """Showing a run: console lines, a bar on a terminal, `metrics.jsonl` and its mirror.
 
 Every rank owns a Tracker and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
+
+To read a figure is to wait for it. A GPU would be idle meanwhile, so alone on one, a line is begun at its step and
+finished an interval later: the GPU has always work in hand, and the host is never more than two intervals ahead.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +66,8 @@ class Tracker:
         self._wall_before = state.wall_seconds
         self._started = time.perf_counter()
         self._line_mark = (state.step, state.samples_seen, state.train_seconds)
+        self.finishes_later = world.device.type == "cuda" and world.size == 1
+        self._unfinished: Callable[[], None] | None = None
         self._file: MetricsFile | None = None
         self._bar: Any = None
         self._mirror = mirror
@@ -74,6 +80,8 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):  # what has gone wrong is being told already
+            self.finish_line()
         self.end(preempted=False, exit_code=1)  # a bug, if nobody has said how it ended
         self.wait(HASTY_PATIENCE)
         if self._bar is not None:
@@ -121,31 +129,44 @@ class Tracker:
         self._losses.append(loss)  # as they are: copying each into a buffer is two more operations a step
         self._correct.append(correct)
         if len(self._losses) == self.config.log_every:
-            self.settle(state)
+            if self.finishes_later:
+                self.finish_line()
+            else:
+                self.settle(state)
 
     def settle(self, state: TrainState) -> None:
         """Move what was not read so far into `state.losses` and `state.correct`; a collective.
 
         Raises: JobError, on all ranks, when a loss is not finite.
         """
-        if not self._losses:
-            return
+        self.finish_line()
+        if self._losses:
+            losses, correct = self._summed().tolist()
+            self._check(losses, state.step)
+            state.losses += losses
+            state.correct += int(sum(correct))
+
+    def _summed(self) -> Tensor:
+        """(2, n): over the ranks, the loss and the count of each step not read so far; a collective."""
         own = torch.stack([torch.stack(self._losses), torch.stack(self._correct).float()])
-        losses, correct = self.world.sum(own).tolist()
-        first = state.step - len(losses) + 1
         self._losses, self._correct = [], []
-        for step, loss in enumerate(losses, start=first):
+        return self.world.sum(own)
+
+    def _check(self, losses: list[float], last: int) -> None:
+        """Raises: JobError when one, of the steps up to `last`, is not finite."""
+        for step, loss in enumerate(losses, start=last - len(losses) + 1):
             if not math.isfinite(loss):
                 raise JobError(f"the loss became {loss} at step {step}.", stop_reason="nan")
-        state.losses += losses
-        state.correct += int(sum(correct))
 
-    def line(self, state: TrainState, rate: float, gradient_norm: float, score: Score | None = None) -> None:
+    def line(self, state: TrainState, rate: float, gradient_norm: Tensor, score: Score | None = None) -> None:
         """One line for the steps since the last, one at least, with the test score where there is one; a collective.
 
-        Raises: JobError, on all ranks, when the loss is not finite.
+        Raises: JobError, on all ranks, when the loss is not finite; alone on a GPU `finish_line` does.
         """
-        self.settle(state)
+        self.finish_line()
+        if not self.finishes_later or score is not None or not self._losses:
+            self.settle(state)
+        fresh = torch.cat([self._summed().flatten(), gradient_norm.float().view(1)]) if self._losses else gradient_norm
         state.wall_seconds = self.wall_seconds()
         record: dict[str, Any] = {
             "step": state.step,
@@ -153,36 +174,55 @@ class Tracker:
             "wall_seconds": round(state.wall_seconds, 3),
             "lr": rate,
         }
-        end = state.step_in_epoch
-        sizes = self.epoch_sizes[end - len(state.losses) : end]
-        total = sum(loss * size for loss, size in zip(state.losses, sizes, strict=True))
-        record["train/loss"] = total / sum(sizes)
-        record["train/accuracy"] = state.correct / sum(sizes)
-        record["train/gradient_norm"] = gradient_norm
-        record |= self._speed(state)
+        speed = self._speed(state)
         if state.skipped_steps:
-            record["train/skipped_steps"] = state.skipped_steps
+            speed["train/skipped_steps"] = state.skipped_steps
         if score is not None:
-            record |= {
+            speed |= {
                 "test/loss": score.loss,
                 "test/accuracy": score.accuracy,
                 "test/class_accuracy": score.class_accuracy(),
                 "test/confusion": score.confusion,
                 "test/mistakes": [asdict(mistake) for mistake in score.mistakes],
             }
+        earlier, correct, end = state.losses, state.correct, state.step_in_epoch
         state.losses, state.correct = [], 0
-        if self._file is not None:
-            self._file.append(record)
-            self._show(record)
+        read = _on_its_way(fresh)
+
+        def finish() -> None:
+            *figures, norm = read()
+            self._check(figures[: len(figures) // 2], record["step"])
+            losses = earlier + figures[: len(figures) // 2]
+            sizes = self.epoch_sizes[end - len(losses) : end]
+            total = sum(loss * size for loss, size in zip(losses, sizes, strict=True))
+            record["train/loss"] = total / sum(sizes)
+            record["train/accuracy"] = (correct + int(sum(figures[len(figures) // 2 :]))) / sum(sizes)
+            record["train/gradient_norm"] = norm
+            record.update(speed)
+            if self._file is not None:
+                self._file.append(record)
+                self._show(record)
+
+        self._unfinished = finish
+        if not self.finishes_later or score is not None:
+            self.finish_line()
+
+    def finish_line(self) -> None:
+        """Wait for the figures of the line begun, and write it. Raises: JobError when a loss is not finite."""
+        finish, self._unfinished = self._unfinished, None
+        if finish is not None:
+            finish()
 
     def _speed(self, state: TrainState) -> dict[str, Any]:
         """This attempt's figures since the last line: global images per second, seconds a step takes on each rank."""
         step, samples, seconds = self._line_mark
         self._line_mark = (state.step, state.samples_seen, state.train_seconds)
         steps, passed = state.step - step, state.train_seconds - seconds
-        own = torch.zeros(self.world.size, device=self.world.device)
-        own[self.world.rank] = passed / steps
-        each = self.world.sum(own).tolist()
+        each = [passed / steps]
+        if self.world.size > 1:
+            own = torch.zeros(self.world.size, device=self.world.device)
+            own[self.world.rank] = passed / steps
+            each = self.world.sum(own).tolist()
         figures: dict[str, Any] = {
             "train/images_per_second": round((state.samples_seen - samples) / passed, 1),
             "train/step_seconds_min": min(each),
@@ -215,6 +255,22 @@ class Tracker:
         if "test/accuracy" in record:
             accuracy, test_loss = 100 * record["test/accuracy"], record["test/loss"]
             self.say(f"{epoch} done: train loss {loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %")
+
+
+def _on_its_way(figures: Tensor) -> Callable[[], list[float]]:
+    """Starts to copy them; returns what waits for them and has them, whatever was begun after them."""
+    if figures.device.type != "cuda":
+        return figures.reshape(-1).tolist
+    home = torch.empty(figures.numel(), dtype=figures.dtype, pin_memory=True)
+    home.copy_(figures.reshape(-1), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return home.tolist()
+
+    return read
 
 
 class MetricsFile:

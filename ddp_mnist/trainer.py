@@ -243,6 +243,7 @@ class Trainer:
         """Rank 0 publishes a checkpoint. Returns what went wrong, after a warning."""
         if not self.world.is_main:
             return None
+        self.tracker.finish_line()  # metrics.jsonl up to this step belongs to what is saved
         lap = Stopwatch()
         try:
             self.state.wall_seconds = self.tracker.wall_seconds()

@@ -142,7 +142,7 @@ def test_fifty_recorded_steps_are_the_plain_ones(tiny: Path) -> None:
             step.settle(batches)
             assert not any(value.any() for state in step.adam.state.values() for value in state.values())
             every = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2))
-            figures = [(*step(batch, 1e-3), step.gradient_norm()) for batch in itertools.islice(every, 50)]
+            figures = [(*step(batch, 1e-3), float(step.gradient_norm())) for batch in itertools.islice(every, 50)]
             losses, correct, norms = (
                 torch.tensor([float(value) for value in column]) for column in zip(*figures, strict=True)
             )

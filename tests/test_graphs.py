@@ -67,7 +67,8 @@ def made(world: World, *, recorded: bool, snapshot: Snapshot | None = None, **ch
 
 def taken(step: TrainStep, every: Sequence[Batch], rates: Sequence[float] = (RATE,)) -> Figures:
     figures = [
-        (*step(batch, rate), step.gradient_norm()) for batch, rate in zip(every, itertools.cycle(rates), strict=False)
+        (*step(batch, rate), float(step.gradient_norm()))
+        for batch, rate in zip(every, itertools.cycle(rates), strict=False)
     ]
     return [(float(loss), int(correct), norm) for loss, correct, norm in figures]  # read when all steps are done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import math
 import os
 import re
@@ -27,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from tutorial import TutorialCNN, count_correct
 
 from ddp_mnist import TrainConfig, fit, provenance, report, rundir
-from ddp_mnist.checkpoint import Checkpoints
+from ddp_mnist.checkpoint import Checkpoints, SaveClock
 from ddp_mnist.config import Schedule
 from ddp_mnist.process import tell_uncaught
-from ddp_mnist.step import learning_rate
-from ddp_mnist.tracking import MetricsFile
+from ddp_mnist.step import TrainStep, learning_rate
+from ddp_mnist.tracking import MetricsFile, Tracker
 from ddp_mnist.world import World
 
 Train = Callable[..., jobs.Ended]
@@ -767,6 +768,73 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_message(flags: list[s
     init, run_dir = weights_file(tmp_path / "init.safetensors", OVERFLOWING), tmp_path / "run"
     ended = jobs.run_ranks(2, *flags, "--init-from", str(init), "--log-every", "5", "--output-dir", str(run_dir))
     ended_as_nan(run_dir, jobs.the_message(ended, 1), 2)
+
+
+def finish_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run does alone on a GPU."""
+    late = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(Tracker, "finishes_later", late, raising=False)
+
+
+def untimed(run_dir: Path) -> list[dict[str, Any]]:
+    timed = (
+        "wall_seconds",
+        "train/images_per_second",
+        *(f"train/step_seconds_{what}" for what in ("min", "mean", "max")),
+    )
+    return [{key: line[key] for key in line if key not in timed} for line in jobs.read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpoint-every", "5"], ["--max-steps", "33"]], ids=" ".join)
+def test_lines_that_are_finished_an_interval_later_are_the_same_lines(
+    train: Train, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--log-every", 5, "--grad-clip", 0.5, *more]
+    at_once = train(*flags, "--output-dir", tmp_path / "at once")
+    finish_later(monkeypatch)
+    later = train(*flags, "--output-dir", tmp_path / "later")
+    assert at_once.code == later.code == 0
+    assert untimed(tmp_path / "later") == untimed(tmp_path / "at once")
+
+
+def test_a_checkpoint_comes_with_all_lines_up_to_its_step(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_later(monkeypatch)
+    monkeypatch.setattr(SaveClock, "SECONDS", 0.0)  # as if ten minutes had passed, at every line
+    assert train("--log-every", 5, "--max-steps", 13, "--output-dir", tmp_path).code == 0
+    written = (tmp_path / "metrics.jsonl").read_bytes()
+    for step, checkpoint in [(10, "step-00000010"), (10, "step-00000013")]:
+        state = jobs.read_json(tmp_path / "checkpoints" / checkpoint / "state.json")
+        assert json.loads(written[: state["metrics_bytes"]].splitlines()[-1])["step"] == step
+
+
+def test_a_line_is_written_only_when_the_next_interval_is_full(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_later(monkeypatch)
+    written = []
+    step = TrainStep.__call__
+
+    def counted(self: TrainStep, *arguments: Any) -> Any:
+        path = tmp_path / "run" / "metrics.jsonl"
+        written.append(len(path.read_bytes().splitlines()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
+    assert train("--log-every", 5, "--max-steps", 16, "--output-dir", tmp_path / "run").code == 0
+    assert written == [0] * 10 + [1] * 5 + [2]
+
+
+@pytest.mark.parametrize("factors", [{"fc1.weight": 1e38}, "after a step"], ids=["at once", "after a step"])
+def test_a_line_finished_later_still_says_at_which_step_the_loss_was_not_finite(
+    train: Train, tmp_path: Path, factors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_later(monkeypatch)
+    at_once = isinstance(factors, dict)
+    init = weights_file(tmp_path / "init.safetensors", factors if at_once else OVERFLOWING)
+    ended = train("--init-from", init, "--log-every", 5, "--output-dir", tmp_path / "run")
+    ended_as_nan(tmp_path / "run", jobs.the_message([ended], 1), 1 if at_once else 2)
 
 
 @pytest.mark.parametrize("arguments", [["--max-steps", "1"], ["--batch-size", "2000", "--epochs", "1"]], ids=" ".join)
