@@ -12,11 +12,12 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,10 @@ NOT_MEASURED = "not measured"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: measured, or the table printed. 1: the world, 2: a bad flag, 130: Ctrl-C."""
+    """Exit code 0: measured, or the table printed. 1: the world, 2: a bad flag, 130: Ctrl-C, or SIGTERM."""
     options = _parse(argv)
+    report: dict[str, Any] | None = None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit's: as Ctrl-C
     try:
         if options.table:
             print(table([read_report(path) for path in options.table]))
@@ -52,21 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if options.json is not None and not options.json.absolute().parent.is_dir():
             raise JobError(f"--json {options.json}: there is no directory {options.json.parent}. Make it first.")
-        report = measure(options)
-        if options.json is not None:
-            try:
-                rundir.write_atomic(options.json, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-            except OSError as error:
-                print(table([report]))  # minutes of measuring are not thrown away with the file
-                raise JobError(f"--json {options.json} cannot be written: {error.strerror}.") from error
+        for report in measure(options):
+            if options.json is not None:
+                _write(options.json, report)
+        assert report is not None
         print(table([report]))
         return 0
-    except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped: no figures are kept", file=sys.stderr)
+    except (JobError, KeyboardInterrupt) as error:
+        if report is not None:
+            print(table([report]))  # minutes of measuring are not thrown away
+        if isinstance(error, JobError):
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        file = f", and in {options.json}" if options.json is not None else ""
+        print(f"stopped: the rows done are above{file}" if report else "stopped: no row was done", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """Raises: JobError."""
+    try:
+        rundir.write_atomic(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise JobError(f"--json {path} cannot be written: {error.strerror}.") from error
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,8 +104,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All chosen rows as JSON types. Raises: JobError."""
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The chosen rows as JSON types, after each of them with what is done. Raises: JobError."""
     environment = _environment()
     load = [round(value, 2) for value in os.getloadavg()]
     import torch
@@ -119,23 +132,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             threads=threads,
             environment=environment,
         )
-        rows, scaling = _rows(setup, options.rows)
-    return {
-        "what": "ddp_mnist against the tutorial's script and the published fast recipe",
-        "machine": _machine(threads) | {"load_average": load},
-        "data": {"name": name, "train_images": len(train), "test_images": len(test)},
-        "settings": {
-            "quick": quick,
-            "rows": list(options.rows),
-            "repeats": setup.repeats,
-            "seeds": setup.seeds,
-            "steps": setup.steps,
-            "epochs": setup.epochs,
-        },
-        "seconds": round(time.monotonic() - started, 1),
-        "rows": rows,
-        "scaling": scaling,
-    }
+        report = {
+            "what": "ddp_mnist against the tutorial's script and the published fast recipe",
+            "machine": _machine(threads) | {"load_average": load},
+            "data": {"name": name, "train_images": len(train), "test_images": len(test)},
+            "settings": {
+                "quick": quick,
+                "rows": list(options.rows),
+                "repeats": setup.repeats,
+                "seeds": setup.seeds,
+                "steps": setup.steps,
+                "epochs": setup.epochs,
+            },
+        }
+        done: list[str] = []
+        for done_now, rows, scaling in _rows(setup, options.rows):
+            done.append(done_now)
+            yield report | {
+                "seconds": round(time.monotonic() - started, 1),
+                "missing": [name for name in options.rows if name not in done],
+                "rows": rows,
+                "scaling": scaling,
+            }
 
 
 def _environment() -> dict[str, str]:
@@ -144,7 +162,8 @@ def _environment() -> dict[str, str]:
     return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
 
 
-def _rows(setup: Setup, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any] | None]]:
+    """The name of the row just done, the figures of all rows so far, the scaling once it is there."""
     from ddp_mnist import bench_rows
 
     found: list[dict[str, Any]] = []
@@ -157,7 +176,7 @@ def _rows(setup: Setup, names: Sequence[str]) -> tuple[list[dict[str, Any]], dic
         else:
             found += [_figures(name, line) for line in bench_rows.ROWS[name](setup)]
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return found, scaling
+        yield name, list(found), scaling
 
 
 def _digits(options: argparse.Namespace, images: int) -> tuple[str, Split, Split]:
@@ -307,6 +326,7 @@ def _facts(report: dict[str, Any]) -> str:
         f"load average {machine['load_average'][0]} at the start. {data['train_images']:,} training and "
         f"{data['test_images']:,} test images of {digits}. Median (min-max) of {settings['repeats']} in turn; "
         f"mean ± sd where it says ±, over {settings['seeds']} seeds to 99 %."
+        + (f" Stopped before {', '.join(report['missing'])}." if report.get("missing") else "")
     )
 
 

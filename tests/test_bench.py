@@ -7,7 +7,10 @@ import json
 import math
 import os
 import platform
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,7 +274,7 @@ def test_figures_are_printed_and_kept_where_it_was_asked(
     kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = figures()
-    monkeypatch.setattr(bench, "measure", lambda options: found)
+    monkeypatch.setattr(bench, "measure", lambda options: iter([found]))
     monkeypatch.chdir(tmp_path)
     assert bench.main(["--json", "figures.json"] if kept else []) == 0
     assert capsys.readouterr() == (bench.table([found]) + "\n", "")
@@ -282,7 +285,7 @@ def test_figures_that_cannot_be_written_are_printed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = figures()
-    monkeypatch.setattr(bench, "measure", lambda options: found)
+    monkeypatch.setattr(bench, "measure", lambda options: iter([found]))
     file = tmp_path / "figures.json"
     file.mkdir()
     assert bench.main(["--json", str(file)]) == 1
@@ -387,6 +390,34 @@ def test_ctrl_c_in_a_run_of_ours_ends_the_benchmark(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_setup, "fit", lambda config: SimpleNamespace(summary={"exit_code": 75}))
-    monkeypatch.setattr(bench, "measure", lambda options: setup.job())
+
+    def measure(_: Any) -> Iterator[dict[str, Any]]:
+        yield setup.job()
+
+    monkeypatch.setattr(bench, "measure", measure)
     assert bench.main([]) == 130
-    assert capsys.readouterr().err == "stopped: no figures are kept\n"
+    assert capsys.readouterr().err == "stopped: no row was done\n"
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_stopped_keeps_the_rows_that_are_done(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    words = ["--quick", "--rows", "loader,start-up,command", "--dataset", "synthetic", "--images", str(IMAGES)]
+    command = [sys.executable, "-m", "ddp_mnist.bench", *words, "--json", str(file)]
+    with subprocess.Popen(
+        command, env=jobs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (file.exists() and jobs.read_json(file)["missing"] == ["command"]):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert f"stopped: the rows done are above, and in {file}" in err
+    assert "Stopped before command." in out and "| loader alone" in out and "whole command" not in out
+    assert {line["row"] for line in jobs.read_json(file)["rows"]} == {"loader", "start-up"}
+    assert bench.table([jobs.read_json(file)]) + "\n" == out
