@@ -82,7 +82,7 @@ def bare_seconds(config: TrainConfig) -> float:
 
 def inside_seconds(config: TrainConfig) -> dict[str, float]:
     """Wall seconds of a run without its scores, and what its batches and steps have of them, by one clock. For a CPU:
-    on a GPU a step is only launched here."""
+    on a GPU a step is only launched here. What slows the steps themselves is on both sides."""
     from collections.abc import Iterator
 
     from ddp_mnist import trainer

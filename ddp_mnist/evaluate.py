@@ -259,6 +259,8 @@ def _compare(saved: Saved, train: Score, test: Score, world: World) -> None:
     if differing:
         then, now = saved.summary.get("device"), world.device.type
         why = f", or {now} rounds otherwise than {then}, where the run was scored" if then != now else ""
+        if then == now == "cuda":
+            why = ", or Triton could be used on one side only, or was of another version"
         raise JobError(
             f"{saved.source} does not score as it did: {'; '.join(differing)}. The weights, the data or the summary "
             f"have been changed since{why}."

@@ -10,6 +10,7 @@ never writes out the zeros beside it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,8 +25,6 @@ PROGRAMS = 1024
 """Of a launch that adds up over images, about: several for each multiprocessor of a large GPU."""
 MOST = {"inputs": 16, "outputs": 64, "features": 4096, "classes": 16}
 """Of a layer. Beyond them cuDNN and cuBLAS are the faster ones, or may be: not measured."""
-
-
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Of every launch: multiply and add in one instruction. It is Triton's default, but 3.9 wants to be asked for it."""
 
@@ -187,7 +186,7 @@ def _classify(hidden, weight, bias, out, FEATURES: tl.constexpr, CLASSES: tl.con
     feature = tl.arange(0, BLOCK)
     value = _load(hidden + image * FEATURES + feature, feature < FEATURES, out)
     factor = _load(weight + kind * FEATURES + feature, feature < FEATURES, out)
-    tl.store(out + image * CLASSES + kind, tl.sum(value * factor, 0) + tl.load(bias + kind))
+    tl.store(out + image * CLASSES + kind, tl.sum(value * factor, 0) + _load(bias + kind, True, out))
 
 
 @triton.jit
@@ -326,6 +325,7 @@ class _Linear(torch.autograd.Function):
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # no zeros for the count
         logits = logits.contiguous()
         gradient = torch.empty_like(logits, dtype=torch.float32)  # fp16 has it after it is scaled
         figures = torch.empty(2, device=logits.device)
@@ -369,7 +369,10 @@ def _apart(total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def try_out(device: torch.device) -> None:
     """Build one kernel and run it. Raises: whatever Triton, the C compiler or CUDA raises."""
-    _added_up(torch.ones(2, 3, device=device), torch.ones(1, 2, device=device))
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise RuntimeError("the GPU is too old for bf16")
+    with torch.cuda.device(device):
+        _added_up(torch.ones(2, 3, device=device), torch.ones(1, 2, device=device))
 
 
 def takes_layer(convolution: nn.Conv2d, images: Tensor) -> bool:
@@ -379,17 +382,20 @@ def takes_layer(convolution: nn.Conv2d, images: Tensor) -> bool:
     few = convolution.in_channels <= MOST["inputs"] and convolution.out_channels <= MOST["outputs"]
     even = images.dim() == 4 and images.shape[2] % 2 == images.shape[3] % 2 == 0
     biased = convolution.bias is not None and convolution.weight.dtype == torch.float32
-    return plain and few and even and biased and _floats(images)
+    fitting = images.dim() == 4 and images.shape[1] == convolution.in_channels  # torch says what is wrong with others
+    return plain and few and even and biased and fitting and _floats(images)
 
 
 def takes_linear(linear: nn.Linear, hidden: Tensor) -> bool:
     few = linear.out_features <= MOST["classes"] and linear.in_features <= MOST["features"]
     biased = linear.bias is not None and linear.weight.dtype == torch.float32
-    return few and biased and _floats(hidden)
+    fitting = hidden.flatten(1).shape[1:] == (linear.in_features,)
+    return few and biased and fitting and _floats(hidden)
 
 
-def takes_loss(logits: Tensor) -> bool:
-    return logits.dim() == 2 and logits.shape[1] <= MOST["classes"] and _floats(logits)
+def takes_loss(logits: Tensor, labels: Tensor) -> bool:
+    fitting = logits.dim() == 2 and labels.shape == logits.shape[:1] and labels.dtype == torch.int64
+    return fitting and labels.is_contiguous() and logits.shape[1] <= MOST["classes"] and _floats(logits)
 
 
 def _floats(tensor: Tensor) -> bool:
@@ -398,24 +404,29 @@ def _floats(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in kinds and 0 < tensor.numel() < 2**26
 
 
-@torch.compiler.disable
 def layer(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """relu(max_pool2d(conv2d(images, weight, padding=1), 2) + bias), in fp32.
 
     images (n, inputs, h, w), h and w even, n > 0; weight (outputs, inputs, 3, 3); bias (outputs,) →
-    (n, outputs, h / 2, w / 2). Backward once.
+    (n, outputs, h / 2, w / 2). Without a second derivative.
     """
     return _Layer.apply(images, weight, bias)
 
 
-@torch.compiler.disable
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """hidden (n, features), n > 0; weight (classes, features); bias (classes,) → (n, classes). Backward once."""
+    """hidden (n, features), n > 0; weight (classes, features); bias (classes,) → (n, classes). Without a
+    second derivative."""
     return _Linear.apply(hidden, weight, bias)
 
 
-@torch.compiler.disable
 def loss_and_count(logits: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(sum of the cross entropies / size, how many are recognised), both fp32 scalars; n > 0, backward of the first,
-    once. logits (n, classes), labels int64 (n,)."""
+    """(sum of the cross entropies / size, how many are recognised), both fp32 scalars; n > 0; the first has a
+    gradient. logits (n, classes), labels int64 (n,)."""
     return _Loss.apply(logits, labels, size)
+
+
+@functools.cache
+def hide_from_compiler() -> None:
+    """Keep torch.compile from looking into them. Not at import: that would import torch's compiler, a second."""
+    global layer, linear, loss_and_count
+    layer, linear, loss_and_count = (torch.compiler.disable(each) for each in (layer, linear, loss_and_count))

@@ -46,11 +46,11 @@ def _layer(convolution: nn.Conv2d, images: Tensor, *, once: bool, triton: bool) 
     gradient have a quarter of the work. Not under autocast on a CPU, which loses by it
     (docs/benchmarks/variants.py). Hooks of the convolutions do not run."""
     weight, bias, padding = convolution.weight, convolution.bias, convolution.padding
-    if triton:
+    if triton and images.is_cuda:
         from ddp_mnist import kernels
 
         if kernels.takes_layer(convolution, images):
-            return kernels.layer(images, weight, bias)
+            return kernels.layer(images, weight, bias)  # type: ignore[arg-type]
     if torch.is_autocast_enabled("cpu"):
         return relu_of_maxima(F.conv2d(images, weight, bias, padding=padding), None, once=once)
     return relu_of_maxima(F.conv2d(images, weight, padding=padding), bias, once=once)
@@ -69,7 +69,7 @@ class CNN(nn.Module):
     it: it is then the faster one on a CPU. A `TrainStep` sets it as long as it trains."""
 
     triton = False
-    """Whether the layers are those of `kernels`, which have one backward pass at most. `placed` sets it."""
+    """Whether the layers are those of `kernels`, on a GPU, which have no second derivative. `placed` sets it."""
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class CNN(nn.Module):
         hidden = _layer(self.conv1, images, once=self.once, triton=self.triton)
         hidden = _layer(self.conv2, hidden, once=self.once, triton=self.triton)
         weight, bias = self.fc1.weight, self.fc1.bias
-        if self.triton:
+        if self.triton and images.is_cuda:
             from ddp_mnist import kernels
 
             if kernels.takes_linear(self.fc1, hidden):

@@ -141,6 +141,10 @@ class TrainStep:
         """An epoch's last batch has another size, which is compiled by itself."""
         # What earlier runs of this process have compiled counts against torch's limit; beyond it nothing is compiled.
         torch.compiler.reset()
+        if self.triton:
+            from ddp_mnist import kernels
+
+            kernels.hide_from_compiler()
         if self.graphs is not None:
             self.compiled = torch.compile(self._forward, dynamic=False)
         else:
@@ -158,7 +162,7 @@ class TrainStep:
         self.graphs = self.compiled = None
         self.model = self.net
         if isinstance(self.net, CNN):
-            self.net.once = False
+            self.net.once = self.net.triton = False
 
     def may_be_recorded(self) -> bool:
         """Whether a step can be a CUDA graph: not what another network may do on the way, not with fp16's scaler, which
@@ -293,7 +297,7 @@ class TrainStep:
         if self.triton:
             from ddp_mnist import kernels
 
-            if kernels.takes_loss(logits):
+            if kernels.takes_loss(logits, labels):
                 return kernels.loss_and_count(logits, labels, global_size)
         if len(labels) == global_size:
             loss = F.cross_entropy(logits, labels)  # two operations less

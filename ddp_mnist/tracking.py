@@ -68,6 +68,10 @@ class Tracker:
         self._line_mark = (state.step, state.samples_seen, state.train_seconds)
         self.finishes_later = world.device.type == "cuda" and world.size == 1
         self._unfinished: Callable[[], None] | None = None
+        self._running: Any = None
+        """When the training went on, where lines are finished later; None: it stands still."""
+        self._laps: list[tuple[Any, Any]] = []
+        """From when to when it ran since the last line."""
         self._file: MetricsFile | None = None
         self._bar: Any = None
         self._mirror = mirror
@@ -134,12 +138,17 @@ class Tracker:
             else:
                 self.settle(state)
 
+    def waits(self) -> bool:
+        """Whether there are steps whose figures have not been read."""
+        return bool(self._losses) or self._unfinished is not None
+
     def settle(self, state: TrainState) -> None:
         """Move what was not read so far into `state.losses` and `state.correct`; a collective.
 
         Raises: JobError, on all ranks, when a loss is not finite.
         """
         self.finish_line()
+        self._halt()
         if self._losses:
             losses, correct = self._summed().tolist()
             self._check(losses, state.step)
@@ -164,8 +173,11 @@ class Tracker:
         Raises: JobError, on all ranks, when the loss is not finite; alone on a GPU `finish_line` does.
         """
         self.finish_line()
-        if not self.finishes_later or score is not None or not self._losses:
+        if not self.finishes_later or score is not None:
             self.settle(state)
+        else:
+            self._halt()
+            self.go()
         fresh = torch.cat([self._summed().flatten(), gradient_norm.float().view(1)]) if self._losses else gradient_norm
         state.wall_seconds = self.wall_seconds()
         record: dict[str, Any] = {
@@ -175,10 +187,11 @@ class Tracker:
             "lr": rate,
         }
         speed = self._speed(state)
+        more: dict[str, Any] = {}
         if state.skipped_steps:
-            speed["train/skipped_steps"] = state.skipped_steps
+            more["train/skipped_steps"] = state.skipped_steps
         if score is not None:
-            speed |= {
+            more |= {
                 "test/loss": score.loss,
                 "test/accuracy": score.accuracy,
                 "test/class_accuracy": score.class_accuracy(),
@@ -198,7 +211,7 @@ class Tracker:
             record["train/loss"] = total / sum(sizes)
             record["train/accuracy"] = (correct + int(sum(figures[len(figures) // 2 :]))) / sum(sizes)
             record["train/gradient_norm"] = norm
-            record.update(speed)
+            record.update(speed() | more)
             if self._file is not None:
                 self._file.append(record)
                 self._show(record)
@@ -207,30 +220,47 @@ class Tracker:
         if not self.finishes_later or score is not None:
             self.finish_line()
 
+    def go(self) -> None:
+        """Training goes on, after what is not to be in its speed: scores, a checkpoint."""
+        if self.finishes_later:
+            self._running = _moment(self.world.device)
+
+    def _halt(self) -> None:
+        if self._running is not None:
+            self._laps.append((self._running, _moment(self.world.device)))
+            self._running = None
+
     def finish_line(self) -> None:
         """Wait for the figures of the line begun, and write it. Raises: JobError when a loss is not finite."""
         finish, self._unfinished = self._unfinished, None
         if finish is not None:
             finish()
 
-    def _speed(self, state: TrainState) -> dict[str, Any]:
-        """This attempt's figures since the last line: global images per second, seconds a step takes on each rank."""
+    def _speed(self, state: TrainState) -> Callable[[], dict[str, Any]]:
+        """This attempt's figures since the last line, to be asked for once the last of its steps is done: global images
+        per second, seconds a step takes on each rank."""
         step, samples, seconds = self._line_mark
         self._line_mark = (state.step, state.samples_seen, state.train_seconds)
-        steps, passed = state.step - step, state.train_seconds - seconds
-        each = [passed / steps]
+        steps, images, passed = state.step - step, state.samples_seen - samples, state.train_seconds - seconds
+        laps, self._laps = self._laps, []
+        each: list[float] = []
         if self.world.size > 1:
             own = torch.zeros(self.world.size, device=self.world.device)
             own[self.world.rank] = passed / steps
             each = self.world.sum(own).tolist()
-        figures: dict[str, Any] = {
-            "train/images_per_second": round((state.samples_seen - samples) / passed, 1),
-            "train/step_seconds_min": min(each),
-            "train/step_seconds_mean": sum(each) / len(each),
-            "train/step_seconds_max": max(each),
-        }
-        if self.world.device.type == "cuda":
-            figures["gpu/memory_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
+        memory = torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else None
+
+        def figures() -> dict[str, Any]:
+            total = sum(_seconds(*lap) for lap in laps) if self.finishes_later else passed
+            ranks = each or [total / steps]
+            found: dict[str, Any] = {
+                "train/images_per_second": round(images / total, 1),
+                "train/step_seconds_min": min(ranks),
+                "train/step_seconds_mean": sum(ranks) / len(ranks),
+                "train/step_seconds_max": max(ranks),
+            }
+            return found | ({"gpu/memory_bytes": memory} if memory is not None else {})
+
         return figures
 
     def metrics_bytes(self) -> int:
@@ -257,8 +287,21 @@ class Tracker:
             self.say(f"{epoch} done: train loss {loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %")
 
 
+def _moment(device: torch.device) -> Any:
+    """Now; on a GPU the moment when it is done with what was launched so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
+
+
 def _on_its_way(figures: Tensor) -> Callable[[], list[float]]:
-    """Starts to copy them; returns what waits for them and has them, whatever was begun after them."""
+    """On a GPU: starts to copy them; returns what waits for them and has them, whatever was begun after them."""
     if figures.device.type != "cuda":
         return figures.reshape(-1).tolist
     home = torch.empty(figures.numel(), dtype=figures.dtype, pin_memory=True)

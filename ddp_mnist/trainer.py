@@ -182,6 +182,8 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(run.path, config.keep_checkpoints)
         self.clock = SaveClock()
+        self.lap = Stopwatch()
+        """Of the training; what is not part of it ends with a call that counts nothing."""
 
     def run(self) -> dict[str, Any]:
         """The whole attempt; returns what summary.json has. Raises: JobError, the same on all ranks."""
@@ -195,9 +197,10 @@ class Trainer:
 
     def loop(self) -> str:
         """Train until done or stopped; returns why it ended."""
-        config, state, tracker = self.config, self.state, self.tracker
+        config, state, tracker, lap = self.config, self.state, self.tracker, self.lap
         while state.epoch < config.epochs:
-            lap = Stopwatch()
+            tracker.go()
+            lap()
             for batch in self.batches.epoch(state.epoch, start=state.step_in_epoch):
                 if config.max_steps and state.step >= config.max_steps:
                     return "max_steps"
@@ -211,17 +214,17 @@ class Trainer:
                 state.train_seconds += lap()
                 if tracker.due(state):
                     self.line()
+                    if not tracker.finishes_later:  # else training goes on meanwhile
+                        lap()
                     self.save_if_due()
-                    lap()
                 elif config.checkpoint_every and state.step_in_epoch < len(self.batches):  # else below, with its score
                     self.save_if_due()
-                    lap()
-            tracker.settle(state)
-            state.train_seconds += lap()
+            self.settle()
             score = self.score(self.test_set)
             self.scored = (state.step, score)
             self.line(score)
             state.end_epoch()
+            lap()
             self.save_if_due(epoch_end=True)
         return "finished"
 
@@ -234,16 +237,30 @@ class Trainer:
         """Called where all ranks have the same step. Training goes on when a save fails: the last one is kept."""
         if self.config.checkpoint_every:
             if self.state.step % self.config.checkpoint_every == 0:
-                self.tracker.settle(self.state)  # a collective, at a step that all ranks can work out
-                self.save()
+                self.save_between_steps()  # at a step that all ranks can work out
         elif self.world.is_main and self.clock.due(epoch_end=epoch_end):
-            self.save()  # an interval has just ended: nothing to collect from the other ranks, rank 0 decides alone
+            # An interval has just ended: nothing to collect from the other ranks, rank 0 decides alone.
+            self.save_between_steps(collect=self.world.size == 1)
+
+    def save_between_steps(self, *, collect: bool = True) -> None:
+        """The clock of the training stands still meanwhile. `collect`: a collective."""
+        if collect:
+            self.settle()
+        self.save()
+        self.lap()
+        self.tracker.go()
+
+    def settle(self) -> None:
+        """Wait for the steps so far, which is part of their time; a collective."""
+        waits = self.tracker.waits()
+        self.tracker.settle(self.state)
+        if waits:
+            self.state.train_seconds += self.lap()
 
     def save(self) -> JobError | None:
         """Rank 0 publishes a checkpoint. Returns what went wrong, after a warning."""
         if not self.world.is_main:
             return None
-        self.tracker.finish_line()  # metrics.jsonl up to this step belongs to what is saved
         lap = Stopwatch()
         try:
             self.state.wall_seconds = self.tracker.wall_seconds()
@@ -263,7 +280,7 @@ class Trainer:
 
     def save_or_fail(self) -> None:
         """The save that must succeed, at a stop and at the end. Raises: JobError on all ranks."""
-        self.tracker.settle(self.state)
+        self.settle()
         failure = self.world.broadcast(self.save())
         if failure is not None:
             raise failure

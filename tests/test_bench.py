@@ -85,6 +85,8 @@ def test_every_row_is_measured_on_both_sides_and_every_figure_is_finite(report: 
             ratio = line["ours"][line["shown"]] / line["other"][line["shown"]]
             assert line["ratio"] == pytest.approx(ratio, rel=1e-4)
     assert all(math.isfinite(value) for value in numbers(report))
+    (inside,) = (line for line in report["rows"] if line["what"] == "the first of them, by its own clock")
+    assert inside["ratio"] > 1  # the steps of a run are a part of it
 
 
 def numbers(value: Any) -> Iterator[float]:

@@ -45,6 +45,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             jobs.succeeded(jobs.run_ranks(ranks, *flags, *arguments, variables=variables))
             done[key] = jobs.read_json(path / "summary.json") | {
                 "weights": load_file(path / "model.safetensors"),
+                "lines": jobs.read_metrics(path),
                 "losses": [line["train/loss"] for line in jobs.read_metrics(path)],
             }
         return done[key]
@@ -107,6 +108,17 @@ def test_a_step_of_tritons_kernels_computes_what_one_of_torchs_does(run: Run, mo
     """The second layer of the last is too wide for them: torch's own are beside them."""
     assert_same_curve(run(*more), run(*more, "--no-triton"))
     assert_same_weights(run(*more), run(*more, "--no-triton"))
+    ours, others = run(*more)["weights"], run(*more, "--no-triton")["weights"]
+    assert not all(torch.equal(value, others[name]) for name, value in ours.items())  # it was another order
+
+
+def test_a_line_that_is_finished_later_has_the_figures_of_its_own_step(run: Run) -> None:
+    more = ["--log-every", "5", "--grad-clip", "0.5"]
+    for one, other in zip(run(*more)["lines"], run(*more, "--no-cuda-graphs")["lines"], strict=True):
+        assert one["step"] == other["step"]
+        assert abs(one["train/loss"] - other["train/loss"]) < 20 * LOSS
+        assert abs(one["train/gradient_norm"] - other["train/gradient_norm"]) < 0.05 * other["train/gradient_norm"]
+        assert one["train/step_seconds_mean"] > 0
 
 
 def test_where_triton_cannot_be_used_there_is_a_warning(run: Run, tiny: Path, tmp_path: Path) -> None:

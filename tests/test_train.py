@@ -13,6 +13,7 @@ import resource
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -28,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from tutorial import TutorialCNN, count_correct
 
 from ddp_mnist import TrainConfig, fit, provenance, report, rundir
-from ddp_mnist.checkpoint import Checkpoints, SaveClock
+from ddp_mnist.checkpoint import Checkpoints, SaveClock, TrainState
 from ddp_mnist.config import Schedule
+from ddp_mnist.data import Batch
 from ddp_mnist.process import tell_uncaught
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.tracking import MetricsFile, Tracker
@@ -824,6 +826,43 @@ def test_a_line_is_written_only_when_the_next_interval_is_full(
     monkeypatch.setattr(TrainStep, "__call__", counted)
     assert train("--log-every", 5, "--max-steps", 16, "--output-dir", tmp_path / "run").code == 0
     assert written == [0] * 10 + [1] * 5 + [2]
+
+
+@pytest.mark.parametrize("more", [["--checkpoint-every", "5"], ["--max-steps", "10"]], ids=" ".join)
+def test_waiting_for_the_gpu_is_part_of_the_training_time(
+    train: Train, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it waits is where a GPU does what was launched."""
+    finish_later(monkeypatch)
+    settle, waits = Tracker.settle, []
+
+    def waiting(self: Tracker, state: TrainState) -> None:
+        if self._losses:
+            time.sleep(0.05)
+            waits.append(state.step)
+        settle(self, state)
+
+    monkeypatch.setattr(Tracker, "settle", waiting)
+    assert train("--log-every", 1000, *more, "--output-dir", tmp_path).code == 0
+    assert waits
+    assert jobs.read_json(tmp_path / "summary.json")["train_seconds"] > 0.05 * len(waits)
+
+
+def test_a_line_begun_is_written_before_a_bug_ends_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_later(monkeypatch)
+    step = TrainStep.__call__
+
+    def broken(self: TrainStep, batch: Batch, rate: float) -> Any:
+        if batch.place[2] == 7:
+            raise ZeroDivisionError
+        return step(self, batch, rate)
+
+    monkeypatch.setattr(TrainStep, "__call__", broken)
+    with pytest.raises(ZeroDivisionError):
+        train("--log-every", 5, "--output-dir", tmp_path)
+    assert [line["step"] for line in jobs.read_metrics(tmp_path)] == [5]
 
 
 @pytest.mark.parametrize("factors", [{"fc1.weight": 1e38}, "after a step"], ids=["at once", "after a step"])
