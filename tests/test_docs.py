@@ -522,8 +522,10 @@ CPU = {
     "training seconds and test accuracy": ["training until a mean of 99 %: --recipe record", "its test accuracy"],
     "logging, checkpoints, W&B": ["training with checkpoints, tracking, stop agreement: 5 epochs"],
     "that with": ["the same with --wandb disabled"],
+    "the first of these two": ["the first of them, by its own clock"],
 }
-GPU = {name: CPU[name] for name in CPU if name not in ("that command with", "2 ranks", "that with")} | {
+NOT_ON_GPU = ("that command with", "2 ranks", "that with", "the first of these two")
+GPU = {name: CPU[name] for name in CPU if name not in NOT_ON_GPU} | {
     "the same with `--compile`": ["the same with --compile"]
 }
 TABLES = (("cpu-", CPU), ("nvidia-", GPU))
