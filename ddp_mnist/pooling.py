@@ -26,37 +26,41 @@ def relu_of_maxima(images: Tensor, bias: Tensor | None, *, once: bool) -> Tensor
     suits = images.device.type == "cpu" and images.shape[-2] % 2 == images.shape[-1] % 2 == 0
     suits = suits and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     if suits and not images.requires_grad:
-        return _forward(images, bias)[1]
+        return _forward(images, bias)[0]
     if suits and once:
         return _ReluOfMaxima.apply(images, bias)
     pooled = F.max_pool2d(images, 2)
     return (pooled if bias is None else pooled.add_(bias.to(pooled.dtype).view(-1, 1, 1))).relu_()
 
 
-def _forward(images: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(n, c, h / 2, w), (n, c, h / 2, w / 2)"""
-    rows = torch.maximum(images[:, :, 0::2], images[:, :, 1::2])
-    pooled = torch.maximum(rows[..., 0::2], rows[..., 1::2])
+def _forward(images: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(n, c, h / 2, w / 2), and what was compared: every other row (n, c, h / 2, w), and column of the larger of them."""
+    above, below = images[:, :, 0::2], images[:, :, 1::2]
+    rows = torch.maximum(above, below)
+    left, right = rows[..., 0::2], rows[..., 1::2]
+    pooled = torch.maximum(left, right)
     if bias is not None:
         pooled.add_(bias.view(-1, 1, 1))
-    return rows, pooled.relu_()
+    return pooled.relu_(), (above, below, rows, left, right)
 
 
 class _ReluOfMaxima(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, bias: Tensor | None) -> Tensor:
-        rows, pooled = _forward(images, bias)
-        ctx.save_for_backward(images, rows, pooled)
+        pooled, ctx.compared = _forward(images, bias)  # views cost as much as small operations: made once
+        ctx.save_for_backward(images, pooled)
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        images, rows, pooled = ctx.saved_tensors
+        images, pooled = ctx.saved_tensors
+        above, below, rows, left, right = ctx.compared
+        del ctx.compared
         gradient = torch.ops.aten.threshold_backward(gradient, pooled, 0)
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None
-        _become_gradients(rows[..., 0::2], rows[..., 1::2], gradient)
-        _become_gradients(images[:, :, 0::2], images[:, :, 1::2], rows)
+        _become_gradients(left, right, gradient)
+        _become_gradients(above, below, rows)
         return images.detach(), of_bias
 
 
