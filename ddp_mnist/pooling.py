@@ -34,7 +34,8 @@ def relu_of_maxima(images: Tensor, bias: Tensor | None, *, once: bool) -> Tensor
 
 
 def _forward(images: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(n, c, h / 2, w / 2), and what was compared: every other row (n, c, h / 2, w), and column of the larger of them."""
+    """(n, c, h / 2, w / 2), and what was compared for it: every other row, the larger ones (n, c, h / 2, w), and their
+    every other column."""
     above, below = images[:, :, 0::2], images[:, :, 1::2]
     rows = torch.maximum(above, below)
     left, right = rows[..., 0::2], rows[..., 1::2]
