@@ -389,7 +389,7 @@ def takes_layer(convolution: nn.Conv2d, images: Tensor) -> bool:
 def takes_linear(linear: nn.Linear, hidden: Tensor) -> bool:
     few = linear.out_features <= MOST["classes"] and linear.in_features <= MOST["features"]
     biased = linear.bias is not None and linear.weight.dtype == torch.float32
-    fitting = hidden.flatten(1).shape[1:] == (linear.in_features,)
+    fitting = hidden.dim() > 1 and hidden.shape[1:].numel() == linear.in_features
     return few and biased and fitting and _floats(hidden)
 
 

@@ -34,29 +34,29 @@ def relu_of_maxima(images: Tensor, bias: Tensor | None, *, once: bool) -> Tensor
 
 
 def _forward(images: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(n, c, h / 2, w / 2), and what was compared for it: every other row, the larger ones (n, c, h / 2, w), and their
-    every other column."""
+    """(n, c, h / 2, w / 2), and what was compared for it: the images, their every other row, the larger of these
+    (n, c, h / 2, w), and its every other column."""
     above, below = images[:, :, 0::2], images[:, :, 1::2]
     rows = torch.maximum(above, below)
     left, right = rows[..., 0::2], rows[..., 1::2]
     pooled = torch.maximum(left, right)
     if bias is not None:
         pooled.add_(bias.view(-1, 1, 1))
-    return pooled.relu_(), (above, below, rows, left, right)
+    return pooled.relu_(), (images, above, below, rows, left, right)
 
 
 class _ReluOfMaxima(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, bias: Tensor | None) -> Tensor:
         pooled, ctx.compared = _forward(images, bias)  # views cost as much as small operations: made once
-        ctx.save_for_backward(images, pooled)
+        ctx.save_for_backward(images, pooled)  # the images for its look whether they are as they were
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        images, pooled = ctx.saved_tensors
-        above, below, rows, left, right = ctx.compared
+        _, pooled = ctx.saved_tensors
+        images, above, below, rows, left, right = ctx.compared
         del ctx.compared
         gradient = torch.ops.aten.threshold_backward(gradient, pooled, 0)
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None

@@ -132,7 +132,7 @@ class Tracker:
         """Take this rank's part of the global mean loss and of the images recognised, after `state.advance`."""
         self._losses.append(loss)  # as they are: copying each into a buffer is two more operations a step
         self._correct.append(correct)
-        if len(self._losses) == self.config.log_every:
+        if state.step % self.config.log_every == 0:  # here the wait is part of the steps' time
             if self.finishes_later:
                 self.finish_line()
             else:
@@ -147,8 +147,8 @@ class Tracker:
 
         Raises: JobError, on all ranks, when a loss is not finite.
         """
-        self.finish_line()
         self._halt()
+        self.finish_line()
         if self._losses:
             losses, correct = self._summed().tolist()
             self._check(losses, state.step)
@@ -172,12 +172,12 @@ class Tracker:
 
         Raises: JobError, on all ranks, when the loss is not finite; alone on a GPU `finish_line` does.
         """
-        self.finish_line()
         if not self.finishes_later or score is not None:
             self.settle(state)
         else:
             self._halt()
             self.go()
+            self.finish_line()
         fresh = torch.cat([self._summed().flatten(), gradient_norm.float().view(1)]) if self._losses else gradient_norm
         state.wall_seconds = self.wall_seconds()
         record: dict[str, Any] = {

@@ -51,7 +51,7 @@ def linear(count: int, features: int, classes: int, device: str, kind: torch.dty
     hidden = torch.randn(count, features, device=device).to(kind).requires_grad_()
     weight = torch.randn(classes, features, device=device, requires_grad=True)
     bias = torch.randn(classes, device=device, requires_grad=True)
-    expected = F.linear(hidden.float(), weight.to(kind).float(), bias)
+    expected = F.linear(hidden.float(), weight.to(kind).float(), bias.to(kind).float())
     name = f"linear {count}x{features} to {classes}, {kind}"
     return compare(name, kernels.linear(hidden, weight, bias), expected, (hidden, weight, bias))
 

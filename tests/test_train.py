@@ -828,22 +828,33 @@ def test_a_line_is_written_only_when_the_next_interval_is_full(
     assert written == [0] * 10 + [1] * 5 + [2]
 
 
-@pytest.mark.parametrize("more", [["--checkpoint-every", "5"], ["--max-steps", "10"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--log-every", "1000", "--checkpoint-every", "5"],
+        ["--log-every", "5", "--checkpoint-every", "5"],
+        ["--log-every", "25", "--checkpoint-every", "10"],
+        ["--log-every", "1000", "--max-steps", "10"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("later", [True, False])
 def test_waiting_for_the_gpu_is_part_of_the_training_time(
-    train: Train, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, more: list[str], later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it waits is where a GPU does what was launched."""
-    finish_later(monkeypatch)
+    if later:
+        finish_later(monkeypatch)
     settle, waits = Tracker.settle, []
 
     def waiting(self: Tracker, state: TrainState) -> None:
-        if self._losses:
+        if self._losses or self._unfinished:
             time.sleep(0.05)
             waits.append(state.step)
         settle(self, state)
 
     monkeypatch.setattr(Tracker, "settle", waiting)
-    assert train("--log-every", 1000, *more, "--output-dir", tmp_path).code == 0
+    assert train(*more, "--output-dir", tmp_path).code == 0
     assert waits
     assert jobs.read_json(tmp_path / "summary.json")["train_seconds"] > 0.05 * len(waits)
 
