@@ -119,8 +119,7 @@ class TrainConfig:
     """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
 
     triton: bool = True
-    """On an NVIDIA GPU: compute our network's layers and loss in Triton kernels of our own, whose sums are the same at
-    every run. Without them, and for other networks: torch's."""
+    """On an NVIDIA GPU: our network's layers and loss in Triton kernels, whose sums are the same at every run."""
 
     cuda_graphs: bool = True
     """On one GPU: record a step's kernels once and replay them with one call. Not of other networks, nor in fp16."""
