@@ -15,7 +15,9 @@ from torch import nn
 import ddp_mnist
 from ddp_mnist import CNN, model
 
-pytest.importorskip("triton", reason="torch brings Triton on Linux only")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or torch.version.cuda is None, reason="only torch for CUDA on Linux brings Triton"
+)
 
 CHECKS = Path(__file__).parent / "kernel_checks.py"
 
