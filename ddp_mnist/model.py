@@ -3,12 +3,13 @@
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_mnist.pooling import relu_of_maxima
+from ddp_mnist import by_hand
 
 log = logging.getLogger(__name__)
 
@@ -41,32 +42,30 @@ def _triton_works(device: torch.device) -> bool:
     return True
 
 
-def _layer(convolution: nn.Conv2d, images: Tensor, *, once: bool, triton: bool) -> Tensor:
+def _layer(convolution: nn.Conv2d, images: Tensor, *, triton: bool) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
-    gradient have a quarter of the work. Not under autocast on a CPU, which loses by it
-    (docs/benchmarks/variants.py). Hooks of the convolutions do not run."""
+    gradient have a quarter of the work. Hooks of the convolutions do not run."""
     weight, bias, padding = convolution.weight, convolution.bias, convolution.padding
     if triton and images.is_cuda:
         from ddp_mnist import kernels
 
         if kernels.takes_layer(convolution, images):
             return kernels.layer(images, weight, bias)  # type: ignore[arg-type]
-    if torch.is_autocast_enabled("cpu"):
-        return relu_of_maxima(F.conv2d(images, weight, bias, padding=padding), None, once=once)
-    return relu_of_maxima(F.conv2d(images, weight, padding=padding), bias, once=once)
+    pooled = F.max_pool2d(F.conv2d(images, weight, padding=padding), 2)
+    return pooled.add_(bias.to(pooled.dtype).view(-1, 1, 1)).relu_()  # type: ignore[union-attr]
 
 
 class CNN(nn.Module):
     """Images (N, in_channels, 28, 28) in 0-1 → logits (N, num_classes), both fp32.
 
     Parameter names and shapes are the tutorial's (9,098 parameters at the defaults), so a state dict fits either
-    class. It is the same function but for rounding: each layer pools before bias and ReLU (under autocast: before
-    ReLU), which then have a quarter of the work, and the linear layer sums in another order.
+    class. It is the same function but for rounding: each layer pools before the ReLU, which then has a quarter of the
+    work, and on a CPU the linear layer sums in another order.
     """
 
     once = False
-    """Whether each forward pass has one backward pass at most, and neither torch.func nor hooks of saved tensors see
-    it: it is then the faster one on a CPU. A `TrainStep` sets it as long as it trains."""
+    """Whether each forward pass has one backward pass at most, and neither torch.func nor hooks see what is between:
+    it is then the faster one on a CPU (`by_hand`). A `TrainStep` sets it as long as it trains."""
 
     triton = False
     """Whether the layers are those of `kernels`, on a GPU, which have no second derivative. `placed` sets it."""
@@ -79,17 +78,22 @@ class CNN(nn.Module):
         self.fc1 = nn.Linear(second * 7 * 7, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = _layer(self.conv1, images, once=self.once, triton=self.triton)
-        hidden = _layer(self.conv2, hidden, once=self.once, triton=self.triton)
-        weight, bias = self.fc1.weight, self.fc1.bias
+        if self.is_written_out(images) and images.dtype == torch.float32:
+            return by_hand.logits(images, self.weights())
+        hidden = _layer(self.conv1, images, triton=self.triton)
+        hidden = _layer(self.conv2, hidden, triton=self.triton).flatten(1)
         if self.triton and images.is_cuda:
             from ddp_mnist import kernels
 
             if kernels.takes_linear(self.fc1, hidden):
-                return kernels.linear(hidden.flatten(1), weight, bias)
-        if images.device.type == "cuda":
-            return F.linear(hidden.flatten(1), weight, bias)
-        # Both in the order that channels_last activations have in memory: to reorder the weight, and its gradient, is
-        # less than to reorder a batch of activations and theirs.
-        weight = weight.unflatten(1, hidden.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-        return F.linear(hidden.permute(0, 2, 3, 1).flatten(1), weight, bias)
+                return kernels.linear(hidden, self.fc1.weight, self.fc1.bias)
+        return F.linear(hidden, self.fc1.weight, self.fc1.bias)
+
+    def is_written_out(self, images: Tensor) -> bool:
+        """Whether `by_hand` computes what `forward` says, for these images."""
+        return (self.once or not torch.is_grad_enabled()) and by_hand.takes(self, images)
+
+    def weights(self) -> list[Tensor]:
+        """Weight and bias of each layer, as `parameters` has them."""
+        layers: tuple[Any, ...] = self.conv1, self.conv2, self.fc1
+        return [each for layer in layers for each in (layer.weight, layer.bias)]

@@ -65,7 +65,9 @@ def trained_plainly(net: nn.Module, batches: list[Batch], *, fused: bool) -> dic
 def test_fifty_steps_are_those_of_torchs_own_fused_adam_bit_for_bit(world: World, batches: list[Batch]) -> None:
     found = trained(world, batches)
     torch.manual_seed(0)
-    expected = trained_plainly(CNN().to(memory_format=torch.channels_last), batches, fused=True)  # type: ignore[call-overload]
+    net = CNN().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.once = True  # what it computes is test_by_hand's
+    expected = trained_plainly(net, batches, fused=True)
     assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
 
 
@@ -134,7 +136,7 @@ def test_while_it_is_trained_a_network_needs_no_more_memory_than_one_backward_pa
     step = TrainStep(CONFIG, world)
     loss = step.net(torch.rand(4, 1, 28, 28)).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a second backward pass"):
         loss.backward()
 
 
@@ -182,7 +184,9 @@ def test_a_compiled_network_trains_to_the_same_bits(
         traced.append(list(images.shape))
         return graph.forward
 
-    expected = trained(world, batches)
+    with monkeypatch.context() as patch:  # a compiler writes its own passes
+        patch.setattr(CNN, "is_written_out", lambda self, images: False)
+        expected = trained(world, batches)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_it_is))
     found = trained(world, batches, CONFIG.replace(compile=True))
     torch.compiler.reset()

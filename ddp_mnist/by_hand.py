@@ -1,0 +1,176 @@
+"""The CNN's passes over a batch on a CPU, written out: what torch's autograd computes, in less time and memory.
+
+What a small batch takes is for the most part not arithmetic but launching it, and autograd launches its own: it makes
+and runs some 25 nodes a step, and looks at each operation twice (docs/benchmarks/README.md).
+
+torch's pooling keeps its input, which is the largest tensor of a step, a second one of 64-bit places, and writes the
+gradient into a third. Here the gradient takes the place of the input, and there are no places: the larger of two rows,
+then of two columns, is found again by comparing them. Where the largest of a window are equal, which torch's pooling
+settles row by row, another of them may get the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from ddp_mnist.model import CNN
+
+aten = torch.ops.aten
+SUM = 2  # torch's number for this reduction
+NO_LABEL = -100  # torch's default for a label to be left out
+LAYERS = ["conv1", "conv2", "fc1"]
+USUAL = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
+"""A convolution's kernel, stride, padding, dilation, groups and padding mode."""
+
+
+class Layer(NamedTuple):
+    """A layer's forward pass, as its backward pass needs it, which writes the gradient over `convolved`."""
+
+    images: Tensor
+    weight: Tensor
+    convolved: Tensor
+    above: Tensor
+    below: Tensor
+    rows: Tensor
+    left: Tensor
+    right: Tensor
+    pooled: Tensor
+
+
+class Passed(NamedTuple):
+    """A forward pass, as its one backward pass needs it."""
+
+    first: Layer
+    second: Layer
+    hidden: Tensor
+    weight: Tensor
+
+
+def takes(net: CNN, images: Tensor) -> bool:
+    """Whether the passes below are those of this `CNN` for these images (N, C, H, W), of any type."""
+    if images.device.type != "cpu" or images.requires_grad or images.dim() != 4 or list(net._modules) != LAYERS:
+        return False
+    first, second, last = net.conv1, net.conv2, net.fc1
+    for layer in (first, second):
+        shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+        if shape != USUAL:
+            return False
+    _, channels, height, width = images.shape
+    fitting = channels == first.in_channels and height % 4 == width % 4 == 0
+    fitting = fitting and second.out_channels * height * width == 16 * last.in_features
+    biased = all(layer.bias is not None and layer.weight.dtype == torch.float32 for layer in (first, second, last))
+    return fitting and biased and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def logits(images: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """(N, classes), fp32. With gradients where they are wanted, for one backward pass at most, and not for torch.func
+    nor for the images. `parameters`: weight and bias of both convolutions and of the linear layer."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    if torch.is_grad_enabled():
+        return _Logits.apply(dtype, images, *parameters)
+    return forward(images, parameters, dtype, keep=False)[0]
+
+
+@torch.no_grad()
+def loss_and_gradients(
+    images: Tensor, labels: Tensor, parameters: Sequence[Tensor], global_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(sum of the cross entropies / global_size, how many are recognised, the gradient for each of the parameters).
+
+    `labels`: int64 (N,); `dtype` is what is multiplied, what is added up and returned is fp32.
+    """
+    found, passed = forward(images, parameters, dtype)
+    logarithms = torch.log_softmax(found, 1)
+    loss, weight = aten.nll_loss_forward(logarithms, labels, None, SUM, NO_LABEL)
+    correct = (found.argmax(1) == labels).sum()
+    share = torch.full((), 1 / global_size)
+    gradient = aten.nll_loss_backward(share, logarithms, labels, None, SUM, NO_LABEL, weight)
+    gradient = aten._log_softmax_backward_data(gradient, logarithms, 1, torch.float32)
+    assert passed is not None
+    return loss / global_size, correct, backward(passed, gradient)
+
+
+def forward(
+    images: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype, *, keep: bool = True
+) -> tuple[Tensor, Passed | None]:
+    weight1, bias1, weight2, bias2, weight3, bias3 = (parameter.to(dtype) for parameter in parameters)
+    first = _layer(images.to(dtype), weight1, bias1)
+    hidden = first.pooled
+    if not keep:
+        del first
+    second = _layer(hidden, weight2, bias2)
+    # Both in the order that channels_last activations have in memory: to reorder the weight, and its gradient, is less
+    # than to reorder a batch of activations and theirs.
+    weight = weight3.unflatten(1, second.pooled.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+    hidden = second.pooled.permute(0, 2, 3, 1).flatten(1)
+    found = torch.addmm(bias3, hidden, weight.t()).float()
+    return found, Passed(first, second, hidden, weight) if keep else None
+
+
+def backward(passed: Passed, gradient: Tensor) -> list[Tensor]:
+    """Of the logits → of the parameters, fp32."""
+    first, second, hidden, weight = passed
+    of_bias3 = gradient.sum(0)
+    gradient = gradient.to(hidden.dtype)
+    channels, height, width = second.pooled.shape[1:]
+    of_weight3 = (gradient.t() @ hidden).unflatten(1, (height, width, channels)).permute(0, 3, 1, 2).flatten(1)
+    gradient = (gradient @ weight).unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
+    gradient, of_weight2, of_bias2 = _of_layer(second, gradient, of_images=True)
+    _, of_weight1, of_bias1 = _of_layer(first, gradient, of_images=False)
+    return [each.float() for each in (of_weight1, of_bias1, of_weight2, of_bias2, of_weight3, of_bias3)]
+
+
+def _layer(images: Tensor, weight: Tensor, bias: Tensor) -> Layer:
+    """Convolution, 2x2 pooling, ReLU."""
+    convolved = torch.conv2d(images, weight, bias, padding=1)
+    above, below = convolved[:, :, 0::2], convolved[:, :, 1::2]
+    rows = torch.maximum(above, below)
+    left, right = rows[..., 0::2], rows[..., 1::2]
+    pooled = torch.maximum(left, right).relu_()
+    return Layer(images, weight, convolved, above, below, rows, left, right, pooled)
+
+
+def _of_layer(layer: Layer, gradient: Tensor, *, of_images: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of what was pooled → of the images, of the weight, of the bias: that is the same for all that is pooled, so its
+    gradient is a sum over a quarter of the places."""
+    gradient = aten.threshold_backward(gradient, layer.pooled, 0)
+    of_bias = gradient.sum((0, 2, 3), dtype=torch.float32)
+    _become_gradients(layer.left, layer.right, gradient)
+    _become_gradients(layer.above, layer.below, layer.rows)
+    once, mask = [1, 1], [of_images, True, False]
+    of_images_, of_weight, _ = aten.convolution_backward(
+        layer.convolved, layer.images, layer.weight, None, once, once, once, False, [0, 0], 1, mask
+    )
+    return of_images_, of_weight, of_bias
+
+
+def _become_gradients(one: Tensor, other: Tensor, gradient: Tensor) -> None:
+    """Of their maximum's gradient all goes to the larger; to `one`, where they are equal."""
+    torch.ge(one, other, out=one)  # 1 or 0
+    one.mul_(gradient)
+    torch.sub(gradient, one, out=other)
+
+
+class _Logits(torch.autograd.Function):
+    """For those who need autograd, as DDP does, whose hooks are its."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, images: Tensor, *parameters: Tensor) -> Tensor:
+        found, ctx.passed = forward(images, parameters, dtype)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        passed = ctx.passed
+        if passed is None:
+            raise RuntimeError("a second backward pass through a network that is trained; see CNN.once")
+        ctx.passed = None
+        gradients = backward(passed, gradient)
+        return None, None, *gradients
