@@ -1,7 +1,8 @@
 """The CNN's passes over a batch on a CPU, written out: what torch's autograd computes, in less time and memory.
 
-What a small batch takes is for the most part not arithmetic but launching it, and autograd launches its own: it makes
-and runs some 25 nodes a step, and looks at each operation twice (docs/benchmarks/README.md).
+What a small batch takes is for the most part not arithmetic but launching it, and autograd launches its own
+(docs/benchmarks/README.md). Whoever changes `CNN.forward` finds its change, as `agrees` looks for it, but not these
+passes: they must follow it.
 
 torch's pooling keeps its input, which is the largest tensor of a step, a second one of 64-bit places, and writes the
 gradient into a third. Here the gradient takes the place of the input, and there are no places: the larger of two rows,
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Layer(NamedTuple):
     pooled: Tensor
 
 
-class Passed(NamedTuple):
+class Activations(NamedTuple):
     """A forward pass, as its one backward pass needs it."""
 
     first: Layer
@@ -53,19 +54,37 @@ class Passed(NamedTuple):
 
 
 def takes(net: CNN, images: Tensor) -> bool:
-    """Whether the passes below are those of this `CNN` for these images (N, C, H, W), of any type."""
-    if images.device.type != "cpu" or images.requires_grad or images.dim() != 4 or list(net._modules) != LAYERS:
+    """Whether the passes below have been written for such a network and such images (N, C, H, W), of any type."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or list(net._modules) != LAYERS or net._parameters:
         return False
-    first, second, last = net.conv1, net.conv2, net.fc1
+    first, second, last = layers = tuple[Any, ...](net._modules.values())
+    if not (type(first) is type(second) is nn.Conv2d and type(last) is nn.Linear):
+        return False
     for layer in (first, second):
         shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
         if shape != USUAL:
             return False
+    if images.device.type != "cpu" or images.requires_grad or images.dim() != 4:
+        return False
     _, channels, height, width = images.shape
     fitting = channels == first.in_channels and height % 4 == width % 4 == 0
     fitting = fitting and second.out_channels * height * width == 16 * last.in_features
-    biased = all(layer.bias is not None and layer.weight.dtype == torch.float32 for layer in (first, second, last))
-    return fitting and biased and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    weights = [weight for layer in layers for weight in layer._parameters.values()]
+    return fitting and all(weight is not None and weight.dtype == torch.float32 for weight in weights)
+
+
+@torch.no_grad()
+def agrees(net: CNN, images: Tensor) -> bool:
+    """Whether these passes give what the network's own operations do, for noise of the images' shape: somebody may have
+    changed `CNN.forward`, for training alone as well. To be asked while `CNN.is_written_out` says no."""
+    shape = images.shape[1:]
+    noise = torch.linspace(0, 1e4, 2 * shape.numel()).view(2, *shape).sin().abs()
+    training = net.training
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        own = type(net).forward(net.train(), noise)
+        found, _ = forward(noise, net.weights(), torch.float32)
+    net.train(training)
+    return own.shape == found.shape and torch.allclose(own, found, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def logits(images: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -74,7 +93,7 @@ def logits(images: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if torch.is_grad_enabled():
         return _Logits.apply(dtype, images, *parameters)
-    return forward(images, parameters, dtype, keep=False)[0]
+    return forward(images, parameters, dtype)[0]
 
 
 @torch.no_grad()
@@ -85,37 +104,30 @@ def loss_and_gradients(
 
     `labels`: int64 (N,); `dtype` is what is multiplied, what is added up and returned is fp32.
     """
-    found, passed = forward(images, parameters, dtype)
-    logarithms = torch.log_softmax(found, 1)
-    loss, weight = aten.nll_loss_forward(logarithms, labels, None, SUM, NO_LABEL)
+    found, activations = forward(images, parameters, dtype)
+    log_probabilities = torch.log_softmax(found, 1)
+    loss, weight = aten.nll_loss_forward(log_probabilities, labels, None, SUM, NO_LABEL)
     correct = (found.argmax(1) == labels).sum()
-    share = torch.full((), 1 / global_size)
-    gradient = aten.nll_loss_backward(share, logarithms, labels, None, SUM, NO_LABEL, weight)
-    gradient = aten._log_softmax_backward_data(gradient, logarithms, 1, torch.float32)
-    assert passed is not None
-    return loss / global_size, correct, backward(passed, gradient)
+    gradient = log_probabilities.new_full((), 1 / global_size)
+    gradient = aten.nll_loss_backward(gradient, log_probabilities, labels, None, SUM, NO_LABEL, weight)
+    gradient = aten._log_softmax_backward_data(gradient, log_probabilities, 1, torch.float32)
+    return loss / global_size, correct, backward(activations, gradient)
 
 
-def forward(
-    images: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype, *, keep: bool = True
-) -> tuple[Tensor, Passed | None]:
+def forward(images: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Activations]:
     weight1, bias1, weight2, bias2, weight3, bias3 = (parameter.to(dtype) for parameter in parameters)
     first = _layer(images.to(dtype), weight1, bias1)
-    hidden = first.pooled
-    if not keep:
-        del first
-    second = _layer(hidden, weight2, bias2)
+    second = _layer(first.pooled, weight2, bias2)
     # Both in the order that channels_last activations have in memory: to reorder the weight, and its gradient, is less
     # than to reorder a batch of activations and theirs.
     weight = weight3.unflatten(1, second.pooled.shape[1:]).permute(0, 2, 3, 1).flatten(1)
     hidden = second.pooled.permute(0, 2, 3, 1).flatten(1)
-    found = torch.addmm(bias3, hidden, weight.t()).float()
-    return found, Passed(first, second, hidden, weight) if keep else None
+    return torch.addmm(bias3, hidden, weight.t()).float(), Activations(first, second, hidden, weight)
 
 
-def backward(passed: Passed, gradient: Tensor) -> list[Tensor]:
+def backward(activations: Activations, gradient: Tensor) -> list[Tensor]:
     """Of the logits → of the parameters, fp32."""
-    first, second, hidden, weight = passed
+    first, second, hidden, weight = activations
     of_bias3 = gradient.sum(0)
     gradient = gradient.to(hidden.dtype)
     channels, height, width = second.pooled.shape[1:]
@@ -143,11 +155,11 @@ def _of_layer(layer: Layer, gradient: Tensor, *, of_images: bool) -> tuple[Tenso
     of_bias = gradient.sum((0, 2, 3), dtype=torch.float32)
     _become_gradients(layer.left, layer.right, gradient)
     _become_gradients(layer.above, layer.below, layer.rows)
-    once, mask = [1, 1], [of_images, True, False]
-    of_images_, of_weight, _ = aten.convolution_backward(
-        layer.convolved, layer.images, layer.weight, None, once, once, once, False, [0, 0], 1, mask
+    ones, mask = [1, 1], [of_images, True, False]
+    gradients = aten.convolution_backward(
+        layer.convolved, layer.images, layer.weight, None, ones, ones, ones, False, [0, 0], 1, mask
     )
-    return of_images_, of_weight, of_bias
+    return gradients[0], gradients[1], of_bias
 
 
 def _become_gradients(one: Tensor, other: Tensor, gradient: Tensor) -> None:
@@ -162,15 +174,15 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, images: Tensor, *parameters: Tensor) -> Tensor:
-        found, ctx.passed = forward(images, parameters, dtype)
+        found, ctx.activations = forward(images, parameters, dtype)
+        ctx.save_for_backward(images, *parameters)  # for its look whether they are as they were
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        passed = ctx.passed
-        if passed is None:
-            raise RuntimeError("a second backward pass through a network that is trained; see CNN.once")
-        ctx.passed = None
-        gradients = backward(passed, gradient)
-        return None, None, *gradients
+        _ = ctx.saved_tensors
+        activations, ctx.activations = ctx.activations, None
+        if activations is None:
+            raise RuntimeError("a second backward pass through a network that is being trained; see CNN.once")
+        return None, None, *backward(activations, gradient)

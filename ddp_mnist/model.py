@@ -45,14 +45,14 @@ def _triton_works(device: torch.device) -> bool:
 def _layer(convolution: nn.Conv2d, images: Tensor, *, triton: bool) -> Tensor:
     """Convolution, pooling, ReLU. The bias is the same for all that is pooled: added behind the pooling, it and its
     gradient have a quarter of the work. Hooks of the convolutions do not run."""
-    weight, bias, padding = convolution.weight, convolution.bias, convolution.padding
+    weight, bias = convolution.weight, convolution.bias
     if triton and images.is_cuda:
         from ddp_mnist import kernels
 
         if kernels.takes_layer(convolution, images):
             return kernels.layer(images, weight, bias)  # type: ignore[arg-type]
-    pooled = F.max_pool2d(F.conv2d(images, weight, padding=padding), 2)
-    return pooled.add_(bias.to(pooled.dtype).view(-1, 1, 1)).relu_()  # type: ignore[union-attr]
+    pooled = F.max_pool2d(convolution._conv_forward(images, weight, None), 2)
+    return (pooled if bias is None else pooled.add_(bias.to(pooled.dtype).view(-1, 1, 1))).relu_()
 
 
 class CNN(nn.Module):
@@ -60,12 +60,15 @@ class CNN(nn.Module):
 
     Parameter names and shapes are the tutorial's (9,098 parameters at the defaults), so a state dict fits either
     class. It is the same function but for rounding: each layer pools before the ReLU, which then has a quarter of the
-    work, and on a CPU the linear layer sums in another order.
+    work, and what is added up is in another order.
     """
 
     once = False
     """Whether each forward pass has one backward pass at most, and neither torch.func nor hooks see what is between:
     it is then the faster one on a CPU (`by_hand`). A `TrainStep` sets it as long as it trains."""
+
+    agreed: bool | None = None
+    """Whether `by_hand` was seen to compute what `forward` says; None: nobody has looked yet."""
 
     triton = False
     """Whether the layers are those of `kernels`, on a GPU, which have no second derivative. `placed` sets it."""
@@ -90,8 +93,15 @@ class CNN(nn.Module):
         return F.linear(hidden, self.fc1.weight, self.fc1.bias)
 
     def is_written_out(self, images: Tensor) -> bool:
-        """Whether `by_hand` computes what `forward` says, for these images."""
-        return (self.once or not torch.is_grad_enabled()) and by_hand.takes(self, images)
+        """Whether `by_hand` computes what `forward` says, for images of this shape; a warning where it was changed."""
+        if not ((self.once or not torch.is_grad_enabled()) and by_hand.takes(self, images)):
+            return False
+        if self.agreed is None:
+            self.agreed = False
+            self.agreed = by_hand.agrees(self, images)
+            if not self.agreed:
+                log.warning("CNN.forward is not what ddp_mnist.by_hand computes, and is taken as it is: slower.")
+        return self.agreed
 
     def weights(self) -> list[Tensor]:
         """Weight and bias of each layer, as `parameters` has them."""

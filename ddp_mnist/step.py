@@ -24,6 +24,8 @@ from ddp_mnist.world import World
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter."""
+FORWARD = CNN.forward
+"""As `by_hand` has it: a subclass, or who puts another in its place, may do more."""
 
 
 class Adam(torch.optim.Adam):
@@ -283,25 +285,32 @@ class TrainStep:
             loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
             self._backward(loss)
             return loss.detach(), torch.zeros_like(loss)
-        if self.may_be_written_out(images):
-            return self._written_out(images, labels, global_size)
+        if self.needs_no_autograd(images):
+            return self._without_autograd(images, labels, global_size)
         loss, correct = (self.compiled or self._forward)(images, labels, global_size)
         self._backward(loss * self.world.size if self.world.size > 1 else loss)
         return loss.detach(), correct
 
-    def may_be_written_out(self, images: Tensor) -> bool:
-        """Whether a step needs no autograd: not what another network may do on the way, nor what a compiler makes of
-        ours, nor a scaled loss, and not the exchange with other ranks, whom autograd's hooks tell of a gradient."""
-        if not (self.name is None and isinstance(self.net, CNN) and self.model is self.net):
+    def needs_no_autograd(self, images: Tensor) -> bool:
+        """Whether `by_hand` is all of a step's arithmetic: not what another network may do on the way, nor what is
+        compiled or recorded, nor a scaled loss, nor what hooks are told, among which are those of other ranks."""
+        net = self.net
+        if not isinstance(net, CNN) or type(net).forward is not FORWARD or self.model is not net:
             return False
-        plain = self.world.accelerator.scaler is None and all(each.requires_grad for each in self.parameters)
-        return plain and self.net.is_written_out(images) and all(each.requires_grad for each in self.parameters)
+        if self.compiled is not None or self.graphs is not None or self.world.accelerator.scaler is not None:
+            return False
+        if net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks:
+            return False
+        hooks = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in self.parameters)
+        return not hooks and all(each.requires_grad for each in self.parameters) and net.is_written_out(images)
 
-    def _written_out(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+    def _without_autograd(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         dtype = torch.bfloat16 if self.world.accelerator.mixed_precision == "bf16" else torch.float32
         found = by_hand.loss_and_gradients(to_float(images), labels, self.parameters, global_size, dtype)
         loss, correct, gradients = found
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient.stride() != parameter.stride():  # fused Adam walks both in storage order
+                gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss, correct
 

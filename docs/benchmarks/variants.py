@@ -24,8 +24,6 @@ from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
 
 Step = Callable[[Batch], Any]
-aten = torch.ops.aten
-CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 
 
 class ReluFirst(CNN):
@@ -85,7 +83,7 @@ def _share(gradient: Tensor, one: Tensor, other: Tensor, to_one: Tensor, to_othe
 
 
 class BiasBehind(BiasInside):
-    """As in the network, which leaves the bias in the convolution under autocast: in any precision."""
+    """As in the network where torch's operations are taken, but for the order of the linear layer."""
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = self.pool(F.conv2d(images, self.conv1.weight, padding=1))
@@ -109,40 +107,6 @@ class BothByMaxima(BiasInside):
     def forward(self, images: Tensor) -> Tensor:
         hidden = F.relu(Maxima.apply(self.conv1(images)))
         return self.classify(F.relu(Maxima.apply(self.conv2(hidden))))
-
-
-class ByHand(torch.autograd.Function):
-    """The whole network as one node of autograd's graph, its backward written out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
-    ) -> Any:
-        first = aten.convolution(images, w1, b1, *CONVOLUTION)
-        pooled, at1 = aten.max_pool2d_with_indices(first, [2, 2])
-        hidden1 = aten.relu_(pooled)
-        second = aten.convolution(hidden1, w2, b2, *CONVOLUTION)
-        pooled, at2 = aten.max_pool2d_with_indices(second, [2, 2])
-        hidden2 = aten.relu_(pooled)
-        ctx.save_for_backward(images, w1, w2, w3, first, at1, hidden1, second, at2, hidden2)
-        return torch.addmm(b3, hidden2.flatten(1), w3.t())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        images, w1, w2, w3, first, at1, hidden1, second, at2, hidden2 = ctx.saved_tensors
-        (logits,) = gradients
-        hidden = (logits @ w3).view(hidden2.shape).contiguous(memory_format=torch.channels_last)
-        inner, gw2, gb2 = _layer_backward(hidden, hidden2, second, at2, hidden1, w2, True)
-        _, gw1, gb1 = _layer_backward(inner, hidden1, first, at1, images, w1, False)
-        return None, gw1, gb1, gw2, gb2, logits.t() @ hidden2.flatten(1), logits.sum(0)
-
-
-def _layer_backward(
-    gradient: Tensor, hidden: Tensor, before: Tensor, at: Tensor, source: Tensor, weight: Tensor, inner: bool
-) -> Any:
-    pooled = aten.threshold_backward(gradient, hidden, 0)
-    full = aten.max_pool2d_with_indices_backward(pooled, before, [2, 2], [2, 2], [0, 0], [1, 1], False, at)
-    return aten.convolution_backward(full, source, weight, [len(weight)], *CONVOLUTION, [inner, True, True])
 
 
 class Patches(CNN):
@@ -191,15 +155,10 @@ def step_of(net: nn.Module, *, channels_last: bool = True, bf16: bool = False, *
     return step
 
 
-class InPlace(CNN):
-    """As the job has it: pooling, bias and ReLU in the memory of what is pooled."""
+class OneNode(CNN):
+    """As several ranks have it: the passes of `by_hand` as one node of autograd's graph."""
 
     once = True
-
-
-class HandNet(CNN):
-    def forward(self, images: Tensor) -> Tensor:
-        return ByHand.apply(images, *self.parameters())
 
 
 def without_onednn(batch: Batch, step: Step) -> None:
@@ -212,6 +171,12 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
     yield "plain: channels_last, pooling first, bias behind it, torch's fused Adam", step_of(CNN(widths=widths))
     job = TrainStep(config, world)
     yield "the job's own step, Accelerate and counts included", lambda batch: job(batch, 1e-3)
+    graph = TrainStep(config, world)
+    graph.needs_no_autograd = lambda images: False  # type: ignore[method-assign]
+    yield "the same with autograd, the network one node of its graph", lambda batch: graph(batch, 1e-3)
+    autograd = TrainStep(config, world)
+    autograd.net.once = False
+    yield "the same with autograd throughout", lambda batch: autograd(batch, 1e-3)
     whole = TrainStep(config, world)
     whole.adam.fused_step = whole.adam.step  # type: ignore[method-assign]
     yield "the same with torch's whole Adam.step", lambda batch: whole(batch, 1e-3)
@@ -230,14 +195,13 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
         "the same, activations reordered for the linear layer, not its weight",
         step_of(ActivationsReordered(widths=widths)),
     )
-    yield "pooling, bias and ReLU in place, as the job has them", step_of(InPlace(widths=widths))
-    yield "bf16, bias in the convolution", step_of(CNN(widths=widths), bf16=True)
-    yield "bf16, the same with pooling and ReLU in place, as the job has it", step_of(InPlace(widths=widths), bf16=True)
+    yield "written out, as one node of autograd's graph", step_of(OneNode(widths=widths))
+    yield "bf16, written out, as one node of autograd's graph", step_of(OneNode(widths=widths), bf16=True)
+    yield "bf16, bias in the convolution", step_of(BiasInside(widths=widths), bf16=True)
     yield "bf16, bias behind the pooling", step_of(BiasBehind(widths=widths), bf16=True)
     yield "bf16, both poolings as maxima of rows and columns", step_of(BothByMaxima(widths=widths), bf16=True)
     yield "Adam not fused", step_of(CNN(widths=widths), fused=False)
     yield "first pooling as maxima of rows and columns", step_of(PoolingByMaxima(widths=widths))
-    yield "bias in the convolution, one autograd node, backward by hand", step_of(HandNet(widths=widths))
     yield "first convolution as a product over patches", step_of(Patches(widths=widths))
     yield "bias in the convolution, the first one two rows at a time", step_of(TwoRows(widths=widths))
     native = step_of(CNN(widths=widths), channels_last=False)
