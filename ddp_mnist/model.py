@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,9 +67,6 @@ class CNN(nn.Module):
     """Whether each forward pass has one backward pass at most, and neither torch.func nor hooks see what is between:
     it is then the faster one on a CPU (`by_hand`). A `TrainStep` sets it as long as it trains."""
 
-    agreed: bool | None = None
-    """Whether `by_hand` was seen to compute what `forward` says; None: nobody has looked yet."""
-
     triton = False
     """Whether the layers are those of `kernels`, on a GPU, which have no second derivative. `placed` sets it."""
 
@@ -96,14 +93,43 @@ class CNN(nn.Module):
         """Whether `by_hand` computes what `forward` says, for images of this shape; a warning where it was changed."""
         if not ((self.once or not torch.is_grad_enabled()) and by_hand.takes(self, images)):
             return False
-        if self.agreed is None:
-            self.agreed = False
-            self.agreed = by_hand.agrees(self, images)
-            if not self.agreed:
-                log.warning("CNN.forward is not what ddp_mnist.by_hand computes, and is taken as it is: slower.")
-        return self.agreed
+        widths = self.conv1.out_channels, self.conv2.out_channels
+        return agree(CNN.forward, self.conv1.in_channels, self.fc1.out_features, widths, images.shape[2:])
 
     def weights(self) -> list[Tensor]:
         """Weight and bias of each layer, as `parameters` has them."""
         layers: tuple[Any, ...] = self.conv1, self.conv2, self.fc1
         return [each for layer in layers for each in (layer.weight, layer.bias)]
+
+
+@functools.cache
+def agree(
+    forward: Callable[[CNN, Tensor], Tensor],
+    channels: int,
+    classes: int,
+    widths: tuple[int, int],
+    size: tuple[int, int],
+) -> bool:
+    """Whether `by_hand` gives what that forward and autograd do; a warning where not. Asked of noise, and of weights
+    that are the same everywhere: the answer is one of the code alone, whatever a run has learned."""
+    plain = torch.autocast("cpu", enabled=False)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain, torch.device("cpu"):
+        torch.manual_seed(0)
+        net = CNN(channels, classes, widths)
+        images, labels = torch.rand(4, channels, *size), torch.arange(4) % classes
+        logits, _ = by_hand.forward(images, [weight.detach() for weight in net.weights()], torch.float32)
+        *_, gradients = by_hand.loss_and_gradients(images, labels, net.weights(), 4, torch.float32)
+        try:
+            for training in (True, False):
+                net.train(training).zero_grad()
+                own = forward(net, images)
+                F.cross_entropy(own, labels).backward()
+                pairs = [(logits, own.detach()), *zip(gradients, (each.grad for each in net.weights()), strict=True)]
+                if any(theirs is None or (ours - theirs).norm() > 1e-3 * theirs.norm() for ours, theirs in pairs):
+                    break
+            else:
+                return True
+        except Exception:
+            log.debug("CNN.forward cannot be compared", exc_info=True)
+    log.warning("CNN.forward is not what ddp_mnist.by_hand computes, and is taken as it is: slower.")
+    return False

@@ -295,9 +295,10 @@ class TrainStep:
         """Whether `by_hand` is all of a step's arithmetic: not what another network may do on the way, nor what is
         compiled or recorded, nor a scaled loss, nor what hooks are told, among which are those of other ranks."""
         net = self.net
-        if not isinstance(net, CNN) or type(net).forward is not FORWARD or self.model is not net:
+        ours = self.name is None and isinstance(net, CNN) and type(net).forward is FORWARD and self.model is net
+        if not ours or self.compiled is not None or self.graphs is not None:
             return False
-        if self.compiled is not None or self.graphs is not None or self.world.accelerator.scaler is not None:
+        if self.world.accelerator.scaler is not None or torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled():
             return False
         if net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks:
             return False
@@ -309,7 +310,7 @@ class TrainStep:
         found = by_hand.loss_and_gradients(to_float(images), labels, self.parameters, global_size, dtype)
         loss, correct, gradients = found
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient.stride() != parameter.stride():  # fused Adam walks both in storage order
+            if not _alike(gradient, parameter):  # fused Adam walks both in storage order
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss, correct
@@ -355,6 +356,14 @@ class TrainStep:
         for buffer, before in zip(self.net.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self.optimizer.zero_grad()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same order in memory."""
+    if one.stride() == other.stride():
+        return True
+    strides = zip(one.stride(), other.stride(), one.shape, strict=True)
+    return all(ours == theirs for ours, theirs, size in strides if size > 1)
 
 
 def kind_of(batch: Batch) -> tuple[int, int]:

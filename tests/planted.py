@@ -36,6 +36,21 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "a gradient goes through a ReLU where nothing went",
+        "gradient = aten.threshold_backward(gradient, layer.pooled, 0)",
+        "gradient = gradient.clone()",
+        (
+            "tests/test_by_hand.py::test_loss_count_and_gradients_are_autograds_bit_for_bit[64-shape0-channels_last-dtype0]",
+            "tests/test_by_hand.py::test_what_a_run_has_learned_does_not_matter[10000.0]",
+        ),
+    ),
+    Fault(
+        "whoever changes the network is not heard",
+        "return agree(CNN.forward,",
+        "return True or agree(CNN.forward,",
+        ("tests/test_by_hand.py::test_a_change_of_forward_is_seen_and_told[gradients only]",),
+    ),
+    Fault(
         "the shards are sharded again",
         "indices = self.sampler.indices()",
         "indices = self.sampler.indices()[self.sampler.rank :: self.sampler.num_replicas]",

@@ -235,43 +235,94 @@ def test_what_it_does_not_take_is_computed_by_its_own_layers(change: str) -> Non
             torch.testing.assert_close(net(images), expected)
 
 
-def dropped(self: CNN, images: Tensor) -> Tensor:
-    """What somebody makes of `CNN.forward`."""
-    if self.is_written_out(images):
-        return by_hand.logits(images, self.weights())
+def layers(self: CNN, images: Tensor) -> Tensor:
     hidden = model._layer(self.conv2, model._layer(self.conv1, images, triton=False), triton=False)
-    return self.fc1(F.dropout(hidden.flatten(1), 0.5, self.training))
+    return hidden.flatten(1)
 
 
-def scaled(self: CNN, images: Tensor) -> Tensor:
-    return original(self, 2 * images)
+def edited(plainly: Callable[[CNN, Tensor], Tensor]) -> Callable[[CNN, Tensor], Tensor]:
+    """What somebody makes of `CNN.forward`, below its first lines."""
+
+    def forward(self: CNN, images: Tensor) -> Tensor:
+        if self.is_written_out(images):
+            return by_hand.logits(images, self.weights())
+        return plainly(self, images)
+
+    return forward
 
 
-original = CNN.forward
+ORIGINAL = CNN.forward
+EDITS: dict[str, Callable[[CNN, Tensor], Tensor]] = {
+    "above": lambda self, images: ORIGINAL(self, 2 * images),
+    "dropout": edited(lambda self, images: self.fc1(F.dropout(layers(self, images), 0.5, self.training))),
+    "gradients only": edited(lambda self, images: self.fc1(layers(self, images).detach())),
+    "scores only": edited(lambda self, images: self.fc1(layers(self, images)) * (1 if self.training else 2)),
+}
 
 
-@pytest.mark.parametrize("changed", [dropped, scaled])
+@pytest.mark.parametrize("edit", EDITS)
 def test_a_change_of_forward_is_seen_and_told(
-    changed: Callable[[CNN, Tensor], Tensor],
-    world: World,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    edit: str, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(CNN, "forward", changed)
+    monkeypatch.setattr(CNN, "forward", EDITS[edit])
+    monkeypatch.setattr("ddp_mnist.step.FORWARD", EDITS[edit])  # in its source
     images = drawn(64, 1, 28, 28)
-    net = network().eval()  # seen in a mode in which nothing is dropped, as well
+    net = network().eval()
+    random = torch.get_rng_state()
     with torch.no_grad():
-        assert not net.is_written_out(images) and not net.training
+        assert not net.is_written_out(images)
     assert caplog.text.count("CNN.forward is not what ddp_mnist.by_hand computes") == 1
+    assert torch.equal(torch.get_rng_state(), random) and not net.training
     net.once = True
     assert not net.train().is_written_out(images) and len(caplog.records) == 1
     step = TrainStep(CONFIG, world)
     batch = next(noise(64).epoch(0))
     torch.manual_seed(5)
     loss, _ = step(batch, 0.0)
+    found = gradients(step.net)
+    step.net.zero_grad()
     torch.manual_seed(5)
-    expected = F.cross_entropy(changed(step.net, batch.images / 255), batch.labels)  # type: ignore[arg-type]
+    expected = F.cross_entropy(EDITS[edit](step.net, batch.images / 255), batch.labels)  # type: ignore[arg-type]
+    expected.backward()
     torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(found, gradients(step.net), rtol=1e-3, atol=1e-5)
+
+
+def test_a_forward_that_fails_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: CNN, images: Tensor) -> Tensor:
+        raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(CNN, "forward", failing)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        network()(drawn(1, 1, 28, 28))
+    with torch.no_grad():
+        assert not network().is_written_out(drawn(1, 1, 28, 28))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e4, 1e30, torch.nan])
+def test_what_a_run_has_learned_does_not_matter(weight: float) -> None:
+    """Else a run that continues could go another way, with other bits."""
+    model.agree.cache_clear()
+    net = network()
+    net.once = True
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(weight)
+    assert net.is_written_out(drawn(1, 1, 28, 28))
+
+
+def test_a_network_of_the_callers_is_trained_as_it_is(world: World) -> None:
+    """Even if it is one of ours: its forward may be another."""
+    called = []
+
+    def made() -> CNN:
+        net = CNN()
+        forward = net.forward
+        net.forward = lambda images: (called.append(len(images)), forward(images))[1]  # type: ignore[method-assign]
+        return net
+
+    TrainStep(CONFIG, world, model=made)(next(noise(64).epoch(0)), 1e-3)
+    assert called == [64]
 
 
 def test_a_subclass_has_its_own_forward(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

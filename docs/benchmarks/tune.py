@@ -1,6 +1,6 @@
 """How `--recipe record` was tuned: on 55,000 training images, scored on the other 5,000; never on the test set.
 
-    python docs/benchmarks/tune.py --seeds 24 published 8,48:160:2:2.2e-2:0.95:linear:bf16
+    python docs/benchmarks/tune.py --seeds 24 published 8,32:160:2:2.2e-2:0.95:linear:no
 
 Each word is widths:batch:epochs:peak rate:beta2:schedule:precision, or `published`, the fast recipe of others as the
 bench restates it. Every seed holds out another 5,000, the same for all words: differences are of equal images.

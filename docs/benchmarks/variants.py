@@ -179,7 +179,7 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
     yield "the same with autograd throughout", lambda batch: autograd(batch, 1e-3)
     whole = TrainStep(config, world)
     whole.adam.fused_step = whole.adam.step  # type: ignore[method-assign]
-    yield "the same with torch's whole Adam.step", lambda batch: whole(batch, 1e-3)
+    yield "the job's own with torch's whole Adam.step", lambda batch: whole(batch, 1e-3)
     accelerated = world.accelerator.prepare(torch.optim.Adam(job.net.parameters(), lr=1e-3, fused=True))
 
     def wrapped(batch: Batch) -> None:
@@ -187,7 +187,7 @@ def variants(world: World, config: TrainConfig, *, compile: bool) -> Iterator[tu
         job.gradients(batch)
         accelerated.step()
 
-    yield "the same through Accelerate's optimizer", wrapped
+    yield "the job's own through Accelerate's optimizer", wrapped
     yield "NCHW in place of channels_last", step_of(CNN(widths=widths), channels_last=False)
     yield "bias in the convolution", step_of(BiasInside(widths=widths))
     yield "the same, ReLU before pooling", step_of(ReluFirst(widths=widths))
