@@ -295,8 +295,9 @@ class TrainStep:
         """Whether `by_hand` is all of a step's arithmetic: not what another network may do on the way, nor what is
         compiled or recorded, nor a scaled loss, nor what hooks are told, among which are those of other ranks."""
         net = self.net
-        ours = self.name is None and isinstance(net, CNN) and type(net).forward is FORWARD and self.model is net
-        if not ours or self.compiled is not None or self.graphs is not None:
+        if self.name is not None or not isinstance(net, CNN) or type(net).forward is not FORWARD:
+            return False
+        if self.model is not net or self.compiled is not None or self.graphs is not None:
             return False
         if self.world.accelerator.scaler is not None or torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled():
             return False
