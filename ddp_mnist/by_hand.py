@@ -1,8 +1,8 @@
-"""The CNN's passes over a batch on a CPU, written out: what torch's autograd computes, in less time and memory.
+"""The CNN's passes over a batch on a CPU, written out: what autograd computes, but for rounding, in less time.
 
 Much of what a small batch takes is not arithmetic but launching it, and autograd launches its own, down to the gradient
-of each parameter (docs/benchmarks/README.md). Whoever changes `CNN.forward` need not change this: `model.agree` sees
-that the two differ, and then these passes are not taken.
+of each parameter (docs/benchmarks/README.md). `model.agree` compares these passes with `CNN.forward` on noise, and
+where that was changed they are not taken; a change that noise does not show must be made here as well.
 
 torch's pooling keeps its input, which is the largest tensor of a step, a second one of 64-bit places, and writes the
 gradient into a third. Here the gradient takes the place of the input, and there are no places: the larger of two rows,
@@ -26,6 +26,8 @@ aten = torch.ops.aten
 SUM = 2  # torch's number for this reduction
 NO_LABEL = -100  # torch's default for a label to be left out
 LAYERS = ["conv1", "conv2", "fc1"]
+BARE = {*vars(nn.Module()), "once", "triton", "forward", "_original_forward", "_is_accelerate_prepared"}
+"""What a `CNN` has of its own: with more, it may be another function. The last three are Accelerate's."""
 USUAL = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
 """A convolution's kernel, stride, padding, dilation, groups and padding mode."""
 
@@ -55,7 +57,9 @@ class Activations(NamedTuple):
 
 def takes(net: CNN, images: Tensor) -> bool:
     """Whether the passes below have been written for such a network and such images (N, C, H, W), of any type."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or list(net._modules) != LAYERS or net._parameters:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or list(net._modules) != LAYERS:
+        return False
+    if net._parameters or net._buffers or not vars(net).keys() <= BARE:
         return False
     first, second, last = layers = tuple[Any, ...](net._modules.values())
     if not (type(first) is type(second) is nn.Conv2d and type(last) is nn.Linear):

@@ -25,7 +25,7 @@ from ddp_mnist.world import World
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter."""
 FORWARD = CNN.forward
-"""As `by_hand` has it: a subclass, or who puts another in its place, may do more."""
+"""As this module found it: a subclass, or who puts another in its place later, may do more."""
 
 
 class Adam(torch.optim.Adam):
@@ -293,7 +293,8 @@ class TrainStep:
 
     def needs_no_autograd(self, images: Tensor) -> bool:
         """Whether `by_hand` is all of a step's arithmetic: not what another network may do on the way, nor what is
-        compiled or recorded, nor a scaled loss, nor what hooks are told, among which are those of other ranks."""
+        compiled or recorded, nor a scaled loss, nor what a parameter's or the network's hooks are told; those of other
+        ranks are among them."""
         net = self.net
         if self.name is not None or not isinstance(net, CNN) or type(net).forward is not FORWARD:
             return False
@@ -322,6 +323,7 @@ class TrainStep:
         else:
             loss.backward()  # what Accelerate's comes to without a scaler, less a division by one
 
+    # The same loss is in by_hand.loss_and_gradients: who changes it here changes it there.
     def _forward(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         logits = self.model(to_float(images))
         if self.triton:

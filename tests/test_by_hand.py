@@ -205,6 +205,8 @@ CHANGES = {
     "class": own_class,
     "layer": another_layer,
     "parameter": another_parameter,
+    "attribute": lambda net: setattr(net, "dropout", 0.5),
+    "buffer": lambda net: net.register_buffer("mean", torch.zeros(())),
     "type": lambda net: net.double(),
 }
 
@@ -255,6 +257,7 @@ ORIGINAL = CNN.forward
 EDITS: dict[str, Callable[[CNN, Tensor], Tensor]] = {
     "above": lambda self, images: ORIGINAL(self, 2 * images),
     "dropout": edited(lambda self, images: self.fc1(F.dropout(layers(self, images), 0.5, self.training))),
+    "limit": edited(lambda self, images: self.fc1(layers(self, images).clamp(max=6))),
     "gradients only": edited(lambda self, images: self.fc1(layers(self, images).detach())),
     "scores only": edited(lambda self, images: self.fc1(layers(self, images)) * (1 if self.training else 2)),
 }
@@ -297,6 +300,12 @@ def test_a_forward_that_fails_says_so_itself(monkeypatch: pytest.MonkeyPatch) ->
         network()(drawn(1, 1, 28, 28))
     with torch.no_grad():
         assert not network().is_written_out(drawn(1, 1, 28, 28))
+
+
+def test_a_first_look_in_inference_mode_is_as_any_other() -> None:
+    model.agree.cache_clear()
+    with torch.inference_mode():
+        assert network().is_written_out(drawn(1, 1, 28, 28))
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e4, 1e30, torch.nan])
