@@ -128,6 +128,8 @@ class TrainStep:
         # Placed already. Asking whether they may be placed imports torch's DTensor, and with it all of sympy.
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
         self.compiled: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+        self.by_hand: bool | None = None
+        """Whether steps are taken without autograd; None before the first."""
         self.graphs: Graphs | None = None
         if self.may_be_recorded():
             self.adam.begin()
@@ -285,7 +287,9 @@ class TrainStep:
             loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
             self._backward(loss)
             return loss.detach(), torch.zeros_like(loss)
-        if self.needs_no_autograd(images):
+        if self.by_hand is None:  # asked once: it takes a hundredth of a small step
+            self.by_hand = self.needs_no_autograd(images)
+        if self.by_hand:
             return self._without_autograd(images, labels, global_size)
         loss, correct = (self.compiled or self._forward)(images, labels, global_size)
         self._backward(loss * self.world.size if self.world.size > 1 else loss)
