@@ -57,7 +57,9 @@ class Activations(NamedTuple):
 
 def takes(net: CNN, images: Tensor) -> bool:
     """Whether the passes below have been written for such a network and such images (N, C, H, W), of any type."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or list(net._modules) != LAYERS:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if images.device.type != "cpu" or images.requires_grad or images.dim() != 4 or list(net._modules) != LAYERS:
         return False
     if net._parameters or net._buffers or not vars(net).keys() <= BARE:
         return False
@@ -68,8 +70,6 @@ def takes(net: CNN, images: Tensor) -> bool:
         shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
         if shape != USUAL:
             return False
-    if images.device.type != "cpu" or images.requires_grad or images.dim() != 4:
-        return False
     _, channels, height, width = images.shape
     fitting = channels == first.in_channels and height % 4 == width % 4 == 0
     fitting = fitting and second.out_channels * height * width == 16 * last.in_features
