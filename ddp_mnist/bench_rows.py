@@ -376,14 +376,13 @@ def scaling(setup: Setup) -> dict[str, Any]:
 
 def share_seconds(setup: Setup, *, threads: int) -> dict[int, float]:
     """Median seconds of one rank's step on each share of a global batch that RANKS give it, by images; without CUDA
-    graphs and with autograd, as several ranks have it."""
+    graphs, as several ranks have it."""
     config = setup.config(threads=threads, cuda_graphs=False)
     steps = {}
     with World(config) as world:
         for size in sorted({batch // ranks for batch in RANK_BATCHES for ranks in RANKS}):
             batches = few_batches(setup, world, size)
             train_step = TrainStep(config.replace(batch_size=size), world)
-            train_step.needs_no_autograd = lambda images: False  # type: ignore[method-assign]
             train_step(batches[0], config.lr)
             steps[size] = statistics.median(
                 timed(lambda: [train_step(batch, config.lr) for batch in batches]) / len(batches)  # noqa: B023

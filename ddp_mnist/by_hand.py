@@ -162,7 +162,7 @@ def _become_gradients(one: Tensor, other: Tensor, gradient: Tensor) -> None:
 
 
 class _Logits(torch.autograd.Function):
-    """For those who need autograd, as DDP does, whose hooks are its."""
+    """For those who need autograd: a scaler, hooks, DDP where it exchanges the gradients."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, images: Tensor, *parameters: Tensor) -> Tensor:

@@ -260,14 +260,22 @@ class TrainStep:
         return torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(math.nan)
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Forward and backward of a share, in `accumulate` parts; the ranks exchange gradients in the last one.
+        """Forward and backward of a share, in `accumulate` parts; then the ranks exchange gradients, once.
         Returns this rank's part of the loss and its count, see `__call__`.
 
-        DDP averages over the ranks, so a rank's loss is its sum / images in the global batch x world size: the
-        average is then the true mean, also when the shares are uneven or one of them is empty.
+        A rank's loss is its sum / images in the global batch, x world size where DDP is to average over the ranks: the
+        result is the true mean, also when the shares are uneven or one of them is empty.
         """
+        if self.by_hand is None:  # asked once: it takes a hundredth of a small step
+            self.by_hand = self.world.all(self.needs_no_autograd(batch.images))
         if self.draws:
             torch.manual_seed(batch.seed)
+        result = self._parts(batch)
+        if self.by_hand and self.world.size > 1:
+            self._exchange()
+        return result
+
+    def _parts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         parts = max(1, min(self.config.accumulate, len(batch.labels)))  # none without an image
         if parts == 1:
             return self._part(batch.images, batch.labels, batch.global_size)
@@ -287,8 +295,6 @@ class TrainStep:
             loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
             self._backward(loss)
             return loss.detach(), torch.zeros_like(loss)
-        if self.by_hand is None:  # asked once: it takes a hundredth of a small step
-            self.by_hand = self.needs_no_autograd(images)
         if self.by_hand:
             return self._without_autograd(images, labels, global_size)
         loss, correct = (self.compiled or self._forward)(images, labels, global_size)
@@ -296,20 +302,20 @@ class TrainStep:
         return loss.detach(), correct
 
     def needs_no_autograd(self, images: Tensor) -> bool:
-        """Whether `by_hand` is all of a step's arithmetic: not what another network may do on the way, nor what is
-        compiled or recorded, nor a scaled loss, nor what a parameter's or the network's hooks are told; those of other
-        ranks are among them."""
-        net = self.net
+        """Whether `by_hand` is all of this rank's arithmetic: not what another network may do on the way, nor what is
+        compiled or recorded, nor a scaled loss, nor what hooks are told, those of DDP's exchange among them."""
+        net, model = self.net, self.model
         if self.name is not None or not isinstance(net, CNN) or type(net).forward is not FORWARD:
             return False
-        if self.model is not net or self.compiled is not None or self.graphs is not None:
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not (model._comm_hooks or _hooked(model)):
+            model = model.module
+        if model is not net or self.compiled is not None or self.graphs is not None:
             return False
         if self.world.accelerator.scaler is not None or torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled():
             return False
-        if net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks:
+        if _hooked(net) or any(each._backward_hooks or each._post_accumulate_grad_hooks for each in self.parameters):
             return False
-        hooks = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in self.parameters)
-        return not hooks and all(each.requires_grad for each in self.parameters) and net.is_written_out(images)
+        return all(each.requires_grad for each in self.parameters) and net.is_written_out(images)
 
     def _without_autograd(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         dtype = torch.bfloat16 if self.world.accelerator.mixed_precision == "bf16" else torch.float32
@@ -320,6 +326,16 @@ class TrainStep:
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss, correct
+
+    def _exchange(self) -> None:
+        """Each gradient becomes its sum over the ranks, in one exchange for all: what DDP does, when autograd's hooks
+        have told it of each of them."""
+        gradients = [each.grad for each in self.parameters if each.grad is not None]  # all of them
+        # In the order of memory, which is the parameter's own.
+        flat = torch.cat([each.as_strided((each.numel(),), (1,)) for each in gradients])
+        pieces = self.world.sum(flat).split([each.numel() for each in gradients])
+        for parameter, piece in zip(self.parameters, pieces, strict=True):
+            parameter.grad = piece.as_strided(parameter.shape, parameter.stride())
 
     def _backward(self, loss: Tensor) -> None:
         if self.world.accelerator.scaler is not None:
@@ -344,9 +360,9 @@ class TrainStep:
     def settle(self, batches: TrainBatches) -> None:
         """What must be done once before the first step; counts nothing and changes nothing.
 
-        On one GPU its graphs are recorded. Among several ranks: two passes, as DDP regroups its gradients after the
-        first backward, which would change the order of sums between the first step of a run and the first step after
-        a resume.
+        On one GPU its graphs are recorded. Among several ranks: two passes, as DDP, where it exchanges the gradients,
+        regroups them after the first backward, which would change the order of sums between the first step of a run
+        and the first step after a resume.
         """
         if self.graphs is not None:
             for start in (0, len(batches) - 1):
@@ -363,6 +379,10 @@ class TrainStep:
         for buffer, before in zip(self.net.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self.optimizer.zero_grad()
+
+
+def _hooked(net: nn.Module) -> bool:
+    return bool(net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -115,6 +115,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def all(self, yes: bool) -> bool:
+        """Whether every rank says yes."""
+        if self.size == 1:
+            return yes  # a CUDA graph is being recorded, perhaps
+        return self.size == int(self.sum(torch.tensor(int(yes), device=self.device)))
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's values, on every rank, in place."""
         if self.size > 1:

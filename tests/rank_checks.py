@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,6 +84,54 @@ def clipped(world: World, split: Split) -> float:
     step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, grad_clip=CLIP), world)
     step(next(batches.epoch(0)), 1e-3)
     return torch.cat([value.grad.flatten() for value in step.net.parameters() if value.grad is not None]).norm().item()
+
+
+def routes(world: World, split: Split) -> dict[str, Any]:
+    """The weights after an epoch, of whose last batch some ranks have nothing: with gradients that we exchange, and
+    with those that DDP does, as it must on all ranks for the hook that one of them has."""
+    found: dict[str, Any] = {}
+    batches = TrainBatches(
+        Split(split.images[:49], split.labels[:49]), batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0
+    )
+
+    def trained(parts: int, change: Callable[[TrainStep], object] = lambda step: None) -> dict[str, Any]:
+        step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1), world)
+        change(step)
+        step.settle(batches)
+        for batch in batches.epoch(0):
+            step(batch, 1e-3)
+        alike = world.all(world.broadcast(digest(step.net)) == digest(step.net))
+        found = {"by_hand": step.by_hand, "alike": alike, "weights": flat(step)}
+        step.close()
+        return found
+
+    for parts in PARTS:
+        ours, ddps = trained(parts), trained(parts, hooked_on_the_last_rank)
+        apart = (ours.pop("weights") - ddps.pop("weights")).abs().max().item()
+        found[str(parts)] = {"ours": ours, "ddps": ddps, "apart": apart}
+    calls: list[int] = []
+    step = TrainStep(TrainConfig(batch_size=BATCH, threads=1), world)
+    if world.size > 1:
+        step.model.register_comm_hook(None, lambda _, bucket: noted(calls, bucket))
+    step(next(batches.epoch(0)), 1e-3)
+    step.close()
+    return found | {"comm_hook": {"by_hand": step.by_hand, "calls": len(calls)}}
+
+
+def flat(step: TrainStep) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in step.net.parameters()])
+
+
+def hooked_on_the_last_rank(step: TrainStep) -> None:
+    if step.world.rank == step.world.size - 1:
+        step.net.conv1.weight.register_hook(lambda gradient: None)
+
+
+def noted(calls: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    calls.append(bucket.index())
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
 
 
 def policies(world: World) -> dict[str, list[int]]:
@@ -157,6 +206,7 @@ def main(root: Path, folder: Path, ports: Sequence[str]) -> None:
             "policies": policies(world),
             "settle": settling(world, train),
             "clipped": clipped(world, train),
+            "routes": routes(world, train),
         }
         rank = world.rank
         save_file(gradients(world, train.images, train.labels), folder / f"gradients-{rank}.safetensors")

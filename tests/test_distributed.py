@@ -120,6 +120,24 @@ def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: An
         assert (rank["settle"]["gradient"], rank["settle"]["optimizer"]) == (0, 0)
 
 
+@pytest.mark.parametrize("parts", rank_checks.PARTS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: Any, world_size: int, parts: int) -> None:
+    """Which does it where one rank has hooks, on all ranks: else one would wait for another."""
+    for rank in ranks_at(world_size)[0]:
+        found = rank["routes"][str(parts)]
+        assert found["ours"] == {"by_hand": True, "alike": True}
+        assert found["ddps"] == {"by_hand": False, "alike": True}
+        # DDP multiplies and divides by the number of ranks, which is exact for powers of two.
+        assert found["apart"] <= (1e-5 if world_size == 3 else 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_hook_of_the_exchange_is_called(ranks_at: Any, world_size: int) -> None:
+    for rank in ranks_at(world_size)[0]:
+        assert rank["routes"]["comm_hook"] == {"by_hand": world_size == 1, "calls": int(world_size > 1)}
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ddp_goes_before_the_process_group(ranks_at: Any, world_size: int) -> None:
     """Else torch 2.11 hangs now and then when the group goes."""

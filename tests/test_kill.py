@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_bytes_of_one_that_
 def test_three_ranks_continue_with_the_same_bytes(
     flags: list[str], run_at: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    # From three ranks on the order in which gradients are summed is DDP's to choose.
+    # From three ranks on the order in which gradients are summed is gloo's to choose.
     flags = [*flags, "--checkpoint-every", "9", "--output-dir", str(tmp_path)]
     with faults.start(3, *flags) as job:
         faults.wait_for(lambda: faults.checkpoint_steps(tmp_path)[1:], "two checkpoints", job)

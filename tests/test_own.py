@@ -41,9 +41,16 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the example was run on two ranks, without a disturbance."""
-    folder = tmp_path_factory.mktemp("finished")
-    ended = jobs.run_ranks(2, program=[sys.executable, str(script)], cwd=folder)
-    jobs.succeeded(ended)
+    return run_of(script, 2, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def finished_by_four(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_of(script, 4, tmp_path_factory.mktemp("finished"))
+
+
+def run_of(script: Path, world_size: int, folder: Path) -> Path:
+    jobs.succeeded(jobs.run_ranks(world_size, program=[sys.executable, str(script)], cwd=folder))
     return folder / "runs" / "mine"
 
 
@@ -60,16 +67,21 @@ def test_the_readmes_example_is_short_and_learns(script: Path, finished: Path) -
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_it_is_killed_and_continued_bit_for_bit(script: Path, finished: Path, tmp_path: Path) -> None:
-    """Dropout's draws and batch norm's averages included."""
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_it_is_killed_and_continued_bit_for_bit(
+    script: Path, request: pytest.FixtureRequest, tmp_path: Path, world_size: int
+) -> None:
+    """Dropout's draws and batch norm's averages included. From three ranks on the order in which gradients are summed
+    is DDP's to choose."""
     command = [sys.executable, str(script)]
-    environments = [jobs.environment(own) for own in jobs.rank_variables(2)]
+    finished = request.getfixturevalue("finished" if world_size == 2 else "finished_by_four")
+    environments = [jobs.environment(own) for own in jobs.rank_variables(world_size)]
     run_dir = tmp_path / "runs" / "mine"
-    with faults.Job([command] * 2, environments, cwd=tmp_path) as job:
+    with faults.Job([command] * world_size, environments, cwd=tmp_path) as job:
         faults.wait_for(lambda: faults.checkpoint_steps(run_dir) or not job.running(), "a checkpoint", job)
         job.kill()
     assert not (run_dir / "summary.json").exists(), "the example is too short for this test"
-    jobs.succeeded(jobs.run_ranks(2, program=command, cwd=tmp_path))
+    jobs.succeeded(jobs.run_ranks(world_size, program=command, cwd=tmp_path))
     assert 0 < jobs.read_json(run_dir / "summary.json")["resumed_from"] < STEPS
     faults.assert_same_result(run_dir, finished)
 
