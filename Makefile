@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
 
-.PHONY: install train test fast coverage faults bench check clean
+.PHONY: install train test fast coverage faults bench gpu check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,9 +39,16 @@ coverage: install
 faults: install
 	$(BIN)/python tests/planted.py $(ARGS)
 
-# Some 20 minutes on two cores; ARGS="--quick" for two, ARGS="--json FILE" to keep the figures.
+# Some 20 minutes on two cores; ARGS="--quick" for two, ARGS="--json FILE" to keep the figures, or a folder.
 bench: install
 	$(BIN)/python -m ddp_mnist.bench $(ARGS)
+
+# All that a machine with a GPU can show: all tests, the benchmark, kept by device and date, and what was tried there.
+gpu: install
+	@test $(GPUS) -gt 0 || { echo 'nvidia-smi -L finds no GPU here.'; exit 2; }
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m ddp_mnist.bench --json docs/benchmarks $(ARGS)
+	$(BIN)/python docs/benchmarks/variants_gpu.py
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,17 +1,20 @@
 """This job against the tutorial's script and the published fast recipe, in turn, on one machine.
 
 `python -m ddp_mnist.bench` (`make bench`) measures, prints one table and, with --json, keeps every figure with the
-machine's facts; `--table FILE...` prints the table of such files again, side by side. What is measured is in
-`bench_rows.py`, in what surroundings in `bench_setup.py`, the other side in `reference.py`.
+machine's facts, in a folder under the name of device and date; `--table FILE...` prints the table of such files again,
+side by side. What is measured is in `bench_rows.py`, in what surroundings in `bench_setup.py`, the other side in
+`reference.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: measured, or the table printed. 1: the world, 2: a bad flag, 130: Ctrl-C, or SIGTERM."""
     options = _parse(argv)
     report: dict[str, Any] | None = None
+    file: Path | None = None
+    in_folder = options.json is not None and options.json.is_dir()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit's: as Ctrl-C
     try:
         if options.table:
@@ -57,9 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise JobError(f"--json {options.json}: there is no directory {options.json.parent}. Make it first.")
         for report in measure(options):
             if options.json is not None:
-                _write(options.json, report)
+                file = file or _file(options.json, report)
+                _write(file, json.dumps(report, indent=1, allow_nan=False))
+                if in_folder:
+                    _write(file.with_suffix(".md"), table([report]))
         assert report is not None
         print(table([report]))
+        if in_folder:
+            print(f"Kept in {file}, its table beside it.", file=sys.stderr)
         return 0
     except (JobError, KeyboardInterrupt) as error:
         if report is not None:
@@ -67,17 +77,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, JobError):
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
-        file = f", and in {options.json}" if options.json is not None else ""
-        print(f"stopped: the rows done are above{file}" if report else "stopped: no row was done", file=sys.stderr)
+        kept = f", and in {file}" if file is not None else ""
+        print(f"stopped: the rows done are above{kept}" if report else "stopped: no row was done", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def _file(given: Path, report: dict[str, Any]) -> Path:
+    """That file; in a folder a new one, named by device and date."""
+    if not given.is_dir():
+        return given
+    name = re.sub(r"[^a-z0-9]+", "-", f"{_device(report)} {report['machine']['date']}".lower())
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(given / f"{each}.json" for each in names if not list(given.glob(f"{each}.*")))
+
+
+def _write(path: Path, text: str) -> None:
     """Raises: JobError."""
     try:
-        rundir.write_atomic(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+        rundir.write_atomic(path, f"{text}\n".encode())
     except OSError as error:
         raise JobError(f"--json {path} cannot be written: {error.strerror}.") from error
 
@@ -91,7 +110,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, metavar="N", help="use the first N (default: 60000; quick: 1500)")
     parser.add_argument("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help="as for train")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $DDP_MNIST_DATA, else data")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and the machine's facts there")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all figures and the machine's facts there; in a folder, with the table, named by device and date",
+    )
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="measure nothing; print these files")
     options = parser.parse_args(argv)
     options.rows = tuple(dict.fromkeys(options.rows.split(","))) if options.rows is not None else ROWS

@@ -375,8 +375,8 @@ def scaling(setup: Setup) -> dict[str, Any]:
 
 
 def share_seconds(setup: Setup, *, threads: int) -> dict[int, float]:
-    """Median seconds of one rank's step on each share of a global batch that RANKS give it, by images; without CUDA
-    graphs, as several ranks have it."""
+    """Median seconds of one rank's step on each share of a global batch that RANKS give it, by images; as several
+    ranks have it: without CUDA graphs, with what their exchange has to do besides waiting."""
     config = setup.config(threads=threads, cuda_graphs=False)
     steps = {}
     with World(config) as world:
@@ -384,10 +384,14 @@ def share_seconds(setup: Setup, *, threads: int) -> dict[int, float]:
             batches = few_batches(setup, world, size)
             train_step = TrainStep(config.replace(batch_size=size), world)
             train_step(batches[0], config.lr)
-            steps[size] = statistics.median(
-                timed(lambda: [train_step(batch, config.lr) for batch in batches]) / len(batches)  # noqa: B023
-                for _ in range(setup.repeats)
-            )
+
+            def run(train_step: TrainStep = train_step, batches: list[Batch] = batches) -> None:
+                for batch in batches:
+                    train_step(batch, config.lr)
+                    if train_step.by_hand:
+                        train_step._exchange()
+
+            steps[size] = statistics.median(timed(run) / len(batches) for _ in range(setup.repeats))
     return steps
 
 

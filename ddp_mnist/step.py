@@ -129,7 +129,8 @@ class TrainStep:
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
         self.compiled: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
         self.by_hand: bool | None = None
-        """Whether steps are taken without autograd; None before the first."""
+        """Whether steps are taken without autograd; None before the first, or before `settle`: who hooks into a step
+        later sets it to None again, on all ranks, and it is asked again."""
         self.graphs: Graphs | None = None
         if self.may_be_recorded():
             self.adam.begin()
@@ -217,8 +218,6 @@ class TrainStep:
         return self._launched(batch)
 
     def _launched(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        for parameter in self.parameters:
-            parameter.grad = None
         result = self.gradients(batch)
         if self.config.grad_clip:
             self.clipped_from = self.world.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -260,7 +259,8 @@ class TrainStep:
         return torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(math.nan)
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Forward and backward of a share, in `accumulate` parts; then the ranks exchange gradients, once.
+        """Forward and backward of a share, in `accumulate` parts; then the ranks exchange gradients, once. They take
+        the place of what gradients there are.
         Returns this rank's part of the loss and its count, see `__call__`.
 
         A rank's loss is its sum / images in the global batch, x world size where DDP is to average over the ranks: the
@@ -268,6 +268,8 @@ class TrainStep:
         """
         if self.by_hand is None:  # asked once: it takes a hundredth of a small step
             self.by_hand = self.world.all(self.needs_no_autograd(batch.images))
+        for parameter in self.parameters:
+            parameter.grad = None
         if self.draws:
             torch.manual_seed(batch.seed)
         result = self._parts(batch)
@@ -307,9 +309,9 @@ class TrainStep:
         net, model = self.net, self.model
         if self.name is not None or not isinstance(net, CNN) or type(net).forward is not FORWARD:
             return False
-        if isinstance(model, nn.parallel.DistributedDataParallel) and not (model._comm_hooks or _hooked(model)):
+        if type(model) is nn.parallel.DistributedDataParallel and not (model._comm_hooks or _hooked(model)):
             model = model.module
-        if model is not net or self.compiled is not None or self.graphs is not None:
+        if model is not net or self.config.compile or self.graphs is not None:
             return False
         if self.world.accelerator.scaler is not None or torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled():
             return False
@@ -330,10 +332,9 @@ class TrainStep:
     def _exchange(self) -> None:
         """Each gradient becomes its sum over the ranks, in one exchange for all: what DDP does, when autograd's hooks
         have told it of each of them."""
-        gradients = [each.grad for each in self.parameters if each.grad is not None]  # all of them
         # In the order of memory, which is the parameter's own.
-        flat = torch.cat([each.as_strided((each.numel(),), (1,)) for each in gradients])
-        pieces = self.world.sum(flat).split([each.numel() for each in gradients])
+        flat = torch.cat([each.grad.as_strided((each.numel(),), (1,)) for each in self.parameters])  # type: ignore[union-attr]
+        pieces = self.world.sum(flat).split([each.numel() for each in self.parameters])
         for parameter, piece in zip(self.parameters, pieces, strict=True):
             parameter.grad = piece.as_strided(parameter.shape, parameter.stride())
 

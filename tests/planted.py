@@ -136,12 +136,6 @@ FAULTS = (
         ("tests/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-1]",),
     ),
     Fault(
-        "each rank decides by itself who exchanges the gradients",
-        "self.world.all(self.needs_no_autograd(batch.images))",
-        "self.needs_no_autograd(batch.images)",
-        ("tests/test_distributed.py::test_gradients_are_exchanged_as_ddp_does_it[2-1]",),
-    ),
-    Fault(
         "buckets are not settled at 4 ranks",
         "for _ in range(2):\n            self.gradients(batch)",
         "for _ in range(0):\n            self.gradients(batch)",

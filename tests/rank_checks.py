@@ -33,6 +33,13 @@ BATCH = 24
 GRADIENT_IMAGES = {"one left": 49, "two left": 50, "three left": 51}  # images in the data set
 PARTS = (1, 2, 4)
 CLIP = 0.01
+ROUTES: dict[str, tuple[dict[str, Any], list[Callable[[TrainStep], object]]]] = {
+    "whole": ({}, []),
+    "two parts": ({"accumulate": 2}, []),
+    "four parts": ({"accumulate": 4}, []),
+    "clipped": ({"grad_clip": CLIP}, []),
+    "the usual order in memory": ({}, [lambda step: usual_order(step)]),
+}
 
 
 def gradients(world: World, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -45,7 +52,6 @@ def gradients(world: World, images: Tensor, labels: Tensor) -> dict[str, Tensor]
             step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1), world)
             step.settle(batches)
             for number, batch in enumerate(batches.epoch(0)):
-                step.optimizer.zero_grad()
                 loss, _ = step.gradients(batch)
                 found[f"{name}/{parts}/{number}/loss"] = world.sum(loss.reshape(1))
                 flat = [value.grad.flatten() for value in step.net.parameters() if value.grad is not None]
@@ -94,28 +100,33 @@ def routes(world: World, split: Split) -> dict[str, Any]:
         Split(split.images[:49], split.labels[:49]), batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0
     )
 
-    def trained(parts: int, change: Callable[[TrainStep], object] = lambda step: None) -> dict[str, Any]:
-        step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1), world)
-        change(step)
+    def trained(*changes: Callable[[TrainStep], object], **settings: Any) -> dict[str, Any]:
+        step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, **settings), world)
+        for change in changes:
+            change(step)
         step.settle(batches)
         for batch in batches.epoch(0):
             step(batch, 1e-3)
         alike = world.all(world.broadcast(digest(step.net)) == digest(step.net))
         found = {"by_hand": step.by_hand, "alike": alike, "weights": flat(step)}
+        strides = [(parameter.stride(), parameter.grad.stride()) for parameter in step.parameters]  # type: ignore[union-attr]
+        assert all(ours == theirs for ours, theirs in strides)
         step.close()
         return found
 
-    for parts in PARTS:
-        ours, ddps = trained(parts), trained(parts, hooked_on_the_last_rank)
+    for name, (settings, changes) in ROUTES.items():
+        ours, ddps = trained(*changes, **settings), trained(*changes, hooked_on_the_last_rank, **settings)
         apart = (ours.pop("weights") - ddps.pop("weights")).abs().max().item()
-        found[str(parts)] = {"ours": ours, "ddps": ddps, "apart": apart}
-    calls: list[int] = []
-    step = TrainStep(TrainConfig(batch_size=BATCH, threads=1), world)
-    if world.size > 1:
-        step.model.register_comm_hook(None, lambda _, bucket: noted(calls, bucket))
-    step(next(batches.epoch(0)), 1e-3)
-    step.close()
-    return found | {"comm_hook": {"by_hand": step.by_hand, "calls": len(calls)}}
+        found[name] = {"ours": ours, "ddps": ddps, "apart": apart}
+    calls: list[str] = []
+    found["hooks"] = {
+        "calls": calls,
+        "by_hand": [
+            trained(lambda step: in_the_exchange(step, calls))["by_hand"],
+            trained(lambda step: around_the_network(step, calls))["by_hand"],
+        ],
+    }
+    return found
 
 
 def flat(step: TrainStep) -> Tensor:
@@ -127,11 +138,23 @@ def hooked_on_the_last_rank(step: TrainStep) -> None:
         step.net.conv1.weight.register_hook(lambda gradient: None)
 
 
-def noted(calls: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    calls.append(bucket.index())
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
+def usual_order(step: TrainStep) -> None:
+    step.net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def in_the_exchange(step: TrainStep, calls: list[str]) -> None:
+    def hook(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        calls.append("exchange")
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    if step.world.size > 1:
+        step.model.register_comm_hook(None, lambda _, bucket: hook(bucket))
+
+
+def around_the_network(step: TrainStep, calls: list[str]) -> None:
+    step.model.register_forward_hook(lambda *_: calls.append("forward"))
 
 
 def policies(world: World) -> dict[str, list[int]]:

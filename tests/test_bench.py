@@ -287,14 +287,33 @@ def test_figures_that_cannot_be_written_are_printed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = figures()
-    monkeypatch.setattr(bench, "measure", lambda options: iter([found]))
-    file = tmp_path / "figures.json"
-    file.mkdir()
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    file = folder / "figures.json"
+    monkeypatch.setattr(bench, "measure", lambda options: (folder.rmdir(), iter([found]))[1])
     assert bench.main(["--json", str(file)]) == 1
     assert capsys.readouterr() == (
         bench.table([found]) + "\n",
-        f"error: --json {file} cannot be written: Is a directory.\n",
+        f"error: --json {file} cannot be written: No such file or directory.\n",
     )
+
+
+@pytest.mark.parametrize(("gpu", "name"), [(None, "cpu-2-cores-2026-11-24"), ("NVIDIA H200", "nvidia-h200-2026-11-24")])
+def test_in_a_folder_figures_and_table_have_the_name_of_device_and_date(
+    gpu: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = figures()
+    found["machine"] |= {"gpu": gpu, "cores": 2, "date": "2026-11-24"}
+    half = found | {"rows": []}  # what is there when it is stopped
+    monkeypatch.setattr(bench, "measure", lambda options: iter([half, found]))
+    names = [name, f"{name}-2", f"{name}-3"]
+    for each in names:  # none takes the place of another
+        assert bench.main(["--json", str(tmp_path)]) == 0
+        file = tmp_path / f"{each}.json"
+        assert capsys.readouterr().err == f"Kept in {file}, its table beside it.\n"
+        assert jobs.read_json(file) == found
+        assert file.with_suffix(".md").read_text() == bench.table([found]) + "\n"
+    assert len(list(tmp_path.iterdir())) == 2 * len(names)
 
 
 @pytest.mark.parametrize("says", ["model name\t: A Chip\n", "processor\t: 0\n", None])

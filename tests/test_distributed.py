@@ -120,12 +120,12 @@ def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: An
         assert (rank["settle"]["gradient"], rank["settle"]["optimizer"]) == (0, 0)
 
 
-@pytest.mark.parametrize("parts", rank_checks.PARTS)
+@pytest.mark.parametrize("route", rank_checks.ROUTES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: Any, world_size: int, parts: int) -> None:
+def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: Any, world_size: int, route: str) -> None:
     """Which does it where one rank has hooks, on all ranks: else one would wait for another."""
     for rank in ranks_at(world_size)[0]:
-        found = rank["routes"][str(parts)]
+        found = rank["routes"][route]
         assert found["ours"] == {"by_hand": True, "alike": True}
         assert found["ddps"] == {"by_hand": False, "alike": True}
         # DDP multiplies and divides by the number of ranks, which is exact for powers of two.
@@ -133,9 +133,11 @@ def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: Any, world_size: int, 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_hook_of_the_exchange_is_called(ranks_at: Any, world_size: int) -> None:
+def test_hooks_of_ddp_are_called(ranks_at: Any, world_size: int) -> None:
     for rank in ranks_at(world_size)[0]:
-        assert rank["routes"]["comm_hook"] == {"by_hand": world_size == 1, "calls": int(world_size > 1)}
+        found = rank["routes"]["hooks"]
+        assert found["by_hand"] == [world_size == 1, False]
+        assert set(found["calls"]) == {"forward"} | ({"exchange"} if world_size > 1 else set())
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

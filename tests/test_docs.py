@@ -87,7 +87,6 @@ COMMANDS: dict[str, Here | By | Not] = {
     "make test PYTEST_ARGS=tests/test_data.py": by(".ci/run", "make test PYTEST_ARGS=tests/test_data.py"),
     "make bench": by(BENCH, "ddp_mnist.bench"),
     "python -m ddp_mnist.bench": by(BENCH, "ddp_mnist.bench"),
-    "python -m ddp_mnist.bench --json docs/benchmarks/<gpu>-<date>.json": by(BENCH, "ddp_mnist.bench", "--json"),
     "python -m ddp_mnist.bench --repeats 3 --json FILE": by(BENCH, "ddp_mnist.bench", "--json"),
     "source .venv/bin/activate": here(""),
     "export DDP_MNIST_DATA=/scratch/data": here(""),
@@ -99,7 +98,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     ".venv/bin/pre-commit install": by(
         "tests/test_package.py::test_git_refuses_to_commit_data_and_weights", '"pre-commit", "install"'
     ),
-    "python -m pytest -m gpu": by(".ci/run", "python -m pytest -m gpu"),
+    "make gpu": Not("it takes a GPU; each of its parts is run elsewhere, but for variants_gpu.py"),
     # training
     "python -m ddp_mnist.train": here(TRAINED, TINY),
     "python -m ddp_mnist.train --help": here("--batch-size"),

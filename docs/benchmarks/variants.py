@@ -156,7 +156,7 @@ def step_of(net: nn.Module, *, channels_last: bool = True, bf16: bool = False, *
 
 
 class OneNode(CNN):
-    """As several ranks have it: the passes of `by_hand` as one node of autograd's graph."""
+    """As those have it who need autograd: the passes of `by_hand` as one node of autograd's graph."""
 
     once = True
 
