@@ -39,16 +39,16 @@ coverage: install
 faults: install
 	$(BIN)/python tests/planted.py $(ARGS)
 
-# Some 20 minutes on two cores; ARGS="--quick" for two, ARGS="--json FILE" to keep the figures, or a folder.
+# 25 to 40 minutes on two cores; ARGS="--quick" for two, ARGS="--json FILE" to keep the figures, or a folder.
 bench: install
 	$(BIN)/python -m ddp_mnist.bench $(ARGS)
 
 # All that a machine with a GPU can show: all tests, the benchmark, kept by device and date, and what was tried there.
 gpu: install
 	@test $(GPUS) -gt 0 || { echo 'nvidia-smi -L finds no GPU here.'; exit 2; }
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	$(BIN)/python -m ddp_mnist.bench --json docs/benchmarks $(ARGS)
-	$(BIN)/python docs/benchmarks/variants_gpu.py
+	status=0; $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
+	    $(BIN)/python -m ddp_mnist.bench --dataset mnist --json docs/benchmarks $(ARGS) || status=$$?; \
+	    $(BIN)/python docs/benchmarks/variants_gpu.py || status=$$?; exit $$status
 
 check: install
 	$(BIN)/ruff format --check .

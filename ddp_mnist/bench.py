@@ -384,7 +384,11 @@ def _estimate(scaling: dict[str, Any], name: str) -> list[str]:
         f"{exchange['bytes']:,} bytes over {exchange['ranks']} ranks ({exchange['backend']}) "
         f"{1e3 * exchange['seconds']:.3g} ms; one step "
         + ", ".join(f"{1e3 * seconds:.3g} ms on {size}" for size, seconds in scaling["step_seconds"].items())
-        + " images.",
+        + " images"
+        # Older files have one step for both.
+        + ("; of one rank alone " if scaling.get("alone_seconds") else "")
+        + ", ".join(f"{1e3 * each:.3g} ms on {size}" for size, each in scaling.get("alone_seconds", {}).items())
+        + ".",
         "",
     ]
     ranks = list(scaling["batches"][0]["images_per_second"])

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -354,7 +354,10 @@ def scaling(setup: Setup) -> dict[str, Any]:
     """Images/s at 1 ... 64 ranks, estimated from what one rank and one all-reduce take here."""
     gpus = torch.cuda.device_count()
     # A rank on a CPU is one core: what a machine of so many cores would give each of them.
-    steps = share_seconds(setup, threads=0 if gpus else 1)
+    threads = 0 if gpus else 1
+    alone = share_seconds(setup, set(RANK_BATCHES), threads=threads)
+    shares = {batch // ranks for batch in RANK_BATCHES for ranks in RANKS if ranks > 1}
+    steps = share_seconds(setup, shares, threads=threads, alone=False)
     setup.as_the_tutorial()
     world_size = gpus if gpus > 1 else 2
     if gpus > 1:
@@ -366,21 +369,25 @@ def scaling(setup: Setup) -> dict[str, Any]:
         "estimate": True,
         "how": "global batch / (one rank's step on its share + the all-reduce x log2(ranks) / log2(measured ranks)); "
         "one GPU or one CPU core for each rank, nothing overlaps, a network between machines is slower"
-        + ("; a step is launched kernel by kernel, as among several ranks: one alone is faster" if gpus else ""),
+        + ("; among several ranks a step is launched kernel by kernel" if gpus else "")
+        + ("; the all-reduce is of two processes on CPUs" if gpus == 1 else ""),
         "device": "cuda" if gpus else "cpu",
+        "alone_seconds": {str(size): float(f"{seconds:.4g}") for size, seconds in alone.items()},
         "step_seconds": {str(size): float(f"{seconds:.4g}") for size, seconds in steps.items()},
         "all_reduce": exchange,
-        "batches": [estimate(batch, steps, exchange["seconds"] / math.log2(world_size)) for batch in RANK_BATCHES],
+        "batches": [
+            estimate(batch, alone[batch], steps, exchange["seconds"] / math.log2(world_size)) for batch in RANK_BATCHES
+        ],
     }
 
 
-def share_seconds(setup: Setup, *, threads: int) -> dict[int, float]:
-    """Median seconds of one rank's step on each share of a global batch that RANKS give it, by images; as several
-    ranks have it: without CUDA graphs, with what their exchange has to do besides waiting."""
-    config = setup.config(threads=threads, cuda_graphs=False)
+def share_seconds(setup: Setup, sizes: Collection[int], *, threads: int, alone: bool = True) -> dict[int, float]:
+    """Median seconds of one rank's step, by images. Not `alone`: as several ranks have it, without CUDA graphs, with
+    what their exchange has to do besides waiting."""
+    config = setup.config(threads=threads, cuda_graphs=alone)
     steps = {}
     with World(config) as world:
-        for size in sorted({batch // ranks for batch in RANK_BATCHES for ranks in RANKS}):
+        for size in sorted(sizes):
             batches = few_batches(setup, world, size)
             train_step = TrainStep(config.replace(batch_size=size), world)
             train_step(batches[0], config.lr)
@@ -388,16 +395,18 @@ def share_seconds(setup: Setup, *, threads: int) -> dict[int, float]:
             def run(train_step: TrainStep = train_step, batches: list[Batch] = batches) -> None:
                 for batch in batches:
                     train_step(batch, config.lr)
-                    if train_step.by_hand:
+                    if train_step.by_hand and not alone:
                         train_step._exchange()
 
             steps[size] = statistics.median(timed(run) / len(batches) for _ in range(setup.repeats))
     return steps
 
 
-def estimate(batch: int, steps: dict[int, float], exchange: float) -> dict[str, Any]:
-    """Of one global batch. `steps`: seconds by images of a share; `exchange`: seconds of an all-reduce of 2 ranks."""
-    speeds = {size: batch / (steps[batch // size] + exchange * math.log2(size)) for size in RANKS}
+def estimate(batch: int, alone: float, steps: dict[int, float], exchange: float) -> dict[str, Any]:
+    """Of one global batch. `alone`: seconds of one rank on all of it; `steps`: by images of a share; `exchange`: of an
+    all-reduce of 2 ranks."""
+    seconds = {size: steps[batch // size] + exchange * math.log2(size) for size in RANKS if size > 1} | {1: alone}
+    speeds = {size: batch / seconds[size] for size in RANKS}
     # The first number of ranks that twice as many do not outdo by much.
     enough = next((n for n in RANKS[:-1] if speeds[2 * n] < HELPS * speeds[n]), RANKS[-1])
     return {

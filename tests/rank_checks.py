@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -93,8 +94,8 @@ def clipped(world: World, split: Split) -> float:
 
 
 def routes(world: World, split: Split) -> dict[str, Any]:
-    """The weights after an epoch, of whose last batch some ranks have nothing: with gradients that we exchange, and
-    with those that DDP does, as it must on all ranks for the hook that one of them has."""
+    """The weights after 50 steps, in every third of which some ranks have no image: with gradients that we exchange,
+    and with those that DDP does, as it must on all ranks for the hook that one of them has."""
     found: dict[str, Any] = {}
     batches = TrainBatches(
         Split(split.images[:49], split.labels[:49]), batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0
@@ -105,12 +106,10 @@ def routes(world: World, split: Split) -> dict[str, Any]:
         for change in changes:
             change(step)
         step.settle(batches)
-        for batch in batches.epoch(0):
+        for batch in itertools.islice(itertools.chain.from_iterable(map(batches.epoch, itertools.count())), 50):
             step(batch, 1e-3)
         alike = world.all(world.broadcast(digest(step.net)) == digest(step.net))
         found = {"by_hand": step.by_hand, "alike": alike, "weights": flat(step)}
-        strides = [(parameter.stride(), parameter.grad.stride()) for parameter in step.parameters]  # type: ignore[union-attr]
-        assert all(ours == theirs for ours, theirs in strides)
         step.close()
         return found
 

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import jobs
 import pytest
 import yaml
 from documents import DOCUMENTS, README, ROOT
+
+from ddp_mnist import bench
 
 # What is known of each command
 
@@ -519,17 +520,19 @@ NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)(?: \((\d[\d,.]*)-(\d[\d,.]*)\)| ± (\
 # By the words that begin a row of the README: the rows of the benchmark whose figures it has.
 CPU = {
     "training, the tutorial's recipe": ["training, one epoch, batch 64, Adam 1e-3"],
-    "training seconds to 98 %": ["training until 98 %: --recipe fast --epochs 1"],
+    "training seconds to 98 %": ["training until 98 %: --recipe fast --epochs 1", "its test accuracy"],
     "the whole command, 5 epochs": ["the whole command, 5 epochs and all scores"],
     "that command with": ["the same with --wandb disabled --no-pictures"],
-    "2 ranks": ["CPU: 2 ranks x 1 thread, batch 512"],
+    "2 ranks of 1 thread, batch 512": ["CPU: 2 ranks x 1 thread, batch 512"],
+    "2 ranks of 1 thread, batch 64": ["CPU: 2 ranks x 1 thread, batch 64"],
     "training seconds and test accuracy": ["training until a mean of 99 %: --recipe record", "its test accuracy"],
     "logging, checkpoints, W&B": ["training with checkpoints, tracking, stop agreement: 5 epochs"],
     "that with": ["the same with --wandb disabled"],
-    "the first of these two": ["the first of them, by its own clock"],
+    "the first of these two, by": ["the first of them, by its own clock"],
+    "the first of these two on 2 ranks": ["the first of them on the CPU, 2 ranks x 1 thread"],
 }
 NOT_ON_GPU = ("that command with", "2 ranks", "that with", "the first of these two")
-GPU = {name: CPU[name] for name in CPU if name not in NOT_ON_GPU} | {
+GPU = {name: CPU[name] for name in CPU if not name.startswith(NOT_ON_GPU)} | {
     "the same with `--compile`": ["the same with --compile"]
 }
 TABLES = (("cpu-", CPU), ("nvidia-", GPU))
@@ -613,12 +616,14 @@ def test_the_readme_says_on_what_it_was_measured() -> None:
     assert f"one of {int(before) + len(settings)} tried" in text
 
 
-@pytest.mark.parametrize("file", linked(), ids=lambda file: file.name)
+FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_table_beside_a_file_is_the_files(file: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "ddp_mnist.bench", "--table", file],
-        capture_output=True,
-        text=True,
-        env=jobs.environment(),
-    )
-    assert ended.stdout.split() == file.with_suffix(".md").read_text().split()
+    assert bench.table([bench.read_report(file)]).split() == file.with_suffix(".md").read_text().split()
+
+
+def test_the_benchmarks_page_lists_every_file_once() -> None:
+    links = [link for link in documents.links(ROOT / "docs/benchmarks/README.md") if link.endswith(".json")]
+    assert sorted(links) == [file.name for file in FILES]

@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         if not probing:
             self.server.downloads[self.path] += 1
         if behaviour == "silent":
-            self.server.closing.wait(60)
+            self.server.closing.wait()
             return
         if behaviour == "busy":
             self.send_error(503)
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:half])
         self.wfile.flush()
         if behaviour == "stall":
-            self.server.closing.wait(60)
+            self.server.closing.wait()
         elif behaviour == "trickle":
             while not self.server.closing.wait(0.05):
                 self.wfile.write(b"x")
@@ -563,10 +563,8 @@ def test_bad_mirrors(
     monkeypatch.setattr(files, "DOWNLOAD_PATIENCE", 3 if bad == "trickle" else 1000)
     folder = tmp_path / "MNIST" / "raw"
     mirrors(GONE, server.url(bad))
-    began = time.monotonic()
     with pytest.raises(files.DataError) as caught:
         files.read_split("mnist", tmp_path, "train", timeout=0.3)
-    assert time.monotonic() - began < 5
     for part in (
         str(folder / IMAGES),
         "missing",
