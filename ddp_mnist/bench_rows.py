@@ -275,14 +275,15 @@ def command(setup: Setup) -> list[Line]:
 
 
 def ranks(setup: Setup) -> list[Line]:
-    """On the CPU also where there is a GPU: two ranks on one GPU would only wait for each other."""
+    """On the CPU also where there is a GPU: two ranks on one GPU would only wait for each other. How long two on a CPU
+    do varies by more than other rows, with what else the host does: many short turns, not few long ones."""
     found = {
         batch: Line(f"CPU: 2 ranks x 1 thread, batch {batch}", "images/s", "1 rank x 2 threads")
         for batch in RANK_BATCHES
     }
 
     def measure(world_size: int, threads: int) -> dict[str, float]:
-        return on_cpu(setup, world_size, "ranks", threads, min(3, setup.epochs))
+        return on_cpu(setup, world_size, "ranks", threads, 1)
 
     def ours(_: int) -> None:
         for batch, speed in measure(2, 1).items():
@@ -292,8 +293,12 @@ def ranks(setup: Setup) -> list[Line]:
         for batch, speed in measure(1, 2).items():
             found[int(batch)].other.append(speed)
 
-    in_turn(setup.repeats, ours, other)
+    in_turn(more_turns(setup), ours, other)
     return list(found.values())
+
+
+def more_turns(setup: Setup) -> int:
+    return setup.repeats if setup.repeats == 1 else 3 * setup.repeats
 
 
 def overhead(setup: Setup) -> list[Line]:
@@ -325,7 +330,7 @@ def overhead(setup: Setup) -> list[Line]:
             inside.other.append(found["steps"])
 
     on_gpu = torch.cuda.is_available()
-    turns = setup.repeats if on_gpu or setup.repeats == 1 else 3 * setup.repeats
+    turns = setup.repeats if on_gpu else more_turns(setup)
     in_turn(turns, of_one, lambda seed: one.other.append(run_ranks(setup, [{}], "bare", 0, seed)["seconds"]))
     unmirrored.other = one.other
     if on_gpu:
