@@ -45,8 +45,9 @@ bench: install
 
 # All that a machine with a GPU can show: all tests, the benchmark, kept by device and date, and what was tried there.
 gpu: install
-	@test $(GPUS) -gt 0 || { echo 'nvidia-smi -L finds no GPU here.'; exit 2; }
-	status=0; $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+	    { echo 'torch finds no GPU here.'; exit 2; }
+	trap 'exit 130' INT; status=0; $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
 	    $(BIN)/python -m ddp_mnist.bench --dataset mnist --json docs/benchmarks $(ARGS) || status=$$?; \
 	    $(BIN)/python docs/benchmarks/variants_gpu.py || status=$$?; exit $$status
 

@@ -74,10 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (JobError, KeyboardInterrupt) as error:
         if report is not None:
             print(table([report]))  # minutes of measuring are not thrown away
+        kept = f", and in {file}" if file is not None else ""
         if isinstance(error, JobError):
+            if report is not None and in_folder:
+                print(f"the rows done are above{kept}", file=sys.stderr)
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
-        kept = f", and in {file}" if file is not None else ""
         print(f"stopped: the rows done are above{kept}" if report else "stopped: no row was done", file=sys.stderr)
         return 130
     finally:
@@ -348,7 +350,8 @@ def _facts(report: dict[str, Any]) -> str:
         f"{_device(report)} ({machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads), "
         f"torch {versions['torch']}, accelerate {versions['accelerate']}, commit {commit}, {machine['date']}, "
         f"load average {machine['load_average'][0]} at the start. {data['train_images']:,} training and "
-        f"{data['test_images']:,} test images of {digits}. Median (min-max) of {settings['repeats']} in turn; "
+        f"{data['test_images']:,} test images of {digits}. Median (min-max) of {settings['repeats']} in turn, of more "
+        "where times vary by more; "
         f"mean ± sd where it says ±, over {settings['seeds']} seeds to 99 %."
         + (f" Stopped before {', '.join(report['missing'])}." if report.get("missing") else "")
     )

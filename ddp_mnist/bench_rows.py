@@ -374,7 +374,7 @@ def scaling(setup: Setup) -> dict[str, Any]:
         "estimate": True,
         "how": "global batch / (one rank's step on its share + the all-reduce x log2(ranks) / log2(measured ranks)); "
         "one GPU or one CPU core for each rank, nothing overlaps, a network between machines is slower"
-        + ("; among several ranks a step is launched kernel by kernel" if gpus else "")
+        + ("; among several ranks a step is launched kernel by kernel, and DDP's own work is left out" if gpus else "")
         + ("; the all-reduce is of two processes on CPUs" if gpus == 1 else ""),
         "device": "cuda" if gpus else "cpu",
         "alone_seconds": {str(size): float(f"{seconds:.4g}") for size, seconds in alone.items()},
@@ -387,8 +387,8 @@ def scaling(setup: Setup) -> dict[str, Any]:
 
 
 def share_seconds(setup: Setup, sizes: Collection[int], *, threads: int, alone: bool = True) -> dict[int, float]:
-    """Median seconds of one rank's step, by images. Not `alone`: as several ranks have it, without CUDA graphs, with
-    what their exchange has to do besides waiting."""
+    """Median seconds of one rank's step, by images. Not `alone`: as several ranks have it, without CUDA graphs and, on
+    CPUs, with what their exchange has to do besides waiting."""
     config = setup.config(threads=threads, cuda_graphs=alone)
     steps = {}
     with World(config) as world:

@@ -305,7 +305,8 @@ class TrainStep:
 
     def needs_no_autograd(self, images: Tensor) -> bool:
         """Whether `by_hand` is all of this rank's arithmetic: not what another network may do on the way, nor what is
-        compiled or recorded, nor a scaled loss, nor what hooks are told, those of DDP's exchange among them."""
+        compiled or recorded, nor a scaled loss, nor what hooks are told, those of DDP's exchange among them (not its
+        built-in ones, which leave no trace)."""
         net, model = self.net, self.model
         if self.name is not None or not isinstance(net, CNN) or type(net).forward is not FORWARD:
             return False

@@ -93,43 +93,38 @@ def clipped(world: World, split: Split) -> float:
     return torch.cat([value.grad.flatten() for value in step.net.parameters() if value.grad is not None]).norm().item()
 
 
-def routes(world: World, split: Split) -> dict[str, Any]:
-    """The weights after 50 steps, in every third of which some ranks have no image: with gradients that we exchange,
-    and with those that DDP does, as it must on all ranks for the hook that one of them has."""
-    found: dict[str, Any] = {}
-    batches = TrainBatches(
-        Split(split.images[:49], split.labels[:49]), batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0
-    )
+def fifty_steps(
+    world: World, split: Split, *changes: Callable[[TrainStep], object], **settings: Any
+) -> tuple[dict[str, bool | None], Tensor]:
+    """What became of the weights; of every third batch some ranks have no image."""
+    few = Split(split.images[:49], split.labels[:49])
+    batches = TrainBatches(few, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
+    step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, **settings), world)
+    for change in changes:
+        change(step)
+    step.settle(batches)
+    for batch in itertools.islice(itertools.chain.from_iterable(map(batches.epoch, itertools.count())), 50):
+        step(batch, 1e-3)
+    weights = torch.cat([value.detach().flatten() for value in step.net.parameters()])
+    alike = world.all(world.broadcast(digest(step.net)) == digest(step.net))
+    step.close()
+    return {"by_hand": step.by_hand, "alike": alike}, weights
 
-    def trained(*changes: Callable[[TrainStep], object], **settings: Any) -> dict[str, Any]:
-        step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, **settings), world)
-        for change in changes:
-            change(step)
-        step.settle(batches)
-        for batch in itertools.islice(itertools.chain.from_iterable(map(batches.epoch, itertools.count())), 50):
-            step(batch, 1e-3)
-        alike = world.all(world.broadcast(digest(step.net)) == digest(step.net))
-        found = {"by_hand": step.by_hand, "alike": alike, "weights": flat(step)}
-        step.close()
-        return found
 
-    for name, (settings, changes) in ROUTES.items():
-        ours, ddps = trained(*changes, **settings), trained(*changes, hooked_on_the_last_rank, **settings)
-        apart = (ours.pop("weights") - ddps.pop("weights")).abs().max().item()
-        found[name] = {"ours": ours, "ddps": ddps, "apart": apart}
+def route(world: World, split: Split, *changes: Callable[[TrainStep], object], **settings: Any) -> dict[str, Any]:
+    """With gradients that we exchange, and with those that DDP does, as it must on all ranks for the hook that one of
+    them has."""
+    ours, weights = fifty_steps(world, split, *changes, **settings)
+    ddps, others = fifty_steps(world, split, *changes, hooked_on_the_last_rank, **settings)
+    return {"ours": ours, "ddps": ddps, "apart": (weights - others).abs().max().item()}
+
+
+def hooks(world: World, split: Split) -> dict[str, Any]:
+    """Which of DDP's were called, and whether steps were taken without autograd all the same."""
     calls: list[str] = []
-    found["hooks"] = {
-        "calls": calls,
-        "by_hand": [
-            trained(lambda step: in_the_exchange(step, calls))["by_hand"],
-            trained(lambda step: around_the_network(step, calls))["by_hand"],
-        ],
-    }
-    return found
-
-
-def flat(step: TrainStep) -> Tensor:
-    return torch.cat([value.detach().flatten() for value in step.net.parameters()])
+    of_exchange, _ = fifty_steps(world, split, lambda step: in_the_exchange(step, calls))
+    of_network, _ = fifty_steps(world, split, lambda step: around_the_network(step, calls))
+    return {"calls": calls, "by_hand": [of_exchange["by_hand"], of_network["by_hand"]]}
 
 
 def hooked_on_the_last_rank(step: TrainStep) -> None:
@@ -228,10 +223,13 @@ def main(root: Path, folder: Path, ports: Sequence[str]) -> None:
             "policies": policies(world),
             "settle": settling(world, train),
             "clipped": clipped(world, train),
-            "routes": routes(world, train),
+            "routes": {name: route(world, train, *these, **settings) for name, (settings, these) in ROUTES.items()},
+            "hooks": hooks(world, train),
         }
         rank = world.rank
         save_file(gradients(world, train.images, train.labels), folder / f"gradients-{rank}.safetensors")
+    with World(TrainConfig(threads=1, mixed_precision="bf16")) as world:
+        found["routes"]["bf16"] = route(world, train)
     found["trained"] = trained(root, folder, ports)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 

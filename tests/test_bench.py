@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from ddp_mnist.bench_rows import Line
 from ddp_mnist.bench_setup import Setup
 from ddp_mnist.errors import JobError
 from ddp_mnist.model import CNN
+from ddp_mnist.step import TrainStep
 
 IMAGES = 1_200
 STATISTICS = {"n", "median", "min", "max", "mean", "sd", "values"}
@@ -193,6 +195,32 @@ def test_medians_spread_and_ratios_of_known_times() -> None:
     assert bench._cells(found) == ["2 (1-4)", "2 (2-16)", "1 (0.25-1)"]
     line.mean = True
     assert bench._cells(bench._figures("row", line))[0] == "2.33 ± 1.53"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_share_of_several_ranks_has_the_work_of_their_exchange(
+    setup: Setup, threads: None, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    exchanges: list[int] = []
+    exchange = TrainStep._exchange
+
+    def counted(step: TrainStep) -> None:
+        exchanges.append(step.config.batch_size)
+        exchange(step)
+
+    monkeypatch.setattr(TrainStep, "_exchange", counted)
+    found = bench_rows.share_seconds(setup, {8, 16}, threads=1, alone=alone)
+    assert list(found) == [8, 16] and all(found.values())
+    assert set(exchanges) == (set() if alone else {8, 16})
+
+
+@pytest.mark.parametrize(("repeats", "turns"), [(1, 1), (3, 9)])
+def test_what_varies_most_has_more_turns(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, repeats: int, turns: int
+) -> None:
+    monkeypatch.setattr(bench_rows, "on_cpu", lambda *_: {"512": 1.0, "64": 1.0})
+    lines = bench_rows.ranks(dataclasses.replace(setup, repeats=repeats))
+    assert [(len(line.ours), len(line.other)) for line in lines] == [(turns, turns)] * 2
 
 
 def test_both_sides_come_first_in_turn() -> None:
