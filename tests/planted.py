@@ -79,10 +79,17 @@ FAULTS = (
         ("tests/test_data.py::test_a_global_batch_is_the_same_images_at_every_world_size[1-1]",),
     ),
     Fault(
-        "an uneven last batch is averaged by rank",
+        "an uneven last batch is averaged by rank with autograd",
         'loss = F.cross_entropy(logits, labels, reduction="sum") / global_size',
         'loss = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels)) / self.world.size',
-        ("tests/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-1]",),
+        ("tests/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-1-DDP's]",),
+    ),
+    Fault(
+        "an uneven last batch is averaged by rank without autograd",
+        "by_hand.loss_and_gradients(to_float(images), labels, self.parameters, global_size, dtype)",
+        "by_hand.loss_and_gradients(to_float(images), labels, self.parameters,"
+        " max(1, len(labels)) * self.world.size, dtype)",
+        ("tests/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-1-ours]",),
     ),
     Fault(
         "a checkpoint is not flushed to the disk",
@@ -133,7 +140,7 @@ FAULTS = (
         "ranks without autograd keep their gradients",
         "if self.by_hand and self.world.size > 1:",
         "if self.by_hand and self.world.size > 99:",
-        ("tests/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-1]",),
+        ("tests/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-1-ours]",),
     ),
     Fault(
         "buckets are not settled at 4 ranks",

@@ -31,8 +31,13 @@ from ddp_mnist.step import TrainStep
 from ddp_mnist.world import World
 
 BATCH = 24
-GRADIENT_IMAGES = {"one left": 49, "two left": 50, "three left": 51}  # images in the data set
+GRADIENT_IMAGES = {"one left": 49, "two left": 50, "three left": 51, "five left": 53}  # images in the data set
 PARTS = (1, 2, 4)
+Gradients = dict[str, Tensor]
+EXCHANGES: dict[str, list[Callable[[TrainStep], object]]] = {
+    "ours": [],
+    "DDP's": [lambda step: hooked_on_the_last_rank(step)],
+}
 CLIP = 0.01
 ROUTES: dict[str, tuple[dict[str, Any], list[Callable[[TrainStep], object]]]] = {
     "whole": ({}, []),
@@ -43,7 +48,7 @@ ROUTES: dict[str, tuple[dict[str, Any], list[Callable[[TrainStep], object]]]] = 
 }
 
 
-def gradients(world: World, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def gradients(world: World, images: Tensor, labels: Tensor, *changes: Callable[[TrainStep], object]) -> Gradients:
     """The network's gradients of every step of an epoch, flat; also with the batch split into parts."""
     found = {}
     for name, count in GRADIENT_IMAGES.items():
@@ -51,6 +56,8 @@ def gradients(world: World, images: Tensor, labels: Tensor) -> dict[str, Tensor]
         batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
         for parts in PARTS:
             step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1), world)
+            for change in changes:
+                change(step)
             step.settle(batches)
             for number, batch in enumerate(batches.epoch(0)):
                 loss, _ = step.gradients(batch)
@@ -96,14 +103,16 @@ def clipped(world: World, split: Split) -> float:
 def fifty_steps(
     world: World, split: Split, *changes: Callable[[TrainStep], object], **settings: Any
 ) -> tuple[dict[str, bool | None], Tensor]:
-    """What became of the weights; of every third batch some ranks have no image."""
-    few = Split(split.images[:49], split.labels[:49])
-    batches = TrainBatches(few, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
+    """What became of the weights; every third batch is small: in turn, some ranks have no image of it, or fewer."""
+    count = GRADIENT_IMAGES["one left"], GRADIENT_IMAGES["five left"]
+    splits = [Split(split.images[:images], split.labels[:images]) for images in count]
+    one, other = (TrainBatches(few, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0) for few in splits)
+    epochs = (batches.epoch(epoch) for epoch in itertools.count() for batches in (one, other))
     step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, **settings), world)
     for change in changes:
         change(step)
-    step.settle(batches)
-    for batch in itertools.islice(itertools.chain.from_iterable(map(batches.epoch, itertools.count())), 50):
+    step.settle(one)
+    for batch in itertools.islice(itertools.chain.from_iterable(epochs), 50):
         step(batch, 1e-3)
     weights = torch.cat([value.detach().flatten() for value in step.net.parameters()])
     alike = world.all(world.broadcast(digest(step.net)) == digest(step.net))
@@ -227,7 +236,8 @@ def main(root: Path, folder: Path, ports: Sequence[str]) -> None:
             "hooks": hooks(world, train),
         }
         rank = world.rank
-        save_file(gradients(world, train.images, train.labels), folder / f"gradients-{rank}.safetensors")
+        for name, changes in EXCHANGES.items():
+            save_file(gradients(world, train.images, train.labels, *changes), folder / f"{name}-{rank}.safetensors")
     with World(TrainConfig(threads=1, mixed_precision="bf16")) as world:
         found["routes"]["bf16"] = route(world, train)
     found["trained"] = trained(root, folder, ports)

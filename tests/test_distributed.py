@@ -24,15 +24,17 @@ from ddp_mnist.data import ShardSampler
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 RunAt = Callable[[int], Path]
+RanksAt = Callable[[int], tuple[list[Any], dict[str, list[Any]]]]
 PROGRAM = (sys.executable, str(Path(rank_checks.__file__)))
 
 
 @pytest.fixture(scope="module")
-def ranks_at(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[list[Any], list[Any]]]:
-    """What each rank found in tests/rank_checks.py, and its gradients; one start for each world size."""
-    done: dict[int, tuple[list[Any], list[Any]]] = {}
+def ranks_at(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RanksAt:
+    """What each rank found in tests/rank_checks.py, and its gradients by each exchange; one start for each world
+    size."""
+    done: dict[int, tuple[list[Any], dict[str, list[Any]]]] = {}
 
-    def start(world_size: int) -> tuple[list[Any], list[Any]]:
+    def start(world_size: int) -> tuple[list[Any], dict[str, list[Any]]]:
         if world_size not in done:
             folder = tmp_path_factory.mktemp(f"ranks-{world_size}")
             # OMP_NUM_THREADS is not set, as under srun; the job sets its threads itself.
@@ -40,7 +42,10 @@ def ranks_at(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             jobs.succeeded(jobs.run_ranks(world_size, str(tiny), str(folder), *ports, program=PROGRAM))
             done[world_size] = (
                 [jobs.read_json(folder / f"rank-{rank}.json") for rank in range(world_size)],
-                [load_file(folder / f"gradients-{rank}.safetensors") for rank in range(world_size)],
+                {
+                    name: [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(world_size)]
+                    for name in rank_checks.EXCHANGES
+                },
             )
         return done[world_size]
 
@@ -64,15 +69,16 @@ def expected_gradients(tiny: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.parametrize("exchange", rank_checks.EXCHANGES)
 @pytest.mark.parametrize("parts", rank_checks.PARTS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_gradient_of_every_batch_is_the_single_process_one(
-    ranks_at: Any, expected_gradients: dict[str, Tensor], world_size: int, parts: int
+    ranks_at: RanksAt, expected_gradients: dict[str, Tensor], world_size: int, parts: int, exchange: str
 ) -> None:
     _, gradients = ranks_at(world_size)
     for name, count in rank_checks.GRADIENT_IMAGES.items():
         for step in range(-(-count // rank_checks.BATCH)):
-            for found in gradients:
+            for found in gradients[exchange]:
                 key = f"{name}/{parts}/{step}"
                 torch.testing.assert_close(found[key], expected_gradients[f"{name}/{step}"], rtol=1e-4, atol=1e-6)
                 torch.testing.assert_close(
@@ -80,15 +86,16 @@ def test_the_gradient_of_every_batch_is_the_single_process_one(
                 )
 
 
+@pytest.mark.parametrize("exchange", rank_checks.EXCHANGES)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_are_the_same_bits_on_all_ranks(ranks_at: Any, world_size: int) -> None:
-    _, gradients = ranks_at(world_size)
-    assert all(torch.equal(gradients[0][key], other[key]) for other in gradients[1:] for key in gradients[0])
+def test_gradients_are_the_same_bits_on_all_ranks(ranks_at: RanksAt, world_size: int, exchange: str) -> None:
+    first, *others = ranks_at(world_size)[1][exchange]
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the policies of Linux")
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gloos_threads_never_interrupt_one_that_runs(ranks_at: Any, world_size: int) -> None:
+def test_gloos_threads_never_interrupt_one_that_runs(ranks_at: RanksAt, world_size: int) -> None:
     for rank in ranks_at(world_size)[0]:
         found = rank["policies"]
         assert set(found["gloo"]) == (set() if world_size == 1 else {os.SCHED_BATCH})
@@ -96,7 +103,7 @@ def test_gloos_threads_never_interrupt_one_that_runs(ranks_at: Any, world_size: 
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_all_ranks_hold_the_same_weights_after_a_run(ranks_at: Any, world_size: int) -> None:
+def test_all_ranks_hold_the_same_weights_after_a_run(ranks_at: RanksAt, world_size: int) -> None:
     found, _ = ranks_at(world_size)
     assert all(rank["trained"] == found[0]["trained"] for rank in found)
     assert [run["steps"] for run in found[0]["trained"]] == [26, 40]
@@ -104,7 +111,7 @@ def test_all_ranks_hold_the_same_weights_after_a_run(ranks_at: Any, world_size: 
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_score_is_the_same_on_all_ranks_and_at_every_world_size(ranks_at: Any, world_size: int) -> None:
+def test_a_score_is_the_same_on_all_ranks_and_at_every_world_size(ranks_at: RanksAt, world_size: int) -> None:
     (alone,), _ = ranks_at(1)
     found, _ = ranks_at(world_size)
     for rank in found:
@@ -114,7 +121,7 @@ def test_a_score_is_the_same_on_all_ranks_and_at_every_world_size(ranks_at: Any,
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: Any, world_size: int) -> None:
+def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: RanksAt, world_size: int) -> None:
     for rank in ranks_at(world_size)[0]:
         assert rank["settle"]["before"] == rank["settle"]["after"]
         assert (rank["settle"]["gradient"], rank["settle"]["optimizer"]) == (0, 0)
@@ -122,7 +129,7 @@ def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: An
 
 @pytest.mark.parametrize("route", [*rank_checks.ROUTES, "bf16"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: Any, world_size: int, route: str) -> None:
+def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: RanksAt, world_size: int, route: str) -> None:
     """Which does it where one rank has hooks, on all ranks: else one would wait for another."""
     for rank in ranks_at(world_size)[0]:
         found = rank["routes"][route]
@@ -135,7 +142,7 @@ def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: Any, world_size: int, 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_hooks_of_ddp_are_called(ranks_at: Any, world_size: int) -> None:
+def test_hooks_of_ddp_are_called(ranks_at: RanksAt, world_size: int) -> None:
     for rank in ranks_at(world_size)[0]:
         found = rank["hooks"]
         assert found["by_hand"] == [world_size == 1, False]
@@ -143,7 +150,7 @@ def test_hooks_of_ddp_are_called(ranks_at: Any, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ddp_goes_before_the_process_group(ranks_at: Any, world_size: int) -> None:
+def test_ddp_goes_before_the_process_group(ranks_at: RanksAt, world_size: int) -> None:
     """Else torch 2.11 hangs now and then when the group goes."""
     for rank in ranks_at(world_size)[0]:
         assert rank["settle"]["wrapped"] == ["DistributedDataParallel", "CNN"]
@@ -161,13 +168,13 @@ def test_a_container_that_forbids_policies_is_no_obstacle(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_clipping_limits_the_norm_of_the_global_gradient(ranks_at: Any, world_size: int) -> None:
+def test_clipping_limits_the_norm_of_the_global_gradient(ranks_at: RanksAt, world_size: int) -> None:
     for rank in ranks_at(world_size)[0]:
         assert rank["clipped"] == pytest.approx(rank_checks.CLIP, rel=1e-3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_sum_broadcast_and_agree(ranks_at: Any, world_size: int) -> None:
+def test_ranks_sum_broadcast_and_agree(ranks_at: RanksAt, world_size: int) -> None:
     found, _ = ranks_at(world_size)
     where = "" if world_size == 1 else f"rank {world_size - 1}: "
     for number, rank in enumerate(found):
@@ -186,7 +193,7 @@ def test_ranks_sum_broadcast_and_agree(ranks_at: Any, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_job_has_the_threads_it_was_told_whatever_accelerate_sets(ranks_at: Any, world_size: int) -> None:
+def test_the_job_has_the_threads_it_was_told_whatever_accelerate_sets(ranks_at: RanksAt, world_size: int) -> None:
     assert [rank["threads"] for rank in ranks_at(world_size)[0]] == [2] * world_size
 
 
