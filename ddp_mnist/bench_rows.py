@@ -304,40 +304,51 @@ def more_turns(setup: Setup) -> int:
 def overhead(setup: Setup) -> list[Line]:
     """The default command without its scores, from the first line of its log to its last file, against its very batches
     and steps alone; every run in processes of its own. A few percent need more turns than the other rows: on a CPU,
-    whose times vary by more, there are some, and a line that has both sides from one run. A GPU is done with five
+    whose times vary by more, there are some, and lines that have both sides from one run. A GPU is done with five
     epochs in so little time that two checkpoints are some percent: there, a line has ten times as many."""
-    bare = "its batches and steps alone"
+    alone, inside = "its batches and steps alone", "its batches and steps, in the same run"
     epochs = f"{setup.epochs} epoch{'s' if setup.epochs > 1 else ''}"
-    one = Line(f"training with checkpoints, tracking, stop agreement: {epochs}", "s", bare)
-    unmirrored = Line("the same with --wandb disabled", "s", bare)
-    long = Line("the first of them, ten times the epochs", "s", bare)
-    inside = Line("the first of them, by its own clock", "s", "its batches and steps, in the same run")
-    two = Line("the first of them on the CPU, 2 ranks x 1 thread", "s", bare)
-
-    def both(line: Line, setup: Setup, environments: Sequence[dict[str, str]] = ({},), threads: int = 0) -> None:
-        in_turn(
-            setup.repeats,
-            lambda seed: line.ours.append(full_seconds(setup, environments, threads, seed)),
-            lambda seed: line.other.append(run_ranks(setup, environments, "bare", threads, seed)["seconds"]),
-        )
-
-    def of_one(seed: int) -> None:
-        one.ours.append(full_seconds(setup, [{}], 0, seed))
-        unmirrored.ours.append(full_seconds(setup, [{}], 0, seed, wandb="disabled"))
-        if not on_gpu:
-            found = run_ranks(setup, [{}], "inside", 0, seed)
-            inside.ours.append(found["all"])
-            inside.other.append(found["steps"])
-
-    on_gpu = torch.cuda.is_available()
-    turns = setup.repeats if on_gpu else more_turns(setup)
-    in_turn(turns, of_one, lambda seed: one.other.append(run_ranks(setup, [{}], "bare", 0, seed)["seconds"]))
-    unmirrored.other = one.other
-    if on_gpu:
-        both(long, dataclasses.replace(setup, epochs=10 * setup.epochs))
+    one = Line(f"training with checkpoints, tracking, stop agreement: {epochs}", "s", alone)
+    unmirrored = Line("the same with --wandb disabled", "s", alone)
+    if torch.cuda.is_available():
+        long = Line("the first of them, ten times the epochs", "s", alone)
+        against_steps(setup, one, unmirrored)
+        against_steps(dataclasses.replace(setup, epochs=10 * setup.epochs), long)
         return [one, unmirrored, long]
-    both(two, setup, cpu_ranks(2), 1)
-    return [one, unmirrored, inside, two]
+    own = Line("the first of them, by its own clock", "s", inside)
+    two = Line("the first of them on the CPU, 2 ranks x 1 thread", "s", alone)
+    two_own = Line("that one, by rank 0's own clock", "s", inside)
+    turns = dataclasses.replace(setup, repeats=more_turns(setup))
+    against_steps(turns, one, unmirrored, own)
+    against_steps(turns, two, own=two_own, environments=cpu_ranks(2), threads=1)
+    return [one, unmirrored, own, two, two_own]
+
+
+def against_steps(
+    setup: Setup,
+    full: Line,
+    unmirrored: Line | None = None,
+    own: Line | None = None,
+    environments: Sequence[dict[str, str]] = ({},),
+    threads: int = 0,
+) -> None:
+    """Whole runs, and such that time their own steps, in turn with the steps alone."""
+
+    def ours(seed: int) -> None:
+        full.ours.append(full_seconds(setup, environments, threads, seed))
+        if unmirrored is not None:
+            unmirrored.ours.append(full_seconds(setup, environments, threads, seed, wandb="disabled"))
+        if own is not None:
+            found = run_ranks(setup, environments, "inside", threads, seed)
+            own.ours.append(found["all"])
+            own.other.append(found["steps"])
+
+    def other(seed: int) -> None:
+        full.other.append(run_ranks(setup, environments, "bare", threads, seed)["seconds"])
+
+    in_turn(setup.repeats, ours, other)
+    if unmirrored is not None:
+        unmirrored.other = full.other
 
 
 def full_seconds(

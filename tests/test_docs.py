@@ -22,7 +22,7 @@ import pytest
 import yaml
 from documents import DOCUMENTS, README, ROOT
 
-from ddp_mnist import bench
+from ddp_mnist import bench_table
 
 # What is known of each command
 
@@ -621,7 +621,7 @@ FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_table_beside_a_file_is_the_files(file: Path) -> None:
-    assert bench.table([bench.read_report(file)]).split() == file.with_suffix(".md").read_text().split()
+    assert bench_table.table([bench_table.read_report(file)]).split() == file.with_suffix(".md").read_text().split()
 
 
 def test_the_benchmarks_page_lists_every_file_once() -> None:
