@@ -23,6 +23,7 @@ from torch.utils.data import DistributedSampler, TensorDataset
 from ddp_mnist import files
 from ddp_mnist.config import OWN, default_data_dir
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.process import forgiving_console
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,14 @@ def _own_split(name: str, one: Set) -> Split:
 def to_float(images: Tensor) -> Tensor:
     """uint8 0-255 → fp32 0-1 by the very division ToTensor does (multiplying by 1/255 gives other bits).
 
-    Images of other types are taken as they are.
+    Images of other types are taken as they are: of fp32 it is no copy.
     """
     return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.to(torch.float32)
+
+
+def own_float(images: Tensor) -> Tensor:
+    """`to_float` of images that lie in a data set, which a network that works in place on its input must not change."""
+    return to_float(images.clone() if images.dtype == torch.float32 else images)
 
 
 class ShardSampler(DistributedSampler):
@@ -235,6 +241,7 @@ def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int = 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: all four files are good. 1: they are not, or could not be had."""
+    forgiving_console()
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.data",
         description="fetch: make the data files present and good. verify: look at them, changing nothing.",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ddp_mnist import data, rundir
 from ddp_mnist.checkpoint import Saved, open_saved
 from ddp_mnist.config import TrainConfig, default_data_dir
-from ddp_mnist.data import Split, evaluation_batches, to_float
+from ddp_mnist.data import Split, evaluation_batches, own_float
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import placed
 from ddp_mnist.process import leave, muted, rank_from_environment, show_warnings, tell
@@ -103,7 +103,7 @@ def scoring(net: nn.Module) -> Iterator[None]:
 def class_count(net: nn.Module, split: Split) -> int:
     """Classes that the network tells apart. Raises: UsageError when labels or output do not fit each other."""
     with scoring(net):
-        logits = type(net).forward(net, to_float(split.images[:1]))
+        logits = type(net).forward(net, own_float(split.images[:1]))
     if logits.dim() != 2:
         raise UsageError(f"for one image the network gives {tuple(logits.shape)}; expected logits (1, classes).")
     if split.labels.max() >= logits.shape[1]:
@@ -122,7 +122,7 @@ def _evaluate(net: nn.Module, split: Split, world: World, classes: int) -> Score
     first = world.rank * size
     for images, labels in evaluation_batches(split, rank=world.rank, world_size=world.size, size=size):
         # Accelerate replaces the instance's forward by one that autocasts; the class's own is fp32.
-        logits = type(net).forward(net, to_float(images))
+        logits = type(net).forward(net, own_float(images))
         totals += _counts(logits, labels).to(home)
         worst = _worst(torch.cat([worst, _mistakes(logits, labels, first, home)]))
         first += world.size * size

@@ -142,10 +142,15 @@ def _agree(forward: Callable[[CNN, Tensor], Tensor], net: CNN, size: tuple[int, 
         net.train(training).zero_grad()
         own = forward(net, images)
         F.cross_entropy(own, labels).backward()
-        pairs = [(logits, own.detach()), *zip(gradients, (weight.grad for weight in net.weights()), strict=True)]
-        if not all(theirs is not None and (ours - theirs).norm() <= 1e-2 * theirs.norm() for ours, theirs in pairs):
+        if not alike([logits, *gradients], [own.detach(), *(weight.grad for weight in net.weights())]):
             return False
     return True
+
+
+def alike(ours: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> bool:
+    """Whether two ways to compute the same came to the same, but for rounding; None: a gradient that there is not."""
+    pairs = zip(ours, theirs, strict=True)
+    return all(other is not None and (one - other).norm() <= 1e-2 * other.norm() for one, other in pairs)
 
 
 def _differ() -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,11 +18,13 @@ from ddp_mnist import by_hand
 from ddp_mnist.checkpoint import Snapshot, load_weights
 from ddp_mnist.checkpoint import weights as checkpoint_weights
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.data import Batch, Split, TrainBatches, to_float
+from ddp_mnist.data import Batch, Split, TrainBatches, own_float, to_float
 from ddp_mnist.errors import UsageError
 from ddp_mnist.graphs import Action, Graphs
-from ddp_mnist.model import CNN, placed
+from ddp_mnist.model import CNN, alike, placed
 from ddp_mnist.world import World
+
+log = logging.getLogger(__name__)
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter."""
@@ -103,6 +107,8 @@ class TrainStep:
         self.clipped_from: Tensor | None = None
         torch.manual_seed(config.seed)
         self.net = model() if model else CNN(widths=config.widths)
+        if model and spare is not None:
+            _shaped(self.net, spare)
         # Our network draws nothing at random; of others we cannot know.
         self.draws = model is not None
         path = config.init_from
@@ -129,8 +135,8 @@ class TrainStep:
         self.model, self.optimizer = world.accelerator.prepare(self.net, self.adam, device_placement=[False, False])
         self.compiled: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
         self.by_hand: bool | None = None
-        """Whether steps are taken without autograd; None before the first, or before `settle`: who hooks into a step
-        later sets it to None again, on all ranks, and it is asked again."""
+        """Whether steps are taken without autograd; None before the first, or before `settle`: who hooks into a step,
+        or freezes a weight, later sets it to None again, on all ranks, and it is asked again."""
         self.graphs: Graphs | None = None
         if self.may_be_recorded():
             self.adam.begin()
@@ -294,7 +300,7 @@ class TrainStep:
     def _part(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         if self.spare is not None and not len(labels):
             # Many networks cannot take an empty share: they get an image that counts for nothing.
-            loss = 0 * F.cross_entropy(self.model(to_float(self.spare.images[:1])), self.spare.labels[:1])
+            loss = 0 * F.cross_entropy(self.model(own_float(self.spare.images[:1])), self.spare.labels[:1])
             self._backward(loss)
             return loss.detach(), torch.zeros_like(loss)
         if self.by_hand:
@@ -318,7 +324,38 @@ class TrainStep:
             return False
         if _hooked(net) or any(each._backward_hooks or each._post_accumulate_grad_hooks for each in self.parameters):
             return False
-        return all(each.requires_grad for each in self.parameters) and net.is_written_out(images)
+        trained = all(each.requires_grad for each in self.parameters)
+        return trained and net.is_written_out(images) and self._loss_is_written_out(net)
+
+    def _loss_is_written_out(self, net: CNN) -> bool:
+        """Whether `by_hand` has the loss of `_forward`, which a fork may have changed, asked of noise and of a network
+        that is the same everywhere; a warning where not."""
+        classes = net.fc1.out_features
+        with torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            probe, other = copy.copy(self), CNN(net.conv1.in_channels, classes, self.config.widths)
+            probe.net = probe.model = other
+            probe.parameters = list(other.parameters())
+            images = torch.randint(256, (4, net.conv1.in_channels, 28, 28), dtype=torch.uint8)
+            labels = torch.arange(4) % classes
+            try:
+                if all(probe._has_this_loss(images, labels, global_size) for global_size in (4, 7)):
+                    return True
+            except Exception:
+                log.debug("TrainStep._forward cannot be compared", exc_info=True)
+        log.warning("TrainStep._forward is not what ddp_mnist.by_hand computes, and is taken as it is: slower.")
+        return False
+
+    def _has_this_loss(self, images: Tensor, labels: Tensor, global_size: int) -> bool:
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss, correct = self._forward(images, labels, global_size)
+        loss.backward()
+        found = [loss.detach(), correct.float(), *(parameter.grad for parameter in self.parameters)]
+        loss, correct, gradients = by_hand.loss_and_gradients(
+            to_float(images), labels, self.parameters, global_size, torch.float32
+        )
+        return alike([loss, correct.float(), *gradients], found)
 
     def _without_autograd(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         dtype = torch.bfloat16 if self.world.accelerator.mixed_precision == "bf16" else torch.float32
@@ -345,7 +382,7 @@ class TrainStep:
         else:
             loss.backward()  # what Accelerate's comes to without a scaler, less a division by one
 
-    # The same loss is in by_hand.loss_and_gradients: who changes it here changes it there.
+    # The same loss is in by_hand.loss_and_gradients: as long as they differ, a CPU takes this one, and more time.
     def _forward(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         logits = self.model(to_float(images))
         if self.triton:
@@ -383,8 +420,19 @@ class TrainStep:
         self.optimizer.zero_grad()
 
 
+@torch.no_grad()
+def _shaped(net: nn.Module, split: Split) -> None:
+    """Give lazy layers their weights, by one image: Adam, DDP and the order in memory want to see them."""
+    if any(nn.parameter.is_lazy(each) for each in (*net.parameters(), *net.buffers())):
+        training = net.training
+        net.eval()
+        net(own_float(split.images[:1].cpu()))
+        net.train(training)
+
+
 def _hooked(net: nn.Module) -> bool:
-    return bool(net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks)
+    own = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks
+    return bool(own) or nn.modules.module._has_any_global_hook()
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

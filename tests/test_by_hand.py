@@ -291,6 +291,65 @@ def test_a_change_of_forward_is_seen_and_told(
     torch.testing.assert_close(found, gradients(step.net), rtol=1e-3, atol=1e-5)
 
 
+def smoothed(self: TrainStep, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+    logits = self.model(images / 255)
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1) / global_size
+    return loss, (logits.detach().argmax(1) == labels).sum()
+
+
+def always_right(self: TrainStep, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(self.model(images / 255), labels, reduction="sum") / global_size
+    return loss, torch.ones_like(labels).sum()
+
+
+def of_shares_only(self: TrainStep, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+    loss, correct = FORWARD(self, images, labels, global_size)
+    return loss if len(labels) == global_size else 2 * loss, correct
+
+
+FORWARD = TrainStep._forward
+
+
+@pytest.mark.parametrize("forward", [smoothed, always_right, of_shares_only])
+def test_a_change_of_the_loss_is_seen_and_told(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(TrainStep, "_forward", forward)
+    step, batch = TrainStep(CONFIG, world), next(noise(64).epoch(0))
+    random = torch.get_rng_state()
+    loss, correct = step(batch, 0.0)
+    assert torch.equal(torch.get_rng_state(), random)
+    found = gradients(step.net)
+    step.net.zero_grad()
+    expected = forward(step, batch.images, batch.labels, 64)
+    expected[0].backward()
+    torch.testing.assert_close((loss, correct), (expected[0].detach(), expected[1]))
+    torch.testing.assert_close(found, gradients(step.net))
+    step(batch, 0.0)
+    assert caplog.text.count("TrainStep._forward is not what ddp_mnist.by_hand computes") == 1
+    assert step.by_hand is False
+
+
+def test_the_loss_as_it_is_needs_no_word(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    step = TrainStep(CONFIG, world)
+    before = {name: value.clone() for name, value in step.net.state_dict().items()}
+    assert step.needs_no_autograd(next(noise(64).epoch(0)).images)
+    torch.testing.assert_close(step.net.state_dict(), before, rtol=0, atol=0)
+    assert not any(value is not None for value in gradients(step.net).values()) and not caplog.records
+
+
+def test_a_loss_that_fails_says_so_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> tuple[Tensor, Tensor]:
+        raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(TrainStep, "_forward", failing)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        TrainStep(CONFIG, world)(next(noise(64).epoch(0)), 0.0)
+
+
 def test_a_forward_that_fails_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: CNN, images: Tensor) -> Tensor:
         raise ZeroDivisionError("mine")
@@ -430,9 +489,13 @@ def test_fifty_steps_without_autograd_are_those_with_it_bit_for_bit(
     expected = steps(world, with_autograd, **settings)
     if world.accelerator.mixed_precision == "no":  # in bf16 another of equal cells may get the gradient
         close(expected, steps(world, throughout, **settings))
-    monkeypatch.setattr(torch.Tensor, "backward", None)
-    monkeypatch.setattr(torch.autograd, "backward", None)
-    found = steps(world, **settings)
+
+    def none_from_now_on(step: TrainStep) -> None:
+        step.by_hand = step.needs_no_autograd(drawn(1, 1, 28, 28))
+        monkeypatch.setattr(torch.Tensor, "backward", None)
+        monkeypatch.setattr(torch.autograd, "backward", None)
+
+    found = steps(world, none_from_now_on, **settings)
     assert equal(found, expected) and len(found) == 50
 
 
@@ -460,4 +523,9 @@ def test_hooks_are_called(world: World) -> None:
         owner = step.net.conv1.weight if name in of_weights else step.net
         getattr(owner, name)(lambda *_, name=name: called.append(name))
         step(batch, 1e-3)
-    assert called == names
+    handle = nn.modules.module.register_module_forward_hook(lambda net, *_: called.append(type(net).__name__))
+    try:
+        TrainStep(CONFIG, world)(batch, 1e-3)
+    finally:
+        handle.remove()
+    assert called == [*names, "CNN"]

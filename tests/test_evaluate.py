@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TEST_IMAGES, TRAIN_IMAGES
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddp_mnist import data
 from ddp_mnist.config import TrainConfig
@@ -70,10 +70,45 @@ def test_loss_accuracy_and_confusion_are_those_of_a_plain_loop(world: World, net
     assert score.loss == pytest.approx(F.cross_entropy(logits.double(), split.labels).item(), rel=1e-6)
 
 
+def test_the_mistakes_are_those_it_is_most_confident_of(world: World, net: CNN, split: Split) -> None:
+    confidence, said = logits_of(net, split).softmax(1).max(1)
+    wrong = (said != split.labels).nonzero().flatten()
+    worst = confidence[wrong].sort(descending=True).values[:25]
+    found = evaluate(net, split, world).mistakes
+    assert [mistake.confidence for mistake in found] == pytest.approx(worst.tolist(), rel=1e-5)
+    assert len({mistake.index for mistake in found}) == 25
+    for mistake in found:
+        row = mistake.index
+        assert (mistake.label, mistake.prediction) == (split.labels[row].item(), said[row].item())
+        assert mistake.label != mistake.prediction and mistake.confidence == pytest.approx(
+            confidence[row].item(), rel=1e-5
+        )
+
+
 def test_a_score_counts_its_diagonal_and_says_so_in_the_tutorials_words() -> None:
     score = Score(0.5, ((3, 1), (0, 4)))
     assert (score.correct, score.count, score.accuracy) == (7, 8, 0.875)
     assert score.sentence() == "Got 7 / 8 with accuracy 87.50"
+
+
+class InPlace(nn.Module):
+    """As many networks begin: they normalise what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(784, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.out(images.sub_(0.1).div_(0.3).flatten(1))
+
+
+def test_a_network_that_writes_over_its_input_changes_no_data(world: World, split: Split) -> None:
+    torch.manual_seed(0)
+    net, images = InPlace(), to_float(split.images)
+    floats, before = Split(images, split.labels), images.clone()
+    first = evaluate(net, floats, world)
+    assert torch.equal(images, before)
+    assert evaluate(net, floats, world) == first == evaluate(net, split, world)
 
 
 def test_scoring_neither_trains_nor_leaves_gradients(world: World, net: CNN, split: Split) -> None:
