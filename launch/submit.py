@@ -8,6 +8,7 @@ What follows `--` are training flags. Run it from the repository's root, on a di
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import secrets
 import shlex
@@ -83,7 +84,12 @@ def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
         # As in slurm/train.sh: two minutes to save.
         slurm_signal_delay_s=120,
         # srun takes over neither from sbatch, and one dead rank must not leave the others waiting.
-        slurm_srun_args=[f"--cpus-per-task={given.cpus_per_task}", "--kill-on-bad-exit=1", "--open-mode=append"],
+        slurm_srun_args=[
+            f"--cpus-per-task={given.cpus_per_task}",
+            "--kill-on-bad-exit=1",
+            "--wait=0",
+            "--open-mode=append",
+        ],
         slurm_setup=[*given.setup, _import_check()],
         slurm_additional_parameters={"requeue": True} | dict(word.split("=", 1) for word in given.sbatch),
         **{
@@ -123,6 +129,11 @@ def training_flags(given: argparse.Namespace, flags: Sequence[str]) -> tuple[str
 
 def submit(given: argparse.Namespace, flags: Sequence[str], launcher: str) -> tuple[submitit.Job, TrainConfig]:
     """Check, then submit. Raises: JobError; FailedJobError when sbatch refuses."""
+    if program := os.environ.get("PROGRAM"):
+        raise UsageError(
+            f"PROGRAM is {program!r}, which is for slurm/train.sh and slurm/sweep.sh: a submitit job runs "
+            "ddp_mnist.train. Submit it with sbatch, or `unset PROGRAM`."
+        )
     config = check(flags, given.nodes * given.tasks_per_node)
     if given.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UsageError(

@@ -71,10 +71,12 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 [[ ${1:-} != -- ]] || shift
 read_lines "$file"
+# shellcheck source=slurm/python.sh
+source slurm/python.sh
 
 for line in "${lines[@]}"; do
     words "$line"
-    python -m launch.check --program="${PROGRAM:-}" -- --dataset mnist "$@" "${flags[@]}" || fail "in $file: $line"
+    "$python" -m launch.check --program="${PROGRAM:-}" -- --dataset mnist "$@" "${flags[@]}" || fail "in $file: $line"
 done
 # Tasks may start days later: they read a copy, so that FILE can be edited meanwhile.
 mkdir -p runs

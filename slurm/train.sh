@@ -50,19 +50,8 @@ restarts=${SLURM_RESTART_COUNT:-0}
 max_requeues=${MAX_REQUEUES:-20}
 
 # --- Python -----------------------------------------------------------------------------------------------------------
-if [[ -n ${ENV_SETUP:-} ]]; then
-    set +eu # activation scripts are not written for strict shells
-    eval "$ENV_SETUP"
-    set -eu
-elif [[ -z ${VIRTUAL_ENV:-} && ${CONDA_DEFAULT_ENV:-base} == base && -f .venv/bin/activate ]]; then
-    # shellcheck disable=SC1091 # exists on the user's machine only
-    source .venv/bin/activate
-fi
-python=$(command -v python || command -v python3) ||
-    fail 1 "no python on $(hostname): set ENV_SETUP, see slurm/train.sh"
-modules=$("$python" -c 'from importlib.util import find_spec
-print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))')
-[[ -z $modules ]] || fail 1 "not importable on $(hostname) with $python: $modules. Set ENV_SETUP, see slurm/train.sh"
+# shellcheck source=slurm/python.sh
+source slurm/python.sh
 
 # --- Tasks: one per GPU; without GPUs as many as were asked for, else one per node ------------------------------------
 nodes=$SLURM_JOB_NUM_NODES
@@ -73,13 +62,14 @@ if ((gpus)); then
         fail 2 "the $asked GPUs are spread unevenly over $nodes nodes: ask with --gpus-per-node instead of --gpus"
     tasks=$((gpus * nodes))
     layout=(--ntasks-per-node="$gpus")
-    shape=" --gpus-per-node=$gpus"
-    # With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too.
-    unset SLURM_GPUS_PER_TASK
+    shape=" --gpus-per-node=$gpus" cpus_option=--cpus-per-gpu
+    # With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too. Newer SLURMs
+    # say it in the second variable; the third and --ntasks-per-node exclude each other.
+    unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
 else
     tasks=${SLURM_NTASKS:-$nodes}
     layout=()
-    shape=""
+    shape="" cpus_option=--cpus-per-task
     ((tasks == nodes)) || shape=" --ntasks=$tasks"
 fi
 ((nodes == 1)) || shape=" --nodes=$nodes$shape"
@@ -95,6 +85,7 @@ if ((cpus == 0)); then
     layout+=(--overcommit)
     echo "hint: $on_node ranks share $SLURM_CPUS_ON_NODE CPU on each node; give each its own with --cpus-per-gpu=4"
 fi
+((cpus == 1)) || shape+=" $cpus_option=$cpus"
 layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
 
 # --- Where the ranks meet ---------------------------------------------------------------------------------------------
@@ -126,11 +117,19 @@ echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CP
 
 code=0
 # Without --kill-on-bad-exit the ranks would wait for a dead one until the time limit. Where a whole node died, srun
-# waits until SLURM has noticed it, and SLURM requeues.
-srun "${layout[@]}" --kill-on-bad-exit=1 --label \
+# waits until SLURM has noticed it, and SLURM requeues. --export: a job submitted with --export=NONE has none for srun.
+# --wait: rank 0 draws the pictures when the others are done, for longer than a cluster's WaitTime may be.
+srun "${layout[@]}" --export=ALL --kill-on-bad-exit=1 --wait=0 --label \
     slurm/rank.sh "$python" "${program[@]}" "${flags[@]}" || code=$?
 
-((code != 140)) || echo "hint: USR2 came before training could start; it needs more than these two minutes" >&2
+((code != 140)) || echo "hint: USR2 came before training could start: ask for a longer --time" >&2
+if ((code > 128)); then # rank 0 tells how to go on, but it may be the one that was killed
+    printf 'to continue from the last checkpoint, if there is one, type\n  %s' "$DDP_MNIST_LAUNCHER" >&2
+    for flag in "${flags[@]}"; do
+        [[ $flag == --fresh ]] || printf ' %q' "$flag" >&2
+    done
+    echo >&2
+fi
 ((code == 75)) || exit "$code"
 if ((restarts >= max_requeues)); then
     fail "$code" "stopped with a checkpoint, but not requeued: MAX_REQUEUES=$max_requeues is reached"

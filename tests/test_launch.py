@@ -425,3 +425,9 @@ def test_the_table_of_runs_that_are_not_there(tmp_path: Path) -> None:
     ended = jobs.run([sys.executable, "-m", "launch.table", "runs/slurm-1_*"], cwd=ROOT)
     assert (ended.code, ended.out) == (2, "")
     assert "no run directory runs/slurm-1_*" in ended.err
+
+
+def test_submitit_has_no_program_of_ones_own(checkout: Path, flags: list[str]) -> None:
+    ended = submit(checkout, "--cluster", "debug", "--", *flags, PROGRAM="mine.py")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: PROGRAM is 'mine.py', which is for slurm/train.sh")

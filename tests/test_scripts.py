@@ -35,7 +35,8 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
         if "slurm" in os.environ.get("DDP_MNIST_REQUIRE", ""):
             pytest.fail("DDP_MNIST_REQUIRE demands shellcheck")
         pytest.skip("shellcheck is not installed")
-    found = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    command = ["shellcheck", "--external-sources", script]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout
 
 

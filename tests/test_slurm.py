@@ -225,11 +225,11 @@ def test_submitit_does_not_bring_a_cancelled_job_back(site: Site) -> None:
 def test_one_killed_rank_fails_the_job_and_a_resubmission_continues(site: Site) -> None:
     job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG, "--checkpoint-every=10")
     job.train_until(lambda: list(job.run_dir.glob("checkpoints/step-*")))
-    os.kill(job.ranks()[1], signal.SIGKILL)
+    os.kill(job.ranks()[0], signal.SIGKILL)  # which would have said how to go on
     found = job.wait("FAILED", patience=60)
     assert found["ExitCode"] == "137:0"
     # What the log says to type, typed.
-    again = re.search(r"^0: *sbatch (--ntasks=2 slurm/train.sh .*)$", job.log, re.MULTILINE)
+    again = re.search(r"^ *sbatch (--ntasks=2 slurm/train.sh .*)$", job.log, re.MULTILINE)
     assert again, job.log
     second = site.sbatch(*shlex.split(again[1]))
     second.run_dir = job.run_dir
@@ -273,7 +273,9 @@ def test_scontrol_requeue_while_running(site: Site) -> None:
 def test_a_sweep_with_one_task_requeued_alone(site: Site) -> None:
     lines = site.checkout / "lines.txt"
     lines.write_text("# rates\n\n--lr 1e-3\n  --lr 1e-2 --wandb 'disabled'\n--lr 3e-3\n")
-    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
+    python = Path(sys.executable).parent  # where ENV_SETUP alone finds it
+    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data), "PATH": "/usr/bin:/bin", "VIRTUAL_ENV": ""}
+    env["ENV_SETUP"] = f"export PATH={python}:$PATH"
     answer = site.cluster.run("slurm/sweep.sh", "lines.txt", "--time=30", "--", *LONG, cwd=site.checkout, env=env)
     lines.write_text("--lr 7")  # too late to matter
     array = re.findall(r"batch job (\d+): 3 runs", answer)[0]
@@ -331,6 +333,8 @@ def test_shapes(site: Site) -> None:
         # One task per GPU; these share a CPU.
         "2x2": site.sbatch("--nodes=2", "--gpus-per-node=2", "slurm/train.sh", *SHORT),
     }
+    # srun would refuse what it hears from sbatch of the one way to ask, beside what the script says in the other.
+    by_gpu = site.sbatch("--gpus-per-node=2", "--ntasks-per-gpu=1", "slurm/train.sh", *SHORT)
     losses = {}
     for shape, job in jobs.items():
         job.wait("COMPLETED")
@@ -344,6 +348,8 @@ def test_shapes(site: Site) -> None:
         assert losses[shape] == pytest.approx(losses["1x1"], abs=1e-4), shape
         assert job.show()["NumNodes"] == str(nodes)
         assert re.search(r"^0: ", job.log, re.MULTILINE), "lines are labelled with their rank"
+    by_gpu.wait("COMPLETED")
+    assert result(by_gpu)["world_size"] == 2
     assert weights(jobs["1x2"]) == weights(jobs["2x1"])
     assert "hint: 2 ranks share 1 CPU on each node" in jobs["2x2"].log
     # And as on a laptop.
@@ -382,9 +388,11 @@ def test_scancel_is_the_end(site: Site) -> None:
 
 @side_by_side
 def test_requeues_are_counted(site: Site) -> None:
-    """And ENV_SETUP makes Python available where nothing else does, and --cpus-per-task sets the threads."""
+    """And ENV_SETUP makes Python available where nothing else does, --cpus-per-task sets the threads, and a rank has
+    the job's environment where srun would hand over next to none."""
+    kept = ",".join([*site.cluster.env.keys() & {"SLURM_CONF", "HOME", "USER"}, "PATH", "ENV_SETUP", "MAX_REQUEUES"])
     job = site.sbatch(
-        "--cpus-per-task=2", "slurm/train.sh", *LONG,
+        "--cpus-per-task=2", f"--export={kept},DDP_MNIST_DATA", "slurm/train.sh", *LONG,
         MAX_REQUEUES="0", VIRTUAL_ENV="", PATH="/usr/bin:/bin",
         ENV_SETUP=f"cat $NO_SUCH_VARIABLE; false; export PATH={Path(sys.executable).parent}:$PATH",
     )  # fmt: skip
@@ -400,6 +408,7 @@ def test_requeues_are_counted(site: Site) -> None:
         finally:
             tail.kill()
     assert result(job)["threads"] == 2
+    assert re.search(r"^0: *sbatch --cpus-per-task=2 slurm/train\.sh .*--threads 2", job.log, re.MULTILINE), job.log
 
 
 @side_by_side

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Which Python runs: sets $python, by ENV_SETUP (see slurm/train.sh), the active environment, or .venv here.
+# Read by the other scripts in the repository's root: `source slurm/python.sh`.
+set -euo pipefail
+
+if [[ -n ${ENV_SETUP:-} ]]; then
+    set +eu # activation scripts are not written for strict shells
+    eval "$ENV_SETUP"
+    set -eu
+elif [[ -z ${VIRTUAL_ENV:-} && ${CONDA_DEFAULT_ENV:-base} == base && -f .venv/bin/activate ]]; then
+    # shellcheck disable=SC1091 # exists on the user's machine only
+    source .venv/bin/activate
+fi
+if ! python=$(command -v python || command -v python3); then
+    echo "error: no python on $(hostname): set ENV_SETUP, see slurm/train.sh" >&2
+    exit 1
+fi
+modules=$("$python" -c 'from importlib.util import find_spec
+print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))')
+if [[ -n $modules ]]; then
+    echo "error: not importable on $(hostname) with $python: $modules. Set ENV_SETUP, see slurm/train.sh" >&2
+    exit 1
+fi
