@@ -38,8 +38,10 @@ STATE = "state.json"
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-\d{8,}")
 TEMPORARY = ".tmp-"
-DAMAGE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
-"""What reading a checkpoint raises when anything but the very bytes that were written is there."""
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+DAMAGE = (*MISSING, ValueError, KeyError, TypeError, safetensors.SafetensorError)
+"""What reading a checkpoint raises when anything but the very bytes that were written is there. Not when the disk does
+not answer: what cannot be read now may be whole."""
 
 
 @dataclass
@@ -258,7 +260,7 @@ def open_saved(run_dir: Path) -> Saved:
         try:
             snapshot = _read(checkpoint)
             _fill(net, snapshot.weights)
-        except DAMAGE as error:
+        except (OSError, *DAMAGE) as error:
             log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
             continue
         step = snapshot.state.step

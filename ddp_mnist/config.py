@@ -11,6 +11,7 @@ import dataclasses
 import math
 import numbers
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import tyro
 from tyro.conf import arg
 
 from ddp_mnist.errors import UsageError
-from ddp_mnist.process import muted, rank_from_environment
+from ddp_mnist.process import is_first_on_its_machine, muted
 
 Recipe = Literal["tutorial", "fast", "record"]
 Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
@@ -294,7 +295,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> TrainConfig:
     """The command line → TrainConfig. `--recipe` is read first: its preset is the default for all the rest.
 
-    `quiet` (default: on every rank but 0) keeps tyro's own message for a wrong flag from being printed once a rank.
+    `quiet` (default: on all ranks but a machine's first) keeps tyro's message for a wrong flag from coming once a rank.
     Exits with 2 on a wrong flag and 0 after `--help`, as argparse does. Raises: UsageError on a bad value.
     """
     args = list(sys.argv[1:] if argv is None else argv)
@@ -305,9 +306,11 @@ def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> Tr
     except argparse.ArgumentError:  # `--recipe` without a value: tyro says it better
         recipe = "tutorial"
     preset = RECIPES.get(recipe, {})
+    if any(re.match("--mixed[-_]precision(=|$)", word) for word in args):
+        preset = preset | {"mixed_precision": "no"}  # whatever the launcher was told: the flag beats it
     default = TrainConfig(recipe=recipe if recipe in RECIPES else "tutorial", **preset)
     if quiet is None:
-        quiet = rank_from_environment() != 0
+        quiet = not is_first_on_its_machine()
     # tyro's console_outputs=False leaves out its help, but not its messages about values.
     with muted() if quiet else contextlib.nullcontext():
         return tyro.cli(TrainConfig, args=args, default=default, prog="python -m ddp_mnist.train")
@@ -340,7 +343,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if kind is Path or Path in get_args(kind):
         if not isinstance(value, str | os.PathLike):
             raise _bad(name, repr(value), "a path")
-        return Path(value)
+        return Path(os.path.expanduser(value))  # as a shell does, but for --flag=~/path
     if kind is not bool and not isinstance(value, str):
         raise _bad(name, repr(value), "a text")
     return value

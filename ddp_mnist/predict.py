@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from ddp_mnist import files, rundir
 from ddp_mnist.errors import JobError
+from ddp_mnist.process import forgiving_console
 
 Floats = NDArray[np.float64]
 
@@ -245,6 +246,7 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> Floats:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: every picture is predicted. 1: one was not, or the run could not be read. 2: a wrong flag."""
+    forgiving_console()
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:

@@ -32,6 +32,20 @@ def local_world_size_from_environment() -> int:
     return _number("LOCAL_WORLD_SIZE", least=1)
 
 
+def is_first_on_its_machine() -> bool:
+    return rank_from_environment() == 0 or os.environ.get("LOCAL_RANK") == "0"
+
+
+@contextlib.contextmanager
+def each_machine_tells() -> Iterator[None]:
+    """Before the ranks have met, rank 0 may not know what is wrong on another machine: the first rank there tells."""
+    try:
+        yield
+    except JobError as error:
+        error.local |= is_first_on_its_machine()
+        raise
+
+
 def check_environment() -> None:
     """Are a launcher's variables what they should be, Accelerate's among them? Raises: UsageError."""
     rank_from_environment(), world_size_from_environment(), local_world_size_from_environment()
@@ -50,8 +64,16 @@ def _number(name: str, *, least: int = 0) -> int:
     return int(text)
 
 
+def forgiving_console() -> None:
+    """What the console's encoding lacks, in the name of a file say, is written escaped, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or nothing that has an encoding
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
 def show_warnings(*, main: bool) -> None:
     """Warnings go to the console from the `main` rank, errors from all of them."""
+    forgiving_console()
     logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="warning: %(message)s")
 
 
@@ -78,11 +100,13 @@ def imports() -> Iterator[None]:
 
 
 def tell(error: JobError) -> int:
-    """Print the error where it is due; returns its exit code."""
+    """Print the error where it is due, once; returns its exit code."""
     # Every rank raises the same error, one tells it; except where the others cannot know.
     # Asked now: where mpirun has started the ranks, only Accelerate has learned which one this is.
-    if error.local or rank_from_environment() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if not error.told and (error.local or rank_from_environment() == 0):
+        with contextlib.suppress(OSError):  # a full disk, a closed pipe: the exit code says it as well
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    error.told = True
     return error.exit_code
 
 

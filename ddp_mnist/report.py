@@ -20,6 +20,7 @@ from ddp_mnist import files, rundir
 from ddp_mnist.config import OWN, default_data_dir
 from ddp_mnist.errors import JobError
 from ddp_mnist.figures import TITLES, confusion_figure, curves_figure, mistakes_figure, percent, png, ticks
+from ddp_mnist.process import forgiving_console
 from ddp_mnist.runlog import RunLog, comparison, labels, read_run, words
 
 log = logging.getLogger(__name__)
@@ -233,6 +234,7 @@ def _table(rows: Sequence[Sequence[str]], *, head: bool = True) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    forgiving_console()
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.report",
         description="Draw one run, or compare several; also runs that are still going.",

@@ -82,6 +82,11 @@ def _find(config: TrainConfig, path: Path) -> Run:
         return Run(path, config.replace(dataset=dataset), None, {})
     _, snapshot = newest
     saved = snapshot.config
+    if str(saved["dataset"]).startswith(OWN) and not config.own_data:
+        raise UsageError(
+            f"{path} holds a run of a script with data of its own: start that script again, choose another "
+            "--output-dir, or start over with --fresh."
+        )
     if config.dataset == "auto":  # the run has decided
         config = config.replace(dataset=saved["dataset"])
     check_identity(saved, config)
@@ -93,7 +98,7 @@ def _find(config: TrainConfig, path: Path) -> Run:
 
 def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
     """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
-    now, default = config.to_dict(), TrainConfig().to_dict()
+    now, default = config.to_dict(), TrainConfig(mixed_precision="no").to_dict()
     for name in IDENTITY:
         was, is_ = saved.get(name, default[name]), now[name]  # a run may be older than the setting
         more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was

@@ -106,7 +106,7 @@ class Tracker:
         """One line (or block) on the console, from the main process only."""
         if self.world.is_main:
             # A full disk under the log or a closed pipe is no reason to stop training.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UnicodeError):
                 if self._bar is not None:
                     self._bar.write(text)
                 else:

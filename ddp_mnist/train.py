@@ -15,6 +15,7 @@ from ddp_mnist.mirror import Mirror
 from ddp_mnist.preemption import StopSignal
 from ddp_mnist.process import (
     code_of,
+    each_machine_tells,
     imports,
     leave,
     rank_from_environment,
@@ -52,8 +53,9 @@ def main(
     stop = StopSignal()
     try:
         show_warnings(main=rank_from_environment() == 0)
-        config = parse(argv)
-        config.check_world(world_size_from_environment())
+        with each_machine_tells():
+            config = parse(argv)
+            config.check_world(world_size_from_environment())
         stop.__enter__()  # for good: a signal may come as late as the exit
         with contextlib.ExitStack() as meanwhile:
             mirror = meanwhile.enter_context(Mirror(config, is_main=rank_from_environment() == 0))  # imports wandb

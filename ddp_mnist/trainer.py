@@ -22,7 +22,7 @@ from ddp_mnist.errors import STOPPED, JobError, UsageError
 from ddp_mnist.evaluate import Score, class_count, evaluate
 from ddp_mnist.mirror import HASTY_PATIENCE, PATIENCE, Mirror
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import code_of, leave, rank_from_environment, tell_uncaught
+from ddp_mnist.process import code_of, each_machine_tells, leave, rank_from_environment, tell, tell_uncaught
 from ddp_mnist.resume import Run, continue_command, open_run
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.summary import banner, summary_of
@@ -80,7 +80,8 @@ def attempt(
     of TrainConfig. The command that continues the run says so. Raises: JobError, as `fit`."""
     own: tuple[Split, Split] | None = None
     if data is not None:
-        name, own = own_data(data)
+        with each_machine_tells():
+            name, own = own_data(data)
         config = config.replace(dataset=name)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -113,7 +114,8 @@ def already_finished(run: Run, world: World, model: Callable[[], nn.Module] | No
     step = TrainStep(run.config.replace(compile=False), world, run.snapshot, model)
     step.close()
     if world.is_main:
-        print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
+        with contextlib.suppress(OSError):
+            print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
     return Result(run.path, run.finished, step.net.eval())
 
 
@@ -166,20 +168,23 @@ class Trainer:
         )
         self.total_steps = len(self.batches) * config.epochs
         self.step = TrainStep(config, world, run.snapshot, model, spare=self.train_set)
-        for split in (self.train_set, self.test_set):
-            class_count(self.step.net, split)
-        self.state = run.snapshot.state if run.snapshot else TrainState()
-        self.resumed_from = self.state.step if run.snapshot else None
-        self.before = (self.state.samples_seen, self.state.train_seconds)
-        self.banner = banner(run, world, self.batches, len(self.test_set))
-        self.scored: tuple[int, Score] | None = None
-        sizes = [self.batches.global_size(step) for step in range(len(self.batches))]
-        metrics_bytes = run.snapshot.metrics_bytes if run.snapshot else 0
-        self.tracker = world.agree(
-            lambda: Tracker(
-                config, world, run.path, self.state, mirror=mirror, epoch_sizes=sizes, metrics_bytes=metrics_bytes
+        with contextlib.ExitStack() as unless_built:
+            unless_built.callback(self.step.close)
+            for split in (self.train_set, self.test_set):
+                class_count(self.step.net, split)
+            self.state = run.snapshot.state if run.snapshot else TrainState()
+            self.resumed_from = self.state.step if run.snapshot else None
+            self.before = (self.state.samples_seen, self.state.train_seconds)
+            self.banner = banner(run, world, self.batches, len(self.test_set))
+            self.scored: tuple[int, Score] | None = None
+            sizes = [self.batches.global_size(step) for step in range(len(self.batches))]
+            metrics_bytes = run.snapshot.metrics_bytes if run.snapshot else 0
+            self.tracker = world.agree(
+                lambda: Tracker(
+                    config, world, run.path, self.state, mirror=mirror, epoch_sizes=sizes, metrics_bytes=metrics_bytes
+                )
             )
-        )
+            unless_built.pop_all()
         self.checkpoints = Checkpoints(run.path, config.keep_checkpoints)
         self.clock = SaveClock()
         self.lap = Stopwatch()
@@ -303,13 +308,23 @@ class Trainer:
 
     def give_up(self, error: JobError) -> None:
         """Leave a summary of a failure, and add to the error what can be done about it. Raises nothing."""
-        if not self.world.is_main:
-            return
-        summary = self.summarise(error.stop_reason, exit_code=error.exit_code)
-        with contextlib.suppress(JobError):
-            self.write_summary(summary)
-        self.tracker.end(preempted=False, exit_code=error.exit_code)
-        self.mirrored(summary, HASTY_PATIENCE)
+        if self.world.is_main:
+            summary = self.summarise(error.stop_reason, exit_code=error.exit_code)
+            with contextlib.suppress(JobError):
+                self.write_summary(summary)
+            self.tracker.end(preempted=False, exit_code=error.exit_code)
+        if self.world.is_main or (error.local and self.world.rank == 1):  # whom rank 0 may have been lost to
+            self.advise(error)
+            tell(error)
+        if self.world.is_main:
+            self.mirrored(summary, HASTY_PATIENCE)
+        if not error.local:
+            # srun --kill-on-bad-exit ends rank 0 with the first that leaves, be it in the middle of a word.
+            with contextlib.suppress(RuntimeError):
+                self.world.broadcast(None)
+
+    def advise(self, error: JobError) -> None:
+        """Add what to type."""
         kept = self.checkpoints.steps()
         if error.stop_reason == "nan":
             again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))

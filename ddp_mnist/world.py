@@ -23,6 +23,7 @@ from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.process import (
     check_environment,
+    is_first_on_its_machine,
     local_world_size_from_environment,
     rank_from_environment,
     world_size_from_environment,
@@ -43,7 +44,10 @@ class World:
         self.size = world_size_from_environment()
         on_cpu = not _has_accelerator(self.size)
         if on_cpu and config.mixed_precision == "fp16":
-            raise UsageError("--mixed-precision fp16 needs a GPU and there is none here: use bf16 or no.")
+            raise UsageError(
+                f"--mixed-precision fp16 needs a GPU and there is none on {socket.gethostname()}: use bf16 or no.",
+                local=is_first_on_its_machine(),
+            )
         self.threads = config.threads or default_threads()
         # The thread count decides speed and bits. Launchers set OMP_NUM_THREADS=1 or leave it alone, and Accelerate
         # obeys it or takes all cores: the job sets it itself, so that it is the same under all of them.

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddp_mnist.process import forgiving_console
 from ddp_mnist.rundir import CONFIG, SUMMARY, read_json
 from ddp_mnist.runlog import comparison, state
 
@@ -29,6 +30,7 @@ def table(run_dirs: Sequence[Path]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    forgiving_console()
     parser = argparse.ArgumentParser(prog="python -m launch.table", description="One row per run, best first.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     run_dirs = parser.parse_args(argv).run_dirs

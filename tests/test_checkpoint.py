@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,43 @@ def test_what_is_damaged_again_and_again_is_all_kept(tmp_path: Path) -> None:
     kept = ["damaged-step-00000007", "damaged-step-00000007-2", "damaged-step-00000007-3"]
     assert names(tmp_path) == kept
     assert [(tmp_path / "checkpoints" / name / "MANIFEST.json").read_text() for name in kept] == ["a", "b", "c"]
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run would start over where its checkpoints cannot be read for a moment."""
+    store = Checkpoints(tmp_path, keep=2)
+    path = store.publish(snapshot(7))
+    read = Path.read_bytes
+
+    def failing(self: Path) -> bytes:
+        if self.name == "model.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            store.newest()
+    found = store.newest()
+    assert found is not None and found[0] == path and names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_cannot_sync_directories_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    sync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    store = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(OSError) if number == errno.EIO else contextlib.nullcontext():
+        store.publish(snapshot(7))
+        assert store.newest() is not None
 
 
 def test_a_run_keeps_as_many_as_it_was_told(train: Train, tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def test_the_precision_is_what_accelerate_launch_was_told_unless_a_flag_says_oth
     assert parse([]).mixed_precision == "bf16"
     assert parse(["--mixed-precision", "no"]).mixed_precision == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    for words in (["--mixed-precision", "bf16"], ["--mixed_precision=bf16"]):
+        assert parse(words).mixed_precision == "bf16"
     with pytest.raises(UsageError, match=r"--mixed-precision is fp8; expected one of no, fp16, bf16"):
         parse([])
 
@@ -325,3 +327,11 @@ def test_the_package_offers_its_names_without_importing_torch() -> None:
     )
     ended = jobs.run([jobs.TRAIN[0], "-c", code])
     assert ended.code == 0, ended.err
+
+
+def test_a_path_may_begin_with_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell expands it in `--output-dir ~/runs`, but not in `--output-dir=~/runs`, nor in a script."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse(["--output-dir=~/runs/a", "--data-dir=~/data"])
+    assert (config.output_dir, config.data_dir) == (tmp_path / "runs" / "a", tmp_path / "data")
+    assert TrainConfig(init_from="~nobody-of-that-name/x").init_from == Path("~nobody-of-that-name/x")  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ddp_mnist import Result, TrainConfig, fit, step, world
+from ddp_mnist import Result, TrainConfig, fit, step, train, world
 from ddp_mnist.checkpoint import open_saved
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.provenance import without_secrets
@@ -428,6 +428,8 @@ def test_networks_of_many_kinds_are_trained_and_saved(fit_here: Callable[..., Re
         data=((torch.rand(41, 1, 3, 3, 3), torch.arange(41) % 3),) * 2,
     )
     assert volume.summary["finished"]
+    lazy = fit_here("lazy", model=lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)))
+    assert lazy.summary["finished"]
 
 
 def test_evaluate_and_predict_leave_a_network_of_ones_own_alone(fit_here: Callable[..., Result]) -> None:
@@ -500,13 +502,16 @@ VIEWED = SCRIPT.replace("nn.Flatten(), nn.Linear(4, 2)", "Viewed(), nn.Linear(4,
 @pytest.mark.distributed
 def test_a_network_that_takes_no_empty_share_has_the_same_curve_at_two_ranks(tmp_path: Path) -> None:
     assert "Viewed()" in VIEWED
-    losses = []
+    losses, accuracies = [], []
     for ranks in (1, 2):
         settings = f"output_dir='run-{ranks}', log_every=1, threads=1, lr=0.1"
         jobs.succeeded(run_script(tmp_path, ranks, settings=settings, script=VIEWED))
-        losses.append([line["train/loss"] for line in jobs.read_metrics(tmp_path / f"run-{ranks}")])
+        lines = jobs.read_metrics(tmp_path / f"run-{ranks}")
+        losses.append([line["train/loss"] for line in lines])
+        accuracies.append([line["train/accuracy"] for line in lines])
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=1e-9)
 
 
 def run_script(
@@ -552,3 +557,34 @@ def test_the_printed_command_has_the_precision_that_accelerate_launch_was_told(
 def test_secrets_among_a_scripts_arguments_are_not_kept() -> None:
     words = ["mine.py", "--token=abc", "--api-key", "def", "--keep", "ghi", "--lr", "1"]
     assert without_secrets(words) == ["mine.py", "--token=***", "--api-key", "***", "--keep", "ghi", "--lr", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_lazy_layers_are_the_same_on_all_ranks_and_the_data_stay_as_they_are(tmp_path: Path) -> None:
+    """An in-place first layer and a rank without an image included."""
+    script = SCRIPT.replace("nn.Flatten(), nn.Linear(4, 2)", "nn.Flatten(), nn.ReLU(inplace=True), nn.LazyLinear(2)")
+    script = script.replace(
+        "result = fit(",
+        "given = points(101, SEED)\nbefore = given[0].clone() - 0.5\ngiven = (before.clone(), given[1])\nresult = fit(",
+    )
+    script = script.replace("data=(points(101, SEED), ", "data=(given, ")
+    script = script.replace("result.exit()", "assert torch.equal(given[0], before)\nresult.exit()")
+    losses = []
+    for ranks in (1, 2):
+        settings = f"output_dir='run-{ranks}', log_every=1, threads=1"
+        jobs.succeeded(run_script(tmp_path, ranks, settings=settings, script=script))
+        losses.append([line["train/loss"] for line in jobs.read_metrics(tmp_path / f"run-{ranks}")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_run_with_data_of_ones_own_is_for_its_script_to_continue(
+    fit_here: Callable[..., Result], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = fit_here(max_steps=2).run_dir
+    before = (run_dir / "summary.json").read_bytes()
+    for flags in ([], ["--dataset", "mnist"]):
+        assert train.main(["--output-dir", str(run_dir), "--wandb", "disabled", *flags]) == 2
+        told = capsys.readouterr().err
+        assert "of a script with data of its own: start that script again" in told
+    assert (run_dir / "summary.json").read_bytes() == before

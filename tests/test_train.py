@@ -12,6 +12,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from ddp_mnist import TrainConfig, fit, provenance, report, rundir
 from ddp_mnist.checkpoint import Checkpoints, SaveClock, TrainState
 from ddp_mnist.config import Schedule
 from ddp_mnist.data import Batch
+from ddp_mnist.errors import JobError
 from ddp_mnist.process import tell_uncaught
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.tracking import MetricsFile, Tracker
@@ -451,6 +453,16 @@ def test_a_bad_flag_is_one_message_from_one_rank_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [["--epochz", "3"], ["--lr", "0"], ["--mixed-precision", "fp16"]], ids=" ".join)
+def test_each_machine_tells_of_a_bad_flag(tmp_path: Path, arguments: list[str]) -> None:
+    """Before its ranks have met those of others, which may have been given better ones."""
+    flags = ["--dataset", "synthetic", *arguments]
+    machine = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    ended = jobs.run_ranks(2, *flags, cwd=tmp_path, variables=machine)
+    assert [len(jobs.messages([rank])) for rank in ended] == [1, 1]
+    assert [rank.code for rank in ended] == [2, 2]
+
+
 def test_a_bad_precision_of_accelerate_launch_is_named_like_a_flag(tmp_path: Path) -> None:
     ended = jobs.run_ranks(2, cwd=tmp_path, variables={"ACCELERATE_MIXED_PRECISION": "fp8"})
     assert "--mixed-precision is fp8" in jobs.the_message(ended, 2)
@@ -772,6 +784,19 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_message(flags: list[s
     ended_as_nan(run_dir, jobs.the_message(ended, 1), 2)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_nobody_leaves_before_the_reason_is_told(flags: list[str], tmp_path: Path) -> None:
+    """As srun --kill-on-bad-exit ends rank 0 with the first that leaves."""
+    init = weights_file(tmp_path / "init.safetensors", OVERFLOWING)
+    with faults.start(2, *flags, "--init-from", init, "--output-dir", tmp_path / "run") as job:
+        faults.wait_for(lambda: job.processes[1].poll() is not None, "the end of rank 1", job)
+        job.signal(signal.SIGKILL, 0)
+        told = job.wait(60)[0].err
+    assert told.count("error: the loss became") == 1 and "A lower rate may help" in told
+    ended_as_nan(tmp_path / "run", told, 2)
+
+
 def finish_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run does alone on a GPU."""
     late = property(lambda self: True, lambda self, value: None)
@@ -949,3 +974,39 @@ def test_what_is_not_a_number_is_null_in_json(tmp_path: Path) -> None:
     rundir.write_json(tmp_path / "file.json", {"test_loss": math.inf, "train_loss": math.nan, "steps": 3, "lr": 0.5})
     expected = {"test_loss": None, "train_loss": None, "steps": 3, "lr": 0.5}
     assert jobs.read_json(tmp_path / "file.json") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
+def test_a_console_that_takes_nothing_changes_no_exit_code(flags: list[str], tmp_path: Path) -> None:
+    def code(*arguments: str, stream: str) -> int:
+        command = f"{shlex.join([*jobs.TRAIN, *flags, '--output-dir', str(tmp_path), *arguments])} {stream}>/dev/full"
+        return jobs.run(["bash", "-c", command], {"PYTHONUNBUFFERED": "1"}).code
+
+    assert code("--mixed-precision", "fp16", stream="2") == 2
+    assert code("--epochs", "1", stream="1") == 0
+    assert code("--epochs", "1", stream="1") == 0  # finished already
+
+
+@pytest.mark.slow
+def test_a_path_that_the_consoles_encoding_lacks_ends_nothing(flags: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "Läufe"
+    command = [*jobs.TRAIN, *flags, "--max-steps", "1", "--output-dir", str(run_dir)]
+    ended = jobs.run(command, {"PYTHONIOENCODING": "ascii"})
+    assert ended.code == 0, ended.err
+    assert "L\\xe4ufe" in ended.out
+
+
+def test_what_fails_while_the_job_is_built_lets_go_of_its_step(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP must not outlive the process group."""
+    closed = []
+
+    def failing(*_: object, **__: object) -> None:
+        raise JobError("no room for metrics.jsonl")
+
+    monkeypatch.setattr("ddp_mnist.trainer.Tracker", failing)
+    monkeypatch.setattr(TrainStep, "close", lambda self: closed.append(self))
+    assert train("--output-dir", tmp_path).code == 1
+    assert len(closed) == 1
