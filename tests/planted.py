@@ -51,6 +51,24 @@ FAULTS = (
         ("tests/test_by_hand.py::test_a_change_of_forward_is_seen_and_told[gradients only]",),
     ),
     Fault(
+        "whoever changes the loss is not heard",
+        "and self._loss_is_written_out(net)",
+        "and True",
+        ("tests/test_by_hand.py::test_a_change_of_the_loss_is_seen_and_told[smoothed]",),
+    ),
+    Fault(
+        "scoring writes over the data",
+        "return to_float(images.clone() if images.dtype == torch.float32 else images)",
+        "return to_float(images)",
+        ("tests/test_evaluate.py::test_a_network_that_writes_over_its_input_changes_no_data",),
+    ),
+    Fault(
+        "rank 1 leaves before the reason is told",
+        "self.world.broadcast(None)",
+        "pass",
+        ("tests/test_train.py::test_nobody_leaves_before_the_reason_is_told",),
+    ),
+    Fault(
         "the shards are sharded again",
         "indices = self.sampler.indices()",
         "indices = self.sampler.indices()[self.sampler.rank :: self.sampler.num_replicas]",

@@ -6,12 +6,14 @@ python tests/rank_checks.py DATA_ROOT FOLDER      (once per rank, with a launche
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddp_mnist import data, step, trainer
+from ddp_mnist import data, trainer
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import Split, TrainBatches
 from ddp_mnist.errors import JobError, UsageError
@@ -33,12 +35,27 @@ from ddp_mnist.world import World
 BATCH = 24
 GRADIENT_IMAGES = {"one left": 49, "two left": 50, "three left": 51, "five left": 53}  # images in the data set
 PARTS = (1, 2, 4)
-Gradients = dict[str, Tensor]
-EXCHANGES: dict[str, list[Callable[[TrainStep], object]]] = {
-    "ours": [],
-    "DDP's": [lambda step: hooked_on_the_last_rank(step)],
-}
 CLIP = 0.01
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A way to come to the gradients of all ranks."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    changes: tuple[Callable[[TrainStep], object], ...] = ()
+    images: Collection[str] = tuple(GRADIENT_IMAGES)
+    parts: Collection[int] = PARTS
+
+
+EXCHANGES = {
+    "ours": Exchange(),
+    "DDP's": Exchange(changes=(lambda step: hooked_on_the_last_rank(step),)),
+    # As on GPUs: nothing of the network is written out.
+    "DDP's, by torch's layers": Exchange(changes=(lambda step: by_torchs_layers(step),)),
+    # It takes a second for each size of a share.
+    "DDP's, compiled": Exchange({"compile": True}, images=["one left", "five left"], parts=PARTS[:2]),
+}
 ROUTES: dict[str, tuple[dict[str, Any], list[Callable[[TrainStep], object]]]] = {
     "whole": ({}, []),
     "two parts": ({"accumulate": 2}, []),
@@ -48,22 +65,24 @@ ROUTES: dict[str, tuple[dict[str, Any], list[Callable[[TrainStep], object]]]] = 
 }
 
 
-def gradients(world: World, images: Tensor, labels: Tensor, *changes: Callable[[TrainStep], object]) -> Gradients:
-    """The network's gradients of every step of an epoch, flat; also with the batch split into parts."""
+def gradients(world: World, images: Tensor, labels: Tensor, exchange: Exchange) -> dict[str, Tensor]:
+    """The network's gradients of every step of an epoch, flat, and their norm; also with the batch split into parts."""
     found = {}
-    for name, count in GRADIENT_IMAGES.items():
-        split = Split(images[:count], labels[:count])
+    for name in exchange.images:
+        split = Split(images[: GRADIENT_IMAGES[name]], labels[: GRADIENT_IMAGES[name]])
         batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
-        for parts in PARTS:
-            step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1), world)
-            for change in changes:
+        for parts in exchange.parts:
+            step = TrainStep(TrainConfig(batch_size=BATCH, accumulate=parts, threads=1, **exchange.settings), world)
+            for change in exchange.changes:
                 change(step)
             step.settle(batches)
             for number, batch in enumerate(batches.epoch(0)):
                 loss, _ = step.gradients(batch)
                 found[f"{name}/{parts}/{number}/loss"] = world.sum(loss.reshape(1))
+                found[f"{name}/{parts}/{number}/norm"] = step.gradient_norm().reshape(1)
                 flat = [value.grad.flatten() for value in step.net.parameters() if value.grad is not None]
                 found[f"{name}/{parts}/{number}"] = torch.cat(flat)
+            step.close()
     return found
 
 
@@ -92,12 +111,14 @@ def settling(world: World, split: Split) -> dict[str, Any]:
     }
 
 
-def clipped(world: World, split: Split) -> float:
-    """The norm of the gradient that a step with clipping used."""
-    batches = TrainBatches(split, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
+def clipped(world: World, split: Split) -> list[float]:
+    """The norm of the gradient that a step with clipping used, and of the one before clipping."""
+    few = Split(split.images[: GRADIENT_IMAGES["one left"]], split.labels[: GRADIENT_IMAGES["one left"]])
+    batches = TrainBatches(few, batch_size=BATCH, rank=world.rank, world_size=world.size, seed=0)
     step = TrainStep(TrainConfig(batch_size=BATCH, threads=1, grad_clip=CLIP), world)
     step(next(batches.epoch(0)), 1e-3)
-    return torch.cat([value.grad.flatten() for value in step.net.parameters() if value.grad is not None]).norm().item()
+    used = torch.cat([value.grad.flatten() for value in step.net.parameters() if value.grad is not None]).norm()
+    return [used.item(), step.gradient_norm().item()]
 
 
 def fifty_steps(
@@ -139,6 +160,10 @@ def hooks(world: World, split: Split) -> dict[str, Any]:
 def hooked_on_the_last_rank(step: TrainStep) -> None:
     if step.world.rank == step.world.size - 1:
         step.net.conv1.weight.register_hook(lambda gradient: None)
+
+
+def by_torchs_layers(step: TrainStep) -> None:
+    step.net.once = False  # type: ignore[assignment]
 
 
 def usual_order(step: TrainStep) -> None:
@@ -199,21 +224,14 @@ def agreement(world: World) -> dict[str, Any]:
 
 def trained(root: Path, folder: Path, ports: Sequence[str]) -> list[dict[str, Any]]:
     """The weights every rank holds after whole runs, the last of which stops in the middle of an epoch."""
-    nets: list[CNN] = []
-
-    class Remembered(CNN):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            nets.append(self)
-
-    step.CNN = Remembered  # type: ignore[misc]
     found = []
     jobs = {"one-left": {"batch_size": 60}, "two-parts": {"batch_size": 12, "accumulate": 2}}
     for port, (name, changes) in zip(ports, jobs.items(), strict=True):
         os.environ["MASTER_PORT"] = port
         config = TrainConfig(dataset="fashion-mnist", data_dir=root, output_dir=folder / name, threads=1, epochs=1)
-        summary = trainer.fit(config.replace(max_steps=40, **changes)).summary
-        found.append({"weights": digest(nets[-1]), "test_correct": summary["test_correct"], "steps": summary["steps"]})
+        result = trainer.fit(config.replace(max_steps=40, **changes))
+        figures = {name: result.summary[name] for name in ("test_correct", "steps")}
+        found.append({"weights": digest(result.model), **figures})
     return found
 
 
@@ -225,7 +243,7 @@ def main(root: Path, folder: Path, ports: Sequence[str]) -> None:
         torch.manual_seed(0)
         score = evaluate(CNN(), test, world)
         found |= {
-            "score": {"confusion": score.confusion, "loss": score.loss},
+            "score": {"confusion": score.confusion, "loss": score.loss, "mistakes": list(map(asdict, score.mistakes))},
             "sum": world.sum(torch.tensor([1.0, world.rank])).tolist(),
             "broadcast": world.broadcast(f"from rank {world.rank}"),
             "agree": agreement(world),
@@ -236,10 +254,15 @@ def main(root: Path, folder: Path, ports: Sequence[str]) -> None:
             "hooks": hooks(world, train),
         }
         rank = world.rank
-        for name, changes in EXCHANGES.items():
-            save_file(gradients(world, train.images, train.labels, *changes), folder / f"{name}-{rank}.safetensors")
+        # The compiler but for its last stage, which needs a C++ compiler: what it has traced runs as it is.
+        torch.compile = functools.partial(torch.compile, backend="eager")  # type: ignore[assignment]
+        for name, exchange in EXCHANGES.items():
+            save_file(gradients(world, train.images, train.labels, exchange), folder / f"{name}-{rank}.safetensors")
+        _, exact = fifty_steps(world, train)
     with World(TrainConfig(threads=1, mixed_precision="bf16")) as world:
         found["routes"]["bf16"] = route(world, train)
+        _, rounded = fifty_steps(world, train)
+        found["bf16 from fp32"] = (rounded - exact).norm().item() / exact.norm().item()
     found["trained"] = trained(root, folder, ports)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import jobs
 import pytest
 import rank_checks
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from conftest import BATCH, EPOCHS, STEPS, TEST_IMAGES, TRAIN_IMAGES
 from safetensors.torch import load_file
 from torch import Tensor
-from tutorial import TutorialCNN, count_correct, read_raw, train_losses
+from tutorial import TutorialCNN, count_correct, read_raw, train
 
 from ddp_mnist import TrainConfig, world
 from ddp_mnist.data import ShardSampler
@@ -65,25 +66,27 @@ def expected_gradients(tiny: Path) -> dict[str, Tensor]:
             loss = F.cross_entropy(net(images[rows]), labels[rows])
             gradient = torch.autograd.grad(loss, list(net.parameters()))
             found[f"{name}/{number}"] = torch.cat([value.flatten() for value in gradient])
+            found[f"{name}/{number}/norm"] = found[f"{name}/{number}"].norm().reshape(1)
             found[f"{name}/{number}/loss"] = loss.detach().reshape(1)
     return found
 
 
-@pytest.mark.parametrize("exchange", rank_checks.EXCHANGES)
-@pytest.mark.parametrize("parts", rank_checks.PARTS)
+@pytest.mark.parametrize(
+    ("parts", "exchange"), [(parts, name) for name, each in rank_checks.EXCHANGES.items() for parts in each.parts]
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_gradient_of_every_batch_is_the_single_process_one(
     ranks_at: RanksAt, expected_gradients: dict[str, Tensor], world_size: int, parts: int, exchange: str
 ) -> None:
     _, gradients = ranks_at(world_size)
-    for name, count in rank_checks.GRADIENT_IMAGES.items():
-        for step in range(-(-count // rank_checks.BATCH)):
+    for name in rank_checks.EXCHANGES[exchange].images:
+        for step in range(-(-rank_checks.GRADIENT_IMAGES[name] // rank_checks.BATCH)):
             for found in gradients[exchange]:
                 key = f"{name}/{parts}/{step}"
                 torch.testing.assert_close(found[key], expected_gradients[f"{name}/{step}"], rtol=1e-4, atol=1e-6)
-                torch.testing.assert_close(
-                    found[f"{key}/loss"], expected_gradients[f"{name}/{step}/loss"], rtol=1e-6, atol=0
-                )
+                for figure, bound in (("loss", 1e-6), ("norm", 1e-5)):
+                    expected = expected_gradients[f"{name}/{step}/{figure}"]
+                    torch.testing.assert_close(found[f"{key}/{figure}"], expected, rtol=bound, atol=0)
 
 
 @pytest.mark.parametrize("exchange", rank_checks.EXCHANGES)
@@ -117,6 +120,7 @@ def test_a_score_is_the_same_on_all_ranks_and_at_every_world_size(ranks_at: Rank
     for rank in found:
         assert rank["score"]["confusion"] == alone["score"]["confusion"]
         assert rank["score"]["loss"] == pytest.approx(alone["score"]["loss"], rel=1e-12)
+        assert rank["score"]["mistakes"] == alone["score"]["mistakes"]
     assert sum(map(sum, alone["score"]["confusion"])) == TEST_IMAGES
 
 
@@ -139,6 +143,12 @@ def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: RanksAt, world_size: i
         # Adam makes as much as of gradients.
         if (world_size, route) != (3, "bf16"):
             assert found["apart"] <= (1e-5 if world_size == 3 else 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_bf16_is_computed_in_at_every_world_size(ranks_at: RanksAt, world_size: int) -> None:
+    for rank in ranks_at(world_size)[0]:
+        assert 1e-4 < rank["bf16 from fp32"] < 0.1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -168,9 +178,13 @@ def test_a_container_that_forbids_policies_is_no_obstacle(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_clipping_limits_the_norm_of_the_global_gradient(ranks_at: RanksAt, world_size: int) -> None:
+def test_clipping_limits_the_norm_of_the_global_gradient(
+    ranks_at: RanksAt, expected_gradients: dict[str, Tensor], world_size: int
+) -> None:
+    before = expected_gradients["one left/0/norm"].item()
+    assert before > 10 * rank_checks.CLIP
     for rank in ranks_at(world_size)[0]:
-        assert rank["clipped"] == pytest.approx(rank_checks.CLIP, rel=1e-3)
+        assert rank["clipped"] == pytest.approx([rank_checks.CLIP, before], rel=1e-3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -221,24 +235,34 @@ def test_every_image_is_seen_once_an_epoch(run_at: RunAt, world_size: int) -> No
 
 
 @pytest.fixture(scope="module")
-def tutorial_losses(tiny: Path) -> list[float]:
-    """Every step of the tutorial's own loop, in one process, over the same global batches."""
+def tutorials(tiny: Path) -> tuple[list[float], list[float]]:
+    """(losses, accuracies) of every step of the tutorial's own loop, in one process, over the same global batches."""
     sampler = ShardSampler(TRAIN_IMAGES, rank=0, world_size=1, seed=0)
     batches: list[Tensor] = []
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         batches += torch.tensor(list(sampler)).split(BATCH)
-    return train_losses(*read_raw(tiny / "FashionMNIST" / "raw", "train"), batches)
+    return train(*read_raw(tiny / "FashionMNIST" / "raw", "train"), batches)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_curve_is_the_tutorials_at_every_world_size(
-    run_at: RunAt, tutorial_losses: list[float], world_size: int
+    run_at: RunAt, tutorials: tuple[list[float], list[float]], world_size: int
 ) -> None:
     lines = jobs.read_metrics(run_at(world_size))
+    losses, accuracies = tutorials
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["train/loss"] for line in lines] == pytest.approx(tutorial_losses, rel=0, abs=1e-4)
-    assert tutorial_losses[-2] < tutorial_losses[0] - 0.3  # it goes somewhere
+    assert [line["train/loss"] for line in lines] == pytest.approx(losses, rel=0, abs=1e-4)
+    assert losses[-2] < losses[0] - 0.3  # it goes somewhere
+    # One image may be at the edge.
+    assert [line["train/accuracy"] for line in lines] == pytest.approx(accuracies, rel=0, abs=1.01 / BATCH)
+    assert max(accuracies) > 0.5
+
+
+def test_a_job_whose_gradients_ddp_exchanges_is_the_same_job(run_at: RunAt, flags: list[str], tmp_path: Path) -> None:
+    program = (sys.executable, str(Path(rank_checks.__file__).with_name("with_ddp.py")))
+    jobs.succeeded(jobs.run_ranks(2, *flags, "--output-dir", str(tmp_path), program=program))
+    faults.assert_same_result(tmp_path, run_at(2))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

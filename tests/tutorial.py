@@ -49,13 +49,15 @@ def count_correct(weights: Path, folder: Path, prefix: str) -> tuple[int, int, f
     return int((logits.argmax(1) == labels).sum()), len(labels), F.cross_entropy(logits, labels).item()
 
 
-def train_losses(images: torch.Tensor, labels: torch.Tensor, batches: Iterable[torch.Tensor]) -> list[float]:
-    """The tutorial's loop over batches of these rows, from seed 0: each step's loss."""
+def train(
+    images: torch.Tensor, labels: torch.Tensor, batches: Iterable[torch.Tensor]
+) -> tuple[list[float], list[float]]:
+    """The tutorial's loop over batches of these rows, from seed 0: each step's loss, and its accuracy in 0-1."""
     torch.manual_seed(0)
     model = TutorialCNN()
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    losses = []
+    losses, accuracies = [], []
     for rows in batches:
         scores = model(images[rows])
         loss = criterion(scores, labels[rows])
@@ -63,4 +65,5 @@ def train_losses(images: torch.Tensor, labels: torch.Tensor, batches: Iterable[t
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+        accuracies.append((scores.argmax(1) == labels[rows]).float().mean().item())
+    return losses, accuracies
