@@ -80,6 +80,7 @@ COMMANDS: dict[str, Here | By | Not] = {
         TRAINED, ('ARGS="', 'ARGS="FLAGS --fresh ')
     ),
     "make install": by(".ci/run", "make check"),  # which needs it
+    "make install PYTHON=python3.11": by(".ci/run", "make check"),
     "make install check": by(".ci/run", "make check"),
     "make test": by(".ci/run", "make test"),
     "make check": by(".ci/run", "make check"),
@@ -197,6 +198,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     ),
     "scancel --signal=TERM <job>": by(SETS_UP, '"scancel", "--signal=TERM", job.id'),
     "scancel <job>": by("tests/test_slurm.py::test_scancel_is_the_end", '"scancel", job.id'),
+    "export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=me": here(""),
     "export GLOO_SOCKET_IFNAME=... NCCL_SOCKET_IFNAME=...": here(
         TRAINED,
         ("=... NCCL", "=lo NCCL"),
@@ -204,14 +206,15 @@ COMMANDS: dict[str, Here | By | Not] = {
     ),
     "cat rates.txt": here("--lr 3e-3"),
     "slurm/sweep.sh rates.txt --gpus-per-node=1 -- --epochs 3": by(SWEEP, '"slurm/sweep.sh"', '"--"'),
-    "sbatch --array=2 slurm/sweep.sh rates.txt -- --epochs 3": by(
+    "sbatch --array=2 --gpus-per-node=1 slurm/sweep.sh rates.txt -- --epochs 3": by(
         AGAIN, 'site.sbatch("--array=2", "slurm/sweep.sh"', '"--"'
     ),
     "python -m launch.submit": by(SUBMIT, "launch.submit"),
     "python -m launch.submit --help": here("--sbatch"),
     "python -m launch.submit --sbatch NAME=VALUE": by(SUBMIT, "launch.submit", "--sbatch=constraint=a100"),
-    "python -m launch.submit --nodes 2 --gpus-per-node 8 --partition gpu --time-min 60 --follow -- --recipe fast": by(
-        SUBMIT, "launch.submit", "--nodes=2", "--gpus-per-node=", "--partition=gpu", "--time-min=", '"--"'
+    "python -m launch.submit --nodes 2 --gpus-per-node 8 --cpus-per-task 4 --partition gpu --follow "
+    "-- --recipe fast": by(
+        SUBMIT, "launch.submit", "--nodes=2", "--gpus-per-node=", "--cpus-per-task=", "--partition=gpu", '"--"'
     ),
 }
 
