@@ -531,10 +531,11 @@ CPU = {
     "training seconds and test accuracy": ["training until a mean of 99 %: --recipe record", "its test accuracy"],
     "logging, checkpoints, W&B": ["training with checkpoints, tracking, stop agreement: 5 epochs"],
     "that with": ["the same with --wandb disabled"],
-    "the first of these two, by": ["the first of them, by its own clock"],
-    "the first of these two on 2 ranks": ["the first of them on the CPU, 2 ranks x 1 thread"],
+    "a whole run, by its own clock": ["the first of them, by its own clock"],
+    "a whole run on 2 ranks of 1 thread": ["the first of them on the CPU, 2 ranks x 1 thread"],
+    "a whole run on 2 ranks, by": ["that one, by rank 0's own clock"],
 }
-NOT_ON_GPU = ("that command with", "2 ranks", "that with", "the first of these two")
+NOT_ON_GPU = ("that command with", "2 ranks", "that with", "a whole run")
 GPU = {name: CPU[name] for name in CPU if not name.startswith(NOT_ON_GPU)} | {
     "the same with `--compile`": ["the same with --compile"]
 }
