@@ -784,12 +784,29 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_message(flags: list[s
     ended_as_nan(run_dir, jobs.the_message(ended, 1), 2)
 
 
+SLOW_DISK = """
+import sys, time
+from ddp_mnist import train
+from ddp_mnist.trainer import Trainer
+
+write = Trainer.write_summary
+def slowly(self, summary):
+    if self.world.is_main:
+        time.sleep(3)
+    write(self, summary)
+Trainer.write_summary = slowly
+train.leave(train.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_nobody_leaves_before_the_reason_is_told(flags: list[str], tmp_path: Path) -> None:
     """As srun --kill-on-bad-exit ends rank 0 with the first that leaves."""
-    init = weights_file(tmp_path / "init.safetensors", OVERFLOWING)
-    with faults.start(2, *flags, "--init-from", init, "--output-dir", tmp_path / "run") as job:
+    init, program = weights_file(tmp_path / "init.safetensors", OVERFLOWING), tmp_path / "slow.py"
+    program.write_text(SLOW_DISK)
+    arguments = [*flags, "--init-from", init, "--output-dir", tmp_path / "run"]
+    with faults.start(2, *arguments, program=(sys.executable, str(program))) as job:
         faults.wait_for(lambda: job.processes[1].poll() is not None, "the end of rank 1", job)
         job.signal(signal.SIGKILL, 0)
         told = job.wait(60)[0].err
