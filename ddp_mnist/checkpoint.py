@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +65,15 @@ class TrainState:
     correct: int = 0
     """Training images recognised since that line, each as it was trained on."""
 
-    def advance(self, global_size: int) -> None:
+    def advance(self, global_size: int, *, skipped: bool = False) -> None:
+        """Count a step on a global batch of so many items. `skipped`: by fp16's loss scaler."""
         self.step += 1
         self.step_in_epoch += 1
         self.samples_seen += global_size
+        self.skipped_steps += skipped
 
     def end_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
         self.epoch += 1
         self.step_in_epoch = 0
 
@@ -167,25 +169,6 @@ class Checkpoints:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-class SaveClock:
-    """When an automatic checkpoint is due: saving may take 1 % of the time, or 10 minutes have passed."""
-
-    SHARE = 0.01
-    SECONDS = 600.0
-
-    def __init__(self) -> None:
-        self._saved = time.monotonic()
-        self._cost = 0.0
-
-    def due(self, *, epoch_end: bool) -> bool:
-        since = time.monotonic() - self._saved
-        return since >= self.SECONDS or (epoch_end and self._cost <= self.SHARE * since)
-
-    def saved(self, cost: float) -> None:
-        """`cost`: seconds the save took, failed or not."""
-        self._saved, self._cost = time.monotonic(), cost
-
-
 def weights(net: nn.Module) -> dict[str, Tensor]:
     """The network's state dict on the CPU in plain layout, floats as fp32. Raises: JobError for one not finite."""
     tensors = {
@@ -200,8 +183,10 @@ def weights(net: nn.Module) -> dict[str, Tensor]:
 
 
 def publish_weights(net: nn.Module, path: Path) -> None:
-    """Write `model.safetensors`: no metadata, so that equal weights are equal files. Raises: JobError, OSError."""
-    rundir.write_atomic(path, safetensors.torch.save(weights(net)))
+    """Write `model.safetensors`, without metadata: equal weights are equal files. Raises: JobError."""
+    content = safetensors.torch.save(weights(net))
+    with rundir.writing(path):
+        rundir.write_atomic(path, content)
 
 
 def load_weights(net: nn.Module, path: Path, *, flag: str = "--init-from") -> None:
@@ -247,7 +232,7 @@ def open_saved(run_dir: Path) -> Saved:
     newest checkpoint is ahead of it, or equal.
     """
     config = rundir.read_settings(run_dir)
-    if config.own_data or rundir.read_json(run_dir / rundir.CONFIG).get("network"):
+    if config.has_user_data or rundir.read_json(run_dir / rundir.CONFIG).get("network"):
         raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
     summary = rundir.read_json(run_dir / rundir.SUMMARY)
     scored = summary.get("test_count") is not None

@@ -1,63 +1,90 @@
-"""Every setting of a run: one frozen dataclass, its checks, the recipes and the command line.
-
-Imports neither torch nor anything that does: `--help`, a wrong flag and the launchers answer at once.
-"""
+"""All settings of a run, the recipes and the command line. No import of torch: `--help` answers at once."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
-import math
+import json
 import numbers
 import os
 import re
+import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import arg
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic.dataclasses import dataclass
+from tyro.conf import FlagCreatePairsOff, arg
 
 from ddp_mnist.errors import UsageError
 from ddp_mnist.process import is_first_on_its_machine, muted
 
-Recipe = Literal["tutorial", "fast", "record"]
-Dataset = Literal["auto", "mnist", "fashion-mnist", "synthetic"]
-# Another one is `step.learning_rate`'s to follow; may a run have more epochs later, `check_identity` must know it.
-Schedule = Literal["constant", "onecycle", "linear"]
-Precision = Literal["no", "fp16", "bf16"]
-Wandb = Literal["auto", "online", "offline", "disabled"]
-
-OWN = "own-"
-# What a run is. A continued run must agree on all of these; everything else (world size, device, precision,
-# threads, logging) may differ between attempts.
-IDENTITY = (
-    "dataset",
-    "batch_size",
-    "accumulate",
-    "epochs",
-    "lr",
-    "beta2",
-    "schedule",
-    "grad_clip",
-    "seed",
-    "widths",
+USER_DATA_PREFIX = "own-"
+RESUME_FIELDS = (
+    "dataset", "batch_size", "accumulate", "epochs", "lr", "beta2", "schedule", "grad_clip", "seed", "widths",
     "init_from",
-)
+)  # fmt: skip
+"""Fields that must match to resume a run."""
+# A new one also needs a branch in `learning_rate`, and in the check on resume if it allows more epochs later.
+Schedule = Literal["constant", "onecycle", "linear"]
 
-
-def _launcher_precision() -> Any:
-    """What `accelerate launch --mixed_precision` told its workers; checked like a flag."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+_numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v)
+Int = Annotated[int, _numpy_to_python]
+Float = Annotated[float, _numpy_to_python]
+# A shell expands `--output-dir ~/runs`, but not `--output-dir=~/runs`. Scripts and JSON have strings and lists.
+UserPath = Annotated[Path, Field(strict=False), AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+Width = Annotated[Int, Field(ge=1, le=4096)]
+_or_user_data = WrapValidator(lambda v, check: v if isinstance(v, str) and v.startswith(USER_DATA_PREFIX) else check(v))
+# Defaults are checked too: some come from the environment.
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 def default_data_dir() -> Path:
+    """Return $DDP_MNIST_DATA, or `data` where it is not set."""
     return Path(os.environ.get("DDP_MNIST_DATA", "data"))
 
 
-@dataclasses.dataclass(frozen=True)
+def _hint(text: str, metavar: str | None = None) -> Any:
+    """Return the annotation that shows `text` as a flag's default in `--help`."""
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {text})")
+
+
+_launcher_precision: Any = partial(os.environ.get, "ACCELERATE_MIXED_PRECISION", "no")
+Precision = Annotated[Literal["no", "fp16", "bf16"], _hint("what accelerate launch was told, else no")]
+_LIMITS = {"ge": "from {}", "gt": "above {}", "le": "up to {}", "lt": "to below {}"}
+_EXPECTED = {
+    "int_type": "a whole number", "float_type": "a finite number", "finite_number": "a finite number",
+    "bool_type": "True or False", "string_type": "a string", "path_type": "a path", "tuple_type": "a list",
+    "missing": "two numbers", "too_long": "two numbers", "literal_error": "one of {expected}",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Raise pydantic's first complaint as one line: the flag, what was found, what was expected."""
+    try:
+        yield
+        return
+    except ValidationError as error:
+        first = error.errors()[0]
+    (name, *inside), kind, context = first["loc"], first["type"], first.get("ctx", {})
+    declared: dict[Any, Any] = vars(TrainConfig)["__pydantic_fields__"]
+    if kind.startswith("unexpected"):
+        raise UsageError(f"unknown setting {name}; the settings are {', '.join(declared)}.") from None
+    for rule in declared[name].metadata:  # pydantic names one end of a range only
+        context |= {key: getattr(rule, key) for key in _LIMITS if hasattr(rule, key)}
+    limits = " ".join(text.format(context[key]) for key, text in _LIMITS.items() if key in context)
+    expected = _EXPECTED.get(kind, f"a value {limits}").format(**context).replace("'", "")
+    verb = "has" if inside and kind != "missing" else "is"
+    found = str(first["input"]) if kind == "literal_error" else reprlib.repr(first["input"])
+    raise UsageError(f"--{str(name).replace('_', '-')} {verb} {found}; expected {expected}.") from None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
     """Train the tutorial's CNN on MNIST, on one process or many: same global batches, same result.
 
@@ -65,191 +92,115 @@ class TrainConfig:
     `python -m ddp_mnist.train`. The same command with the same --output-dir continues a stopped run.
     """
 
-    recipe: Recipe = "tutorial"
-    """Preset of the command line for the settings below; an explicit flag beats it, and a script takes RECIPES[name].
-    tutorial: Adam 1e-3, batch 64, 5 epochs. fast: one-cycle schedule, 98 % after one epoch. record: two epochs of a
-    wider network, tuned for 99 %."""
-
-    dataset: Dataset = "auto"
+    recipe: Literal["tutorial", "fast", "record"] = "tutorial"
+    """Preset for the settings below; an explicit flag beats it. In a script: RECIPES[name].
+    tutorial: Adam 1e-3, batch 64, 5 epochs. fast: one-cycle schedule, 98 % after one epoch.
+    record: two epochs of a wider network, tuned for 99 %."""
+    dataset: Annotated[Literal["auto", "mnist", "fashion-mnist", "synthetic"], _or_user_data] = "auto"
     """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
-
-    data_dir: Annotated[Path, arg(metavar="DIR", help_behavior_hint="(default: $DDP_MNIST_DATA, else data)")] = (
-        dataclasses.field(default_factory=default_data_dir)
-    )
+    data_dir: Annotated[UserPath, _hint("$DDP_MNIST_DATA, else data", "DIR")] = field(default_factory=default_data_dir)
     """torchvision's root: the files are in DIR/MNIST/raw."""
-
-    output_dir: Annotated[
-        Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/<date>-<time>-<recipe>)")
-    ] = None
+    output_dir: Annotated[UserPath | None, _hint("runs/<date>-<time>-<recipe>", "DIR")] = None
     """The run directory. One that holds a stopped run is continued."""
 
-    epochs: int = 5
+    epochs: Annotated[Int, Field(ge=1, le=100_000)] = 5
     """Passes over the training set."""
-
-    batch_size: int = 64
+    batch_size: Annotated[Int, Field(ge=1, le=60_000)] = 64
     """Global batch: images per optimizer step over all ranks. The world size must divide it."""
-
-    accumulate: int = 1
+    accumulate: Annotated[Int, Field(ge=1, le=60_000)] = 1
     """Split each rank's share of the global batch into this many backward passes, to save memory."""
-
-    lr: float = 1e-3
-    """Adam's learning rate; its peak unless --schedule is constant."""
-
-    beta2: float = 0.999
-    """Adam's decay of the squared gradients; short runs learn more with less."""
-
+    lr: Annotated[Float, Field(gt=0, le=10)] = 1e-3
+    """Adam's learning rate; the peak of it unless --schedule is constant."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
+    """Adam's decay of the squared gradients; a short run learns more with less."""
     schedule: Schedule = "constant"
-    """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine. linear: up over the
-    first tenth, then down in a straight line."""
-
-    grad_clip: float = 0.0
-    """Clip the gradient's norm to this; 0: off."""
-
-    widths: tuple[int, int] = (8, 16)
+    """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine.
+    linear: up over the first tenth, then down in a straight line."""
+    grad_clip: Annotated[Float, Field(ge=0, le=1_000_000)] = 0.0
+    """Clip the norm of the gradient to this; 0: off."""
+    widths: Annotated[tuple[Width, Width], Field(strict=False)] = (8, 16)
     """Output channels of the two convolutions."""
+    seed: Annotated[Int, Field(ge=0, le=2**63 - 1)] = 0
+    """Seed of the initial weights and of the batch order."""
 
-    seed: int = 0
-    """Initial weights and batch order follow from it."""
-
-    mixed_precision: Annotated[
-        Precision, arg(help_behavior_hint="(default: what accelerate launch was told, else no)")
-    ] = dataclasses.field(default_factory=_launcher_precision)
+    mixed_precision: Precision = field(default_factory=_launcher_precision)
     """Autocast in training; evaluation is always fp32. fp16 needs a GPU."""
-
-    threads: int = 0
+    threads: Annotated[Int, Field(ge=0, le=4096)] = 0
     """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
-
-    triton: bool = True
-    """On an NVIDIA GPU: our network's layers and loss in Triton kernels, whose sums are the same at every run."""
-
-    cuda_graphs: bool = True
-    """On one GPU: record a step's kernels once and replay them with one call. Not of other networks, nor in fp16."""
-
-    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    # `constructor=bool`: a pair of flags; None is what neither of them gives.
+    cuda_graphs: Annotated[bool | None, arg(constructor=bool), _hint("on one GPU, for our own network")] = None
+    """Record a step's kernels on the GPU once and replay them with one call.
+    --cuda-graphs: also for a network of your own, where it can be captured. Never in fp16."""
+    compile: Annotated[bool, FlagCreatePairsOff] = False
     """Compile the network first, on a GPU into CUDA graphs. On a CPU it is slower."""
-
-    init_from: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: random, from --seed)")] = None
+    init_from: Annotated[UserPath | None, _hint("random, from --seed", "FILE")] = None
     """Start from the weights in this model.safetensors."""
-
-    checkpoint_every: int = 0
-    """Save every so many steps exactly; 0: automatic, at an epoch's end where saving takes under 1 % of the time,
-    and at least every 10 minutes. A stop and the end always save."""
-
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
-
-    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
+    """Save a checkpoint every so many steps. A stop and the end of the run always save one.
+    0: automatic, after an epoch if saving takes under 1 % of the time, and at least every 10 minutes."""
+    keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
+    """How many of the newest checkpoints to keep."""
+    fresh: Annotated[bool, FlagCreatePairsOff] = False
     """Start over in a directory that holds a run; what was there is set aside."""
-
-    max_steps: int = 0
-    """Stop at this global step, with evaluation and summary; 0: at the last epoch's end. A later start with
-    a larger value goes on. Never changes the length of the schedule."""
-
-    max_minutes: float = 0.0
+    max_steps: Annotated[Int, Field(ge=0, le=2**53)] = 0
+    """Stop at this global step, with evaluation and summary; 0: no limit.
+    A later start with a larger value goes on. The length of the schedule never changes."""
+    max_minutes: Annotated[Float, Field(ge=0, le=1_000_000)] = 0.0
     """Stop with a checkpoint and exit code 75 after this long; 0: no limit."""
-
-    timeout_minutes: float = 5.0
+    timeout_minutes: Annotated[Float, Field(ge=0.05, le=1440)] = 5.0
     """Give up when a rank has not answered the others for this long."""
 
-    log_every: int = 50
+    log_every: Annotated[Int, Field(ge=1, le=10_000)] = 50
     """Steps between two lines of metrics.jsonl and of the log."""
-
     pictures: bool = True
     """Draw curves, confusion matrix, worst mistakes and report.html at the end."""
-
-    wandb: Wandb = "auto"
-    """Mirror to Weights & Biases. auto: as WANDB_MODE says, else online where there is a key and the server
-    answers, else offline, to be sent later. online: the same, with a warning where it cannot be. disabled: start
-    nothing."""
-
-    wandb_project: Annotated[str | None, arg(help_behavior_hint="(default: $WANDB_PROJECT, else ddp_mnist)")] = None
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Mirror the run to Weights & Biases.
+    auto: as WANDB_MODE says, else online if there is a key and the server answers, else offline, to be sent later.
+    online: the same, with a warning if it cannot be online. disabled: start nothing."""
+    wandb_project: Annotated[str | None, _hint("$WANDB_PROJECT, else ddp_mnist")] = None
     """The run's project."""
-
-    wandb_entity: Annotated[str | None, arg(help_behavior_hint="(default: the key's own)")] = None
+    wandb_entity: Annotated[str | None, _hint("the owner of the key")] = None
     """The user or team that the project belongs to."""
-
-    wandb_group: Annotated[str | None, arg(help_behavior_hint="(default: none)")] = None
+    wandb_group: Annotated[str | None, _hint("none")] = None
     """Runs of a group are shown together."""
-
-    wandb_name: Annotated[str | None, arg(help_behavior_hint="(default: the run directory's)")] = None
+    wandb_name: Annotated[str | None, _hint("the name of the run directory")] = None
     """The run's name."""
-
-    wandb_tags: tuple[str, ...] = ()
+    wandb_tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Words to find the run by."""
-
-    wandb_model: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    wandb_model: Annotated[bool, FlagCreatePairsOff] = False
     """Send the final model too, as an artifact."""
-
     progress: bool = True
-    """Show a bar where the output is a terminal."""
-
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(TrainConfig).items():
-            object.__setattr__(self, name, _converted(name, getattr(self, name), kind))
-        for name, low, high in (
-            ("epochs", 1, 100_000),
-            ("batch_size", 1, 60_000),
-            ("accumulate", 1, 60_000),
-            ("grad_clip", 0, 1e6),
-            ("seed", 0, 2**63 - 1),
-            ("threads", 0, 4096),
-            ("max_steps", 0, 2**53),
-            ("checkpoint_every", 0, 2**53),
-            ("keep_checkpoints", 2, 1_000_000),
-            ("max_minutes", 0, 1e6),
-            ("timeout_minutes", 0.05, 1440),
-            ("log_every", 1, 10_000),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise _bad(name, getattr(self, name), f"a value from {low} to {high}")
-        if not 0 < self.lr <= 10:
-            raise _bad("lr", self.lr, "a rate above 0, at most 10")
-        if not 0 <= self.beta2 < 1:
-            raise _bad("beta2", self.beta2, "a decay from 0 to below 1")
-        if not all(1 <= width <= 4096 for width in self.widths):
-            raise _bad("widths", self.widths, "two numbers from 1 to 4096")
-        for name, kind in (
-            ("recipe", Recipe),
-            ("dataset", Dataset),
-            ("schedule", Schedule),
-            ("mixed_precision", Precision),
-            ("wandb", Wandb),
-        ):
-            if getattr(self, name) not in get_args(kind) and not (name == "dataset" and self.own_data):
-                raise _bad(name, getattr(self, name), "one of " + ", ".join(get_args(kind)))
+    """Show a progress bar if the output is a terminal."""
 
     @property
-    def own_data(self) -> bool:
-        """The dataset is a caller's tensors, see `fit`: its name has a hash of them."""
-        return self.dataset.startswith(OWN)
+    def has_user_data(self) -> bool:
+        """Return True if the dataset is the caller's own (see `fit`): its name is a hash of the data."""
+        return self.dataset.startswith(USER_DATA_PREFIX)
 
-    def check_world(self, world_size: int) -> None:
-        """Refuse a world size that does not divide the global batch, naming the nearest batches that work.
-
-        Raises: UsageError.
-        """
+    def check_world_size(self, world_size: int) -> None:
+        """Raise UsageError if the world size does not divide the global batch, and name the nearest that work."""
         parts = world_size * self.accumulate
-        if self.batch_size % parts:
-            below = self.batch_size // parts * parts
-            works = [str(size) for size in (below, below + parts) if size]
-            parts_text = f"{world_size} ranks" + (f" x {self.accumulate} parts" if self.accumulate > 1 else "")
+        below = self.batch_size // parts * parts
+        if below != self.batch_size:
+            works = " or ".join(str(size) for size in (below, below + parts) if size)
+            shares = f"{world_size} ranks" + (f" x {self.accumulate} parts" if self.accumulate > 1 else "")
             raise UsageError(
-                f"--batch-size {self.batch_size} does not divide by {parts_text}. Every rank must get the same "
-                f"share of the global batch: use --batch-size {' or '.join(works)}."
+                f"--batch-size {self.batch_size} does not divide by {shares}. Every rank must get the same "
+                f"share of the global batch: use --batch-size {works}."
             )
 
     def flags(self) -> list[str]:
-        """The command line that gives this configuration: what neither defaults nor the recipe say."""
-        words = ["--recipe", self.recipe] if self.recipe != "tutorial" else []
-        # What the environment says now is written out: where the command is typed it may be another, or not be set.
+        """Return the command line that gives this configuration in any environment, without the defaults."""
+        words: list[str] = []
         plain: dict[str, Any] = {
             "data_dir": None if "DDP_MNIST_DATA" in os.environ else Path("data"),
             "mixed_precision": None if "ACCELERATE_MIXED_PRECISION" in os.environ else "no",
         }
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            default = RECIPES[self.recipe].get(name, plain.get(name, field.default))
-            if name == "recipe" or value == default or (name == "dataset" and self.own_data):
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            default = RECIPES[self.recipe].get(name, plain.get(name, each.default))
+            if value == default or (name == "dataset" and self.has_user_data):
                 continue
             flag = f"--{name.replace('_', '-')}"
             if isinstance(value, bool):
@@ -259,102 +210,51 @@ class TrainConfig:
         return words
 
     def replace(self, **changes: Any) -> TrainConfig:
-        return dataclasses.replace(self, **changes)
+        """Return a copy with `changes`, checked. Raises: UsageError."""
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only; `from_dict` is its inverse."""
-        return {
-            field.name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
-        }
+        """Return the settings as JSON types; `from_dict` is the inverse."""
+        return json.loads(json.dumps(vars(self), default=str))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Raises: UsageError for a field that does not exist."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise UsageError(f"unknown setting {', '.join(unknown)} in a saved configuration")
+        """Return the configuration that `to_dict` gave. Raises: UsageError, also for a setting that does not exist."""
         return cls(**values)
 
 
+TrainConfig.__init__ = _usage_errors()(TrainConfig.__init__)  # type: ignore[method-assign]
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "fast": {"batch_size": 64, "lr": 1e-2, "schedule": "onecycle"},
-    "record": {
-        "widths": (8, 32),
-        "batch_size": 160,
-        "epochs": 2,
-        "lr": 2.2e-2,
-        "beta2": 0.95,
-        "schedule": "linear",
-    },
+    "record": {"widths": (8, 32), "batch_size": 160, "epochs": 2, "lr": 2.2e-2, "beta2": 0.95, "schedule": "linear"},
 }
 
 
-def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> TrainConfig:
-    """The command line → TrainConfig. `--recipe` is read first: its preset is the default for all the rest.
+class _Unchecked(TrainConfig):
+    # tyro 1.0.17 prints the ValueError of a class in a box of its own: what it reads is checked afterwards.
+    __doc__ = TrainConfig.__doc__
 
-    `quiet` (default: on all ranks but a machine's first) keeps tyro's message for a wrong flag from coming once a rank.
-    Exits with 2 on a wrong flag and 0 after `--help`, as argparse does. Raises: UsageError on a bad value.
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> TrainConfig:
+    """Return the settings of a command line. Exit with 2 on a wrong flag and 0 after `--help`, as argparse does.
+
+    Args:
+        argv: Default: the arguments of this process.
+        quiet: Print nothing, not even tyro's messages. Default: on all ranks but the first of a machine.
+
+    Raises:
+        UsageError: A value is wrong.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default="tutorial")
-    try:
-        recipe = first.parse_known_args(args)[0].recipe
-    except argparse.ArgumentError:  # `--recipe` without a value: tyro says it better
-        recipe = "tutorial"
-    preset = RECIPES.get(recipe, {})
+    named = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
+    preset = next(({"recipe": name, **RECIPES[name]} for name in reversed(named) if name in RECIPES), {})
     if any(re.match("--mixed[-_]precision(=|$)", word) for word in args):
-        preset = preset | {"mixed_precision": "no"}  # whatever the launcher was told: the flag beats it
-    default = TrainConfig(recipe=recipe if recipe in RECIPES else "tutorial", **preset)
-    if quiet is None:
-        quiet = not is_first_on_its_machine()
-    # tyro's console_outputs=False leaves out its help, but not its messages about values.
+        preset["mixed_precision"] = "no"  # the flag beats what the launcher says, nonsense too
+    quiet = not is_first_on_its_machine() if quiet is None else quiet
     with muted() if quiet else contextlib.nullcontext():
-        return tyro.cli(TrainConfig, args=args, default=default, prog="python -m ddp_mnist.train")
-
-
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    """A field's value as its type has it: strings for paths, lists and numpy's numbers are what scripts and JSON have.
-
-    Raises: UsageError for another type, and for a number that is not finite.
-    """
-    if value is None and type(None) in get_args(kind):
-        return None
-    if kind is bool and not isinstance(value, bool):
-        raise _bad(name, repr(value), "True or False")
-    if kind is int:
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise _bad(name, repr(value), "a whole number")
-        return int(value)
-    if kind is float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_finite(value):
-            raise _bad(name, repr(value), "a finite number")
-        return value if type(value) in (int, float) else float(value)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise _bad(name, repr(value), "a list")
-        item, more = get_args(kind)
-        if more is not ... and len(value) != 2:
-            raise _bad(name, repr(value), "two numbers")
-        return tuple(_converted(name, each, item) for each in value)
-    if kind is Path or Path in get_args(kind):
-        if not isinstance(value, str | os.PathLike):
-            raise _bad(name, repr(value), "a path")
-        return Path(os.path.expanduser(value))  # as a shell does, but for --flag=~/path
-    if kind is not bool and not isinstance(value, str):
-        raise _bad(name, repr(value), "a text")
-    return value
-
-
-def _is_finite(value: numbers.Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
-
-
-def _bad(name: str, found: object, expected: str) -> UsageError:
-    return UsageError(f"--{name.replace('_', '-')} is {found}; expected {expected}.")
+        read = tyro.cli(_Unchecked, args=args, default=TrainConfig(**preset), prog="python -m ddp_mnist.train")
+    return TrainConfig(**vars(read))

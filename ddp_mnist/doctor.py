@@ -36,7 +36,7 @@ from ddp_mnist.process import leave
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
-    from ddp_mnist.world import World
+    from ddp_mnist.distributed.context import Context
 
 REPEATS = 30
 """Timed all-reduces of each size."""
@@ -100,7 +100,9 @@ def examine(flags: Sequence[str], timeout: float) -> list[Finding]:
 
     job.check_variables(os.environ)
     config = parse(flags).replace(timeout_minutes=timeout / 60)
-    if failure := machine.cannot_import("ddp_mnist.world"):  # torch and Accelerate: after the flags, it takes seconds
+    if failure := machine.cannot_import(
+        "ddp_mnist.distributed.context"
+    ):  # torch and Accelerate: after the flags, it takes seconds
         return [*mine, failure]
     mine += own_findings(config)
     for each in mine:  # where the ranks cannot meet, waiting for it tells nothing
@@ -142,35 +144,35 @@ def own_findings(config: TrainConfig) -> list[Finding]:
 
 def meet(config: TrainConfig, mine: list[Finding]) -> list[Finding]:
     """Bring the ranks together as the job does; the findings of all of them. Raises: JobError when one is missing."""
-    from ddp_mnist.world import World, lost_ranks_told
+    from ddp_mnist.distributed.context import Context, translate_collective_errors
 
-    with World(config) as world:
-        with lost_ranks_told(world):
-            me = Rank(socket.gethostname(), machine.allowed_cpus(), world.threads, machine.versions(), mine)
-            everyone = gather(world, me)
-            milliseconds = [all_reduce_milliseconds(world, length) for length in (1, GRADIENTS)]
-        backend = world.accelerator.state.backend
+    with Context(config) as context:
+        with translate_collective_errors(context):
+            me = Rank(socket.gethostname(), machine.allowed_cpus(), context.threads, machine.versions(), mine)
+            everyone = gather(context, me)
+            milliseconds = [all_reduce_milliseconds(context, length) for length in (1, GRADIENTS)]
+        backend = context.accelerator.state.backend
     return merge(everyone) + together(everyone, backend, milliseconds)
 
 
-def gather(world: World, mine: Rank) -> list[Rank]:
+def gather(context: Context, mine: Rank) -> list[Rank]:
     import torch.distributed as dist
 
-    everyone: list[Any] = [mine] * world.size
-    if world.size > 1:
+    everyone: list[Any] = [mine] * context.size
+    if context.size > 1:
         dist.all_gather_object(everyone, mine)
     return everyone
 
 
-def all_reduce_milliseconds(world: World, length: int) -> float:
+def all_reduce_milliseconds(context: Context, length: int) -> float:
     """Median over REPEATS of summing `length` fp32 numbers over all ranks, as this rank sees it; a collective."""
     import torch
 
-    values = torch.zeros(length, device=world.device)
+    values = torch.zeros(length, device=context.device)
     times = []
     for _ in range(3 + REPEATS):
         started = time.perf_counter()
-        world.sum(values)
+        context.sum(values)
         values[0].item()  # on a GPU: wait until it has happened
         times.append(time.perf_counter() - started)
     return 1000 * statistics.median(times[3:])

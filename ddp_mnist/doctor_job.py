@@ -76,7 +76,7 @@ def launch(env: Mapping[str, str], parent: Sequence[str]) -> list[Finding]:
 
 def batch(config: TrainConfig, world_size: int) -> Finding:
     try:
-        config.check_world(world_size)
+        config.check_world_size(world_size)
     except UsageError as error:
         return Finding("problem", "batch", str(error))
     share = config.batch_size // world_size

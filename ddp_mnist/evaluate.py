@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_mnist import data, rundir
+from ddp_mnist import rundir
 from ddp_mnist.checkpoint import Saved, open_saved
 from ddp_mnist.config import TrainConfig, default_data_dir
-from ddp_mnist.data import Split, evaluation_batches, own_float
+from ddp_mnist.data import sources
+from ddp_mnist.data.batches import Split, evaluation_batches, to_float
+from ddp_mnist.distributed.context import Context, translate_collective_errors
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.model import placed
+from ddp_mnist.network import move_to_device
 from ddp_mnist.process import leave, muted, rank_from_environment, show_warnings, tell
-from ddp_mnist.world import World, lost_ranks_told
 
 WORST = 25
 """Mistakes that a Score remembers."""
@@ -75,16 +76,16 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, split: Split, world: World) -> Score:
+def evaluate(net: nn.Module, split: Split, context: Context) -> Score:
     """Score the unwrapped network in fp32; a collective: every rank calls it and gets the same Score.
 
     Its buffers, such as batch norm's averages, are rank 0's from here on: the ranks have each seen other images.
     Raises: UsageError for a network whose output is no logits, or of fewer classes than the labels name.
     """
-    classes = class_count(net, split)
-    world.share(net.buffers())
+    classes = count_classes(net, split)
+    context.broadcast_tensors(net.buffers())
     with scoring(net):
-        return _evaluate(net, split, world, classes)
+        return _evaluate(net, split, context, classes)
 
 
 @contextlib.contextmanager
@@ -100,10 +101,10 @@ def scoring(net: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def class_count(net: nn.Module, split: Split) -> int:
+def count_classes(net: nn.Module, split: Split) -> int:
     """Classes that the network tells apart. Raises: UsageError when labels or output do not fit each other."""
     with scoring(net):
-        logits = type(net).forward(net, own_float(split.images[:1]))
+        logits = net(to_float(split.images[:1].clone()))
     if logits.dim() != 2:
         raise UsageError(f"for one image the network gives {tuple(logits.shape)}; expected logits (1, classes).")
     if split.labels.max() >= logits.shape[1]:
@@ -112,24 +113,23 @@ def class_count(net: nn.Module, split: Split) -> int:
     return logits.shape[1]
 
 
-def _evaluate(net: nn.Module, split: Split, world: World, classes: int) -> Score:
+def _evaluate(net: nn.Module, split: Split, context: Context, classes: int) -> Score:
     # float64 holds the counts exactly and makes the loss the same at every world size; MPS has no float64.
-    home = torch.device("cpu") if world.device.type == "mps" else world.device
+    home = torch.device("cpu") if context.device.type == "mps" else context.device
     totals = torch.zeros(1 + classes * classes, dtype=torch.float64, device=home)
     worst = torch.zeros(0, 4, dtype=torch.float64, device=home)
-    size = 250 if world.device.type == "cpu" else 10_000  # on a CPU what fits its caches
+    size = 250 if context.device.type == "cpu" else 10_000  # on a CPU what fits its caches
     size = max(1, size * 784 // max(784, split.images[0].numel()))  # larger images, as much memory
-    first = world.rank * size
-    for images, labels in evaluation_batches(split, rank=world.rank, world_size=world.size, size=size):
-        # Accelerate replaces the instance's forward by one that autocasts; the class's own is fp32.
-        logits = type(net).forward(net, own_float(images))
+    first = context.rank * size
+    for images, labels in evaluation_batches(split, rank=context.rank, world_size=context.size, size=size):
+        logits = net(to_float(images.clone()))  # a copy: a network may work in place on its input
         totals += _counts(logits, labels).to(home)
         worst = _worst(torch.cat([worst, _mistakes(logits, labels, first, home)]))
-        first += world.size * size
+        first += context.size * size
     # One reduction: the sums, then a place for each rank's mistakes, of which every other rank holds zeros.
-    places = torch.zeros(world.size, WORST, 4, dtype=torch.float64, device=home)
-    places[world.rank, : len(worst)] = worst
-    everything = world.sum(torch.cat([totals, places.flatten()]))
+    places = torch.zeros(context.size, WORST, 4, dtype=torch.float64, device=home)
+    places[context.rank, : len(worst)] = worst
+    everything = context.sum(torch.cat([totals, places.flatten()]))
     loss_sum, *cells = everything[: len(totals)].tolist()
     confusion = tuple(
         tuple(int(cell) for cell in cells[start : start + classes]) for start in range(0, len(cells), classes)
@@ -166,19 +166,19 @@ def _worst(mistakes: Tensor) -> Tensor:
     return by_row[by_row[:, 0].argsort(descending=True, stable=True)][:WORST]
 
 
-def rescore(run_dir: Path, world: World, data_dir: Path | None = None) -> tuple[Saved, Score, Score]:
+def rescore(run_dir: Path, context: Context, data_dir: Path | None = None) -> tuple[Saved, Score, Score]:
     """Score a run's weights on its (training set, test set); every rank calls it and gets the same.
 
     Changes nothing in the run directory. `data_dir`: default the run's own. Raises: JobError.
     """
     # The run directory may be on rank 0's machine only; where the data are is each machine's own matter.
-    saved = world.broadcast(world.agree(lambda: open_saved(run_dir) if world.is_main else None))
+    saved = context.broadcast(context.run_on_all_ranks(lambda: open_saved(run_dir) if context.is_main else None))
     assert saved is not None
     own = saved.config.data_dir
     root = data_dir or (own if own.exists() else default_data_dir())
-    train, test = world.agree(lambda: data.load(saved.config.dataset, root))
-    net = placed(saved.net, world.device, triton=saved.config.triton)  # as in training: the same rounding
-    return saved, evaluate(net, train.to(world.device), world), evaluate(net, test.to(world.device), world)
+    train, test = context.run_on_all_ranks(lambda: sources.load(saved.config.dataset, root))
+    net = move_to_device(saved.net, context.device)  # as in training: the same rounding
+    return saved, evaluate(net, train.to(context.device), context), evaluate(net, test.to(context.device), context)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_warnings(main=main_rank)
         with contextlib.nullcontext() if main_rank else muted():  # a wrong flag is told once
             options = _parser().parse_args(argv)
-        with World(TrainConfig(threads=options.threads, mixed_precision="no")) as world:
-            with lost_ranks_told(world):
-                saved, train, test = rescore(options.run_dir, world, options.data_dir)
-            if world.is_main:
-                _tell(saved, train, test, world, options)
-        _compare(saved, train, test, world)
+        with Context(TrainConfig(threads=options.threads, mixed_precision="no")) as context:
+            with translate_collective_errors(context):
+                saved, train, test = rescore(options.run_dir, context, options.data_dir)
+            if context.is_main:
+                _tell(saved, train, test, context, options)
+        _compare(saved, train, test, context)
         return 0
     except JobError as error:
         return tell(error)
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tell(saved: Saved, train: Score, test: Score, world: World, options: argparse.Namespace) -> None:
+def _tell(saved: Saved, train: Score, test: Score, context: Context, options: argparse.Namespace) -> None:
     if options.json:
         counts = _as_in_summary(train, test)
         result: dict[str, Any] = {
@@ -227,8 +227,8 @@ def _tell(saved: Saved, train: Score, test: Score, world: World, options: argpar
             "weights": str(saved.source),
             "step": saved.step,
             "dataset": saved.config.dataset,
-            "world_size": world.size,
-            "device": world.device.type,
+            "world_size": context.size,
+            "device": context.device.type,
             **counts,
             "train_accuracy": train.accuracy,
             "train_loss": train.loss,
@@ -242,12 +242,12 @@ def _tell(saved: Saved, train: Score, test: Score, world: World, options: argpar
     step = "" if saved.step is None else f", step {saved.step}"
     print(f"{saved.source}{step}, on {saved.config.dataset}")
     if saved.config.dataset == "synthetic":
-        print(data.SYNTHETIC_WARNING)
+        print(sources.SYNTHETIC_WARNING)
     print(f"Checking accuracy on training data\n{train.sentence()}")
     print(f"Checking accuracy on test data\n{test.sentence()}", flush=True)
 
 
-def _compare(saved: Saved, train: Score, test: Score, world: World) -> None:
+def _compare(saved: Saved, train: Score, test: Score, context: Context) -> None:
     """Raises: JobError when the run's own counts are others, the same on all ranks."""
     if not saved.summary:
         return
@@ -257,10 +257,8 @@ def _compare(saved: Saved, train: Score, test: Score, world: World) -> None:
         if count != saved.summary.get(name)
     ]
     if differing:
-        then, now = saved.summary.get("device"), world.device.type
+        then, now = saved.summary.get("device"), context.device.type
         why = f", or {now} rounds otherwise than {then}, where the run was scored" if then != now else ""
-        if then == now == "cuda":
-            why = ", or Triton could be used on one side only, or was of another version"
         raise JobError(
             f"{saved.source} does not score as it did: {'; '.join(differing)}. The weights, the data or the summary "
             f"have been changed since{why}."

@@ -17,9 +17,9 @@ import shutil
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -111,50 +111,21 @@ def read_split(
     Raises: DataError; UsageError for an unknown dataset or split.
     """
     place = _place(dataset, root, split, fetch, timeout)
-    early = _early.pop((place.folder, split), None)
-    good, bad = early.result() if early else _survey(place)
-    if early and bad:  # another rank may have mended it meanwhile
-        good, bad = _survey(place)
+    kept = _kept.pop((place.folder, split), None)
+    good, bad = (kept, {}) if kept else _survey(place)
     if bad:
         good = _repair(place, bad)
     if again:
-        _early[place.folder, split] = Future()
-        _early[place.folder, split].set_result((good, {}))
+        _kept[place.folder, split] = good
     images, labels = (good[name] for name in NAMES[split])
     if len(images) != len(labels):
         raise place.failure(NAMES[split][0], f"{len(images)} images but {len(labels)} labels")
     return images, labels
 
 
-@contextmanager
-def read_early(dataset: str, root: str | Path) -> Iterator[None]:
-    """Read and verify both splits in a thread, while torch is imported, say: hashing takes a core, but not the GIL.
-
-    Inside, `read_split` takes what was found, once, and mends what was not. `auto`: MNIST. Raises: UsageError for an
-    unknown dataset.
-    """
-    dataset = "mnist" if dataset == "auto" else dataset
-    places = [_place(dataset, root, split, fetch=False, timeout=0) for split in NAMES]
-    futures: list[_Survey] = [Future() for _ in places]
-
-    def survey() -> None:
-        for place, future in zip(places, futures, strict=True):
-            try:
-                future.set_result(_survey(place))
-            except BaseException as error:
-                future.set_exception(error)
-
-    threading.Thread(target=survey, daemon=True).start()
-    _early.update({(place.folder, place.split): future for place, future in zip(places, futures, strict=True)})
-    try:
-        yield
-    finally:
-        forget_early()
-
-
-def forget_early() -> None:
-    """Let go of what was read early, or to be read again, and has not been asked for: 55 MB."""
-    _early.clear()
+def forget() -> None:
+    """Let go of what was kept for another reader that has not come: 55 MB."""
+    _kept.clear()
 
 
 def fetch(dataset: str, root: str | Path, *, timeout: float = 30.0) -> None:
@@ -198,9 +169,8 @@ class _Place(NamedTuple):
         return DataError(f"{self.folder / name}: {'; '.join(reasons)}. To mend it, {advice}.")
 
 
-_Survey = Future[tuple[dict[str, Array], dict[str, str]]]
-_early: dict[tuple[Path, SplitName], _Survey] = {}
-"""What `_survey` finds in the files of a split, for its next reader alone."""
+_kept: dict[tuple[Path, SplitName], dict[str, Array]] = {}
+"""The files of a split, for its next reader alone."""
 
 
 def _place(dataset: str, root: str | Path, split: SplitName, fetch: bool, timeout: float) -> _Place:

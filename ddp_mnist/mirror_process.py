@@ -20,7 +20,6 @@ from typing import Any
 from ddp_mnist import files, rundir
 from ddp_mnist.errors import JobError
 from ddp_mnist.mirror import FOLDER, LOG, PATIENCE, STATE, latest_news, read_state, share_cpu
-from ddp_mnist.process import imports
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # `scancel` and the like send them to everybody
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's telemetry would try for 10 s without a network
-    with contextlib.suppress(Exception), imports():  # the next import fails in the same way, and can say so
+    with contextlib.suppress(Exception):  # the next import fails in the same way, and can say so
         # Ahead of time, while the training imports torch; the others are what a run's start and its pictures import.
         import PIL.Image  # noqa: F401
         import wandb

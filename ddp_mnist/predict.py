@@ -236,7 +236,7 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> Floats:
     import torch
 
     from ddp_mnist.checkpoint import open_saved
-    from ddp_mnist.data import to_float
+    from ddp_mnist.data.batches import to_float
 
     net = open_saved(run_dir).net
     with torch.no_grad():

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddp_mnist.world import World
+    from ddp_mnist.distributed.context import Context
 
 REASONS = ("SIGTERM", "SIGINT", "SIGUSR2", "max_minutes", "launcher_died")
 INTERVAL_SECONDS = 0.1
@@ -59,15 +59,15 @@ class StopSignal:
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
 
-    def agreed(self, world: World, step: int) -> str | None:
+    def agreed(self, context: Context, step: int) -> str | None:
         """Why to stop, the same answer on every rank at the same `step`; None to go on. Every rank calls it."""
-        if world.size == 1:
+        if context.size == 1:
             return self._local_reason()
         if step < self._next_step:
             return None
         answer = self._collect()
         if answer is None:
-            self._ask(world, step)
+            self._ask(context, step)
         return answer
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class StopSignal:
         self._interval = max(1, interval)
         return next((reason for reason, flag in zip(REASONS, flags, strict=True) if flag), None)
 
-    def _ask(self, world: World, step: int) -> None:
+    def _ask(self, context: Context, step: int) -> None:
         import torch
         import torch.distributed as dist
 
@@ -98,8 +98,8 @@ class StopSignal:
             steps = min(int(INTERVAL_SECONDS / seconds), 2 * self._interval, MAX_INTERVAL)
         self._asked = (now, step)
         reason = self._local_reason()
-        votes = [int(reason == name) for name in REASONS] + [max(1, steps) if world.is_main else 0]
-        tensor = torch.tensor(votes, dtype=torch.int32).to(world.device, non_blocking=True)
+        votes = [int(reason == name) for name in REASONS] + [max(1, steps) if context.is_main else 0]
+        tensor = torch.tensor(votes, dtype=torch.int32).to(context.device, non_blocking=True)
         self._pending = (dist.all_reduce(tensor, async_op=True), tensor)
         self._next_step = step + self._interval
 

@@ -6,15 +6,19 @@ One message from one rank, an exit code, and no interpreter shutdown.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ddp_mnist.errors import JobError, UsageError
+
+if TYPE_CHECKING:
+    from ddp_mnist.distributed.context import Context
 
 
 def rank_from_environment() -> int:
@@ -84,21 +88,6 @@ def muted() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def imports() -> Iterator[None]:
-    """For imports of some size: without the garbage collector, which would look through the growing heap again and
-    again. All that there is at their end is left out of what it looks through later."""
-    before, collects = len(sys.modules), gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if len(sys.modules) > before:
-            gc.freeze()
-        if collects:
-            gc.enable()
-
-
 def tell(error: JobError) -> int:
     """Print the error where it is due, once; returns its exit code."""
     # Every rank raises the same error, one tells it; except where the others cannot know.
@@ -132,6 +121,33 @@ def tell_uncaught() -> None:
 
     hook.tells_job_errors = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
+    """Return on rank 0 when all other processes are gone, on these at once. Collective. `timeout`: seconds.
+
+    srun --kill-on-bad-exit ends the other ranks with the first that fails, and the step gets their exit code: so
+    rank 0 must be the last to leave. The kernel closes a dead process's sockets, which is what rank 0 waits for.
+    """
+    if context.size == 1:
+        return
+    server = socket.create_server(("", 0)) if context.is_main else None
+    port = context.broadcast(server.getsockname()[1] if server else 0)
+    deadline = time.monotonic() + timeout
+    if server is None:
+        with contextlib.suppress(OSError):  # a firewall: rank 0 then waits until its time is over
+            # Detached, so that it closes when the process ends and not when the object does.
+            address = os.environ.get("MASTER_ADDR", "127.0.0.1"), port
+            socket.create_connection(address, timeout=timeout).detach()
+        return
+    with server, contextlib.suppress(OSError):
+        connections = []
+        for _ in range(context.size - 1):
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            connections.append(server.accept()[0])
+        for connection in connections:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            connection.recv(1)
 
 
 def leave(code: int) -> NoReturn:

@@ -11,13 +11,14 @@ import base64
 import contextlib
 import html
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddp_mnist import files, rundir
-from ddp_mnist.config import OWN, default_data_dir
+from ddp_mnist.config import USER_DATA_PREFIX, default_data_dir
 from ddp_mnist.errors import JobError
 from ddp_mnist.figures import TITLES, confusion_figure, curves_figure, mistakes_figure, percent, png, ticks
 from ddp_mnist.process import forgiving_console
@@ -28,6 +29,15 @@ log = logging.getLogger(__name__)
 CURVES, CONFUSION, MISTAKES, PAGE = "curves.png", "confusion.png", "mistakes.png", "report.html"
 DRAWN = ("test_confusion", "test_mistakes")
 """Numbers in the summary that are pictures on the page."""
+
+
+def try_to_draw(run_dir: Path, data_dir: Path) -> None:
+    """Draw a run that is done and saved; warn where that fails: no picture is worth its exit code."""
+    try:
+        draw(run_dir, data_dir=data_dir)
+    except Exception as error:
+        command = f"python -m ddp_mnist.report {shlex.quote(str(run_dir))}"
+        log.warning("the pictures could not be drawn (%s: %s); try  %s", type(error).__name__, error, command)
 
 
 def draw(
@@ -91,7 +101,7 @@ def _test_images(run: RunLog, mistakes: Sequence[Mapping[str, Any]], data_dir: P
         from ddp_mnist.synthetic import make_digits
 
         images, truth = make_digits("test")  # the same on every machine: 0.6 s, and no folder comes into being
-    elif run.dataset.startswith(OWN):
+    elif run.dataset.startswith(USER_DATA_PREFIX):
         raise JobError("They are of the data of a script of its own.")
     else:
         own = Path(run.settings.get("data_dir", default_data_dir()))

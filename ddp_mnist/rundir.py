@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -147,6 +148,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Raise JobError where the file cannot be written."""
+    try:
+        yield path
+    except OSError as error:
+        raise JobError(f"{path} could not be written: {error.strerror}.") from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:

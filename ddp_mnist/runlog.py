@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ddp_mnist import rundir
-from ddp_mnist.config import IDENTITY
+from ddp_mnist.config import RESUME_FIELDS
 from ddp_mnist.errors import JobError, UsageError
 
-CAUSES = (*IDENTITY, "recipe", "mixed_precision", "triton", "compile", "max_steps")
+CAUSES = (*RESUME_FIELDS, "recipe", "mixed_precision", "compile", "max_steps")
 """The settings that a result may follow from; what else is set says how a run is run."""
 
 

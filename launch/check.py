@@ -26,7 +26,7 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
     """
     check_program(program)
     config = parse(flags, quiet=False)
-    config.check_world(world_size)
+    config.check_world_size(world_size)
     if program == OURS and config.dataset not in ("auto", "synthetic"):  # others can be made on the spot
         from ddp_mnist import files  # numpy
 

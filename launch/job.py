@@ -47,9 +47,9 @@ class Job:
         try:
             config = self.config(env)
             with StopSignal() as stop:
-                from ddp_mnist.trainer import attempt  # imports torch
+                from ddp_mnist.trainer import run_attempt  # imports torch
 
-                summary = attempt(config, stop=stop).summary
+                summary = run_attempt(config, stop=stop).summary
         except JobError as error:
             self.leave(env, tell(error))
         if main and summary["exit_code"] == STOPPED:
@@ -91,7 +91,7 @@ class Job:
     def config(self, env: submitit.JobEnvironment) -> TrainConfig:
         """Raises: JobError."""
         config = parse(self.flags)
-        config.check_world(env.num_tasks)
+        config.check_world_size(env.num_tasks)
         if env.cluster == "debug":  # one attempt, and none of submitit's files
             return config
         if config.output_dir is None:  # as in slurm/train.sh: the same after a requeue

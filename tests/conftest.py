@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -96,9 +97,8 @@ def process_of_a_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     put back. Nothing else puts it back for a test."""
     import torch
 
-    from ddp_mnist import world
-
-    monkeypatch.setattr(world, "_has_accelerator", lambda world_size: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     handlers = [signal.getsignal(number) for number in numbers]
     hook, threads = sys.excepthook, torch.get_num_threads()

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS.append(ROOT / "benchmarks" / "README.md")
 # What stands in backticks, has more than one word, and begins with one of these, is a command.
 PROGRAMS = {
     *(

@@ -27,8 +27,8 @@ def main(go: Path) -> NoReturn:
 
     agreed = StopSignal.agreed
 
-    def and_then_slowly(self: StopSignal, world: object, step: int) -> str | None:
-        reason = agreed(self, world, step)  # type: ignore[arg-type]
+    def and_then_slowly(self: StopSignal, context: object, step: int) -> str | None:
+        reason = agreed(self, context, step)  # type: ignore[arg-type]
         if reason is not None:
             os.rename = slowly  # type: ignore[assignment]
         return reason

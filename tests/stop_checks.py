@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from ddp_mnist import preemption
 from ddp_mnist.config import TrainConfig
+from ddp_mnist.distributed.context import Context
 from ddp_mnist.preemption import StopSignal
-from ddp_mnist.world import World
 
 STEPS = 800
 SECONDS = (1 / 1024, 1 / 32)  # a step's, by rank 0's clock, in the first and the second half
 
 
-def ask(world: World, signals: dict[int, tuple[int, int]]) -> dict[str, Any]:
+def ask(context: Context, signals: dict[int, tuple[int, int]]) -> dict[str, Any]:
     """`signals`: rank → (step, signal) that it gets. Time passes only as this says: rank 0's clock counts the steps,
     those of the others stand still."""
     now = [0.0]
@@ -38,30 +38,30 @@ def ask(world: World, signals: dict[int, tuple[int, int]]) -> dict[str, Any]:
                 asked.append(step)
                 return all_reduce(*arguments, **options)
 
-            number = signals.get(world.rank, (-1, 0))
+            number = signals.get(context.rank, (-1, 0))
             if number[0] == step:
                 os.kill(os.getpid(), number[1])
             dist.all_reduce = note  # type: ignore[assignment]
-            answer = stop.agreed(world, step)
+            answer = stop.agreed(context, step)
             dist.all_reduce = all_reduce
             if answer is not None:
                 found |= {"reason": answer, "step": step}
                 break
-            if world.is_main:
+            if context.is_main:
                 now[0] += SECONDS[step >= STEPS // 2]
         stop.close()
     return found
 
 
 def main(folder: Path) -> None:
-    with World(TrainConfig(threads=1)) as world:
+    with Context(TrainConfig(threads=1)) as context:
         found = {
-            "never": ask(world, {}),
-            "rank 2": ask(world, {2: (77, signal.SIGUSR2)}),
-            "at once": ask(world, {1: (0, signal.SIGTERM)}),
-            "two reasons": ask(world, {0: (50, signal.SIGINT), 1: (50, signal.SIGTERM), 2: (50, signal.SIGUSR2)}),
+            "never": ask(context, {}),
+            "rank 2": ask(context, {2: (77, signal.SIGUSR2)}),
+            "at once": ask(context, {1: (0, signal.SIGTERM)}),
+            "two reasons": ask(context, {0: (50, signal.SIGINT), 1: (50, signal.SIGTERM), 2: (50, signal.SIGUSR2)}),
         }
-        (folder / f"rank-{world.rank}.json").write_text(json.dumps(found))
+        (folder / f"rank-{context.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

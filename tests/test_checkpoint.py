@@ -15,13 +15,16 @@ import jobs
 import pytest
 import torch
 
-from ddp_mnist import checkpoint, rundir
-from ddp_mnist.checkpoint import Checkpoints, SaveClock, Snapshot, TrainState
+from ddp_mnist import checkpoint, rundir, saver
+from ddp_mnist.checkpoint import Checkpoints, Snapshot, TrainState, weights
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.data import Batch, Split
+from ddp_mnist.data.batches import Batch
+from ddp_mnist.distributed.context import Context
 from ddp_mnist.model import CNN
+from ddp_mnist.network import build_network
+from ddp_mnist.optimizer import save_state
+from ddp_mnist.saver import SaveClock, restore
 from ddp_mnist.step import TrainStep
-from ddp_mnist.world import World
 
 Train = Callable[..., jobs.Ended]
 
@@ -67,23 +70,43 @@ def test_equal_states_are_equal_files(tmp_path: Path) -> None:
         assert path.read_bytes() == (two / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_step_restored_from_its_snapshot_is_the_same_step(process_of_a_job: None, precision: Any) -> None:
-    split = Split(torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8), torch.arange(12) % 10)
-    batch = Batch(split, torch.arange(12), 12, place=(0,))
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_step_restored_from_its_snapshot_is_the_same_step(
+    process_of_a_job: None, tmp_path: Path, precision: Any
+) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8)
+    batch = Batch(images, torch.arange(12) % 10, count=12, global_size=12, seed=0)
     config = TrainConfig(mixed_precision=precision, threads=1)
-    with World(config) as world:
-        step = TrainStep(config, world)
-        for _ in range(3):
-            step(batch, 1e-3)
-        weights, optimizer, scaler = step.snapshot()
-        assert {str(value.dtype) for value in (*weights.values(), *optimizer.values())} == {"torch.float32"}
-        assert len(optimizer) == 3 * len(weights)
-        other = TrainStep(config, world, Snapshot(TrainState(), {}, weights, optimizer, scaler, 0))
-        for _ in range(3):
-            assert torch.equal(step(batch, 1e-3)[0], other(batch, 1e-3)[0])
-        for (name, ours), theirs in zip(step.net.state_dict().items(), other.net.state_dict().values(), strict=True):
-            assert torch.equal(ours, theirs), name
+    scaler = torch.amp.GradScaler("cpu", growth_interval=2, enabled=precision == "fp16")
+
+    def step_of(found: Snapshot | None) -> TrainStep:
+        step = TrainStep(config, context, build_network(config, context, None, found))
+        if found is not None:
+            restore(step, found)
+        return step
+
+    def three_losses(step: TrainStep) -> list[float]:
+        return [step(batch, 1e-3)[0].item() for _ in range(3)]
+
+    # fp16 is refused on a CPU, where its scaler works.
+    with Context(config.replace(mixed_precision="no" if precision == "fp16" else precision)) as context:
+        context.accelerator.scaler = scaler if precision == "fp16" else None
+        step = step_of(None)
+        three_losses(step)
+        content = {"weights": weights(step.network), "optimizer": save_state(step.network, step.optimizer)}
+        assert {value.dtype for tensors in content.values() for value in tensors.values()} == {torch.float32}
+        assert len(content["optimizer"]) == 3 * len(content["weights"])
+        store = Checkpoints(tmp_path, keep=2)
+        store.publish(snapshot(3, **content, scaler=scaler.state_dict()))
+        newest = store.newest()
+        assert newest is not None
+        losses, after = three_losses(step), scaler.state_dict()
+        other = step_of(newest[1])
+        assert scaler.state_dict() != after or precision != "fp16"
+        assert three_losses(other) == losses and scaler.state_dict() == after
+        for name, value in step.network.state_dict().items():
+            assert torch.equal(other.network.state_dict()[name], value), name
 
 
 def test_the_newest_are_kept_and_ordered_by_number(tmp_path: Path) -> None:
@@ -230,7 +253,7 @@ def test_a_run_keeps_as_many_as_it_was_told(train: Train, tmp_path: Path) -> Non
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(saver.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchvision.transforms import ToTensor
 
-from ddp_mnist import data
-from ddp_mnist.data import ShardSampler, Split, TrainBatches, evaluation_batches
+from ddp_mnist import files
+from ddp_mnist.data import sources
+from ddp_mnist.data.__main__ import main
+from ddp_mnist.data.batches import Batches, ShardSampler, Split, evaluation_batches, to_float
 
 WORLD_SIZES = [1, 2, 3, 4, 7, 8, 64, 1024]
 
@@ -96,37 +98,38 @@ def test_a_global_batch_is_the_same_images_at_every_world_size(world_size: int, 
     length, batch_size = 2500, 1024 if world_size in (1, 2, 4, 8, 64, 1024) else 1029
     expected = order(length=length, epoch=epoch)
     ranks = [
-        TrainBatches(numbered(length), batch_size=batch_size, rank=rank, world_size=world_size, seed=0)
+        Batches(numbered(length), batch_size=batch_size, rank=rank, world_size=world_size, seed=0)
         for rank in range(world_size)
     ]
     assert {len(batches) for batches in ranks} == {3}
     for step, shares in enumerate(zip(*(batches.epoch(epoch) for batches in ranks), strict=True)):
         rows = expected[step * batch_size : (step + 1) * batch_size]
-        assert sorted(label for share in shares for label in share.labels.tolist()) == sorted(rows)
+        assert sorted(label for share in shares for label in share.labels[: share.count].tolist()) == sorted(rows)
         assert {share.global_size for share in shares} == {len(rows)} == {ranks[0].global_size(step)}
-        sizes = [len(share.labels) for share in shares]
+        sizes = [share.count for share in shares]
         assert max(sizes) - min(sizes) <= 1
-        assert sizes == [len(share.images) for share in shares]
+        assert [len(share.images) for share in shares] == [max(1, size) for size in sizes]
 
 
 def test_a_share_is_every_nth_row_of_its_global_batch() -> None:
-    ranks = [TrainBatches(numbered(10), batch_size=6, rank=rank, world_size=3, seed=0) for rank in range(3)]
+    ranks = [Batches(numbered(10), batch_size=6, rank=rank, world_size=3, seed=0) for rank in range(3)]
     shares = [[batch.labels.tolist() for batch in batches.epoch(0)] for batches in ranks]
     assert shares == [[[8, 2], [9, 5]], [[1, 0], [3]], [[4, 6], [7]]]
 
 
-def test_a_last_batch_of_one_image_leaves_the_other_ranks_an_empty_share() -> None:
-    ranks = [TrainBatches(numbered(7), batch_size=6, rank=rank, world_size=3, seed=0) for rank in range(3)]
+def test_a_rank_without_a_share_of_the_last_batch_has_one_image_that_does_not_count() -> None:
+    ranks = [Batches(numbered(7), batch_size=6, rank=rank, world_size=3, seed=0) for rank in range(3)]
     last = [list(batches.epoch(0))[-1] for batches in ranks]
-    assert [len(batch.labels) for batch in last] == [1, 0, 0]
+    assert [batch.count for batch in last] == [1, 0, 0]
     assert [batch.global_size for batch in last] == [1, 1, 1]
-    assert last[2].images.shape == (0, 1, 1, 1)
+    assert [batch.images.shape for batch in last] == [(1, 1, 1, 1)] * 3
+    assert [len(batch.labels) for batch in last] == [1, 1, 1]
 
 
 def test_images_travel_with_their_labels() -> None:
     split = Split(torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1), torch.arange(200))
     for rank in range(2):
-        for batch in TrainBatches(split, batch_size=16, rank=rank, world_size=2, seed=5).epoch(3):
+        for batch in Batches(split, batch_size=16, rank=rank, world_size=2, seed=5).epoch(3):
             assert batch.images.flatten().tolist() == batch.labels.tolist()
 
 
@@ -139,7 +142,7 @@ def test_every_share_has_a_seed_of_its_own() -> None:
             for seed in range(3)
             for rank in range(4)
             for epoch in range(3)
-            for batch in TrainBatches(numbered(50), batch_size=8, rank=rank, world_size=4, seed=seed).epoch(epoch)
+            for batch in Batches(numbered(50), batch_size=8, rank=rank, world_size=4, seed=seed).epoch(epoch)
         ]
 
     found = seeds()
@@ -149,20 +152,20 @@ def test_every_share_has_a_seed_of_its_own() -> None:
 
 
 def test_an_epoch_entered_in_the_middle_goes_on_as_if_it_had_been_read_from_the_start() -> None:
-    batches = TrainBatches(numbered(100), batch_size=16, rank=1, world_size=2, seed=0)
+    batches = Batches(numbered(100), batch_size=16, rank=1, world_size=2, seed=0)
     whole = [batch.labels.tolist() for batch in batches.epoch(2)]
     assert [batch.labels.tolist() for batch in batches.epoch(2, start=4)] == whole[4:]
     assert list(batches.epoch(2, start=7)) == []
 
 
 def test_a_batch_larger_than_the_data_set_is_the_data_set() -> None:
-    (batch,) = TrainBatches(numbered(10), batch_size=64, rank=0, world_size=1, seed=0).epoch(0)
+    (batch,) = Batches(numbered(10), batch_size=64, rank=0, world_size=1, seed=0).epoch(0)
     assert (sorted(batch.labels.tolist()), batch.global_size) == (list(range(10)), 10)
 
 
 def test_batches_refuse_a_world_size_that_does_not_divide_them() -> None:
     with pytest.raises(ValueError, match="64 does not divide by world_size 3"):
-        TrainBatches(numbered(10), batch_size=64, rank=0, world_size=3, seed=0)
+        Batches(numbered(10), batch_size=64, rank=0, world_size=3, seed=0)
 
 
 @pytest.mark.parametrize("length", [10_007, 5, 3000])
@@ -192,7 +195,7 @@ def test_scaling_gives_the_very_bits_of_torchvisions_totensor() -> None:
     noise = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = torch.cat([values, noise])
     expected = torch.stack([ToTensor()(Image.fromarray(image.numpy()[0])) for image in images])
-    scaled = data.to_float(images)
+    scaled = to_float(images)
     assert scaled.dtype == expected.dtype == torch.float32
     assert torch.equal(scaled, expected)
     assert images[0].flatten()[255] == 255  # the batch itself is left alone
@@ -200,7 +203,7 @@ def test_scaling_gives_the_very_bits_of_torchvisions_totensor() -> None:
 
 def test_loaded_splits_are_the_files_bytes(tiny: Path) -> None:
     folder = tiny / "FashionMNIST" / "raw"
-    for split, prefix, count in zip(data.load("fashion-mnist", tiny), ("train", "t10k"), (1501, 2303), strict=True):
+    for split, prefix, count in zip(sources.load("fashion-mnist", tiny), ("train", "t10k"), (1501, 2303), strict=True):
         raw = np.frombuffer((folder / f"{prefix}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
         marks = np.frombuffer((folder / f"{prefix}-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
         assert (split.images.dtype, split.labels.dtype) == (torch.uint8, torch.int64)
@@ -217,17 +220,17 @@ def test_auto_is_the_real_data_where_it_is_there_and_generated_digits_where_it_i
         return torch.empty(0), torch.empty(0)
 
     def gone(dataset: str, *_: object, **__: object) -> None:
-        raise data.files.DataError("train-images-idx3-ubyte: missing")
+        raise files.DataError("train-images-idx3-ubyte: missing")
 
-    monkeypatch.setattr(data.files, "read_split", there)
-    assert data.resolve("auto", tmp_path) == "mnist"
+    monkeypatch.setattr(files, "read_split", there)
+    assert sources.resolve("auto", tmp_path) == "mnist"
     assert not caplog.records
-    monkeypatch.setattr(data.files, "read_split", gone)
-    assert data.resolve("auto", tmp_path) == "synthetic"
+    monkeypatch.setattr(files, "read_split", gone)
+    assert sources.resolve("auto", tmp_path) == "synthetic"
     assert "missing" in caplog.text
     assert "THIS IS NOT MNIST" in caplog.text
     for name in ("mnist", "fashion-mnist", "synthetic"):
-        assert data.resolve(name, tmp_path) == name
+        assert sources.resolve(name, tmp_path) == name
 
 
 # --- python -m ddp_mnist.data
@@ -238,7 +241,7 @@ def test_a_timeout_that_is_none_is_a_wrong_flag(
     seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit:
-        data.main(["fetch", "--data-dir", str(tmp_path), "--timeout", seconds])
+        main(["fetch", "--data-dir", str(tmp_path), "--timeout", seconds])
     assert exit.value.code == 2
     assert f"--timeout is {float(seconds)}; expected seconds above 0" in capsys.readouterr().err
 
@@ -246,6 +249,6 @@ def test_a_timeout_that_is_none_is_a_wrong_flag(
 def test_files_that_cannot_be_fetched_are_one_message_and_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     root = tmp_path / "file" / "data"
-    ended = jobs.Ended(data.main(["fetch", "--data-dir", str(root)]), *capsys.readouterr())
+    ended = jobs.Ended(main(["fetch", "--data-dir", str(root)]), *capsys.readouterr())
     assert f"cannot write: [Errno 20] Not a directory: '{root}/MNIST/raw'" in jobs.the_message([ended], 1)
     assert ended.out == ""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faults
 import jobs
 import pytest
 import rank_checks
@@ -19,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tutorial import TutorialCNN, count_correct, read_raw, train
 
-from ddp_mnist import TrainConfig, world
-from ddp_mnist.data import ShardSampler
+from ddp_mnist import TrainConfig
+from ddp_mnist.data.batches import ShardSampler
+from ddp_mnist.distributed.context import Context
+from ddp_mnist.distributed.threads import batch_scheduling
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -31,7 +32,7 @@ PROGRAM = (sys.executable, str(Path(rank_checks.__file__)))
 
 @pytest.fixture(scope="module")
 def ranks_at(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RanksAt:
-    """What each rank found in tests/rank_checks.py, and its gradients by each exchange; one start for each world
+    """Return what each rank found in tests/rank_checks.py, and its gradients by each variant; one start for each world
     size."""
     done: dict[int, tuple[list[Any], dict[str, list[Any]]]] = {}
 
@@ -39,13 +40,12 @@ def ranks_at(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RanksAt:
         if world_size not in done:
             folder = tmp_path_factory.mktemp(f"ranks-{world_size}")
             # OMP_NUM_THREADS is not set, as under srun; the job sets its threads itself.
-            ports = [str(jobs.free_port()) for _ in range(2)]
-            jobs.succeeded(jobs.run_ranks(world_size, str(tiny), str(folder), *ports, program=PROGRAM))
+            jobs.succeeded(jobs.run_ranks(world_size, str(tiny), str(folder), program=PROGRAM))
             done[world_size] = (
                 [jobs.read_json(folder / f"rank-{rank}.json") for rank in range(world_size)],
                 {
                     name: [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(world_size)]
-                    for name in rank_checks.EXCHANGES
+                    for name in rank_checks.VARIANTS
                 },
             )
         return done[world_size]
@@ -72,16 +72,16 @@ def expected_gradients(tiny: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("parts", "exchange"), [(parts, name) for name, each in rank_checks.EXCHANGES.items() for parts in each.parts]
+    ("parts", "variant"), [(parts, name) for name, each in rank_checks.VARIANTS.items() for parts in each.parts]
 )
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_gradient_of_every_batch_is_the_single_process_one(
-    ranks_at: RanksAt, expected_gradients: dict[str, Tensor], world_size: int, parts: int, exchange: str
+    ranks_at: RanksAt, expected_gradients: dict[str, Tensor], world_size: int, parts: int, variant: str
 ) -> None:
     _, gradients = ranks_at(world_size)
-    for name in rank_checks.EXCHANGES[exchange].images:
+    for name in rank_checks.VARIANTS[variant].images:
         for step in range(-(-rank_checks.GRADIENT_IMAGES[name] // rank_checks.BATCH)):
-            for found in gradients[exchange]:
+            for found in gradients[variant]:
                 key = f"{name}/{parts}/{step}"
                 torch.testing.assert_close(found[key], expected_gradients[f"{name}/{step}"], rtol=1e-4, atol=1e-6)
                 for figure, bound in (("loss", 1e-6), ("norm", 1e-5)):
@@ -89,11 +89,19 @@ def test_the_gradient_of_every_batch_is_the_single_process_one(
                     torch.testing.assert_close(found[f"{key}/{figure}"], expected, rtol=bound, atol=0)
 
 
-@pytest.mark.parametrize("exchange", rank_checks.EXCHANGES)
+@pytest.mark.parametrize("variant", rank_checks.VARIANTS)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_are_the_same_bits_on_all_ranks(ranks_at: RanksAt, world_size: int, exchange: str) -> None:
-    first, *others = ranks_at(world_size)[1][exchange]
+def test_gradients_are_the_same_bits_on_all_ranks(ranks_at: RanksAt, world_size: int, variant: str) -> None:
+    first, *others = ranks_at(world_size)[1][variant]
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+
+
+@pytest.mark.parametrize("network", ["ours", "a user's"])
+def test_every_step_is_accelerates_backward_through_ddp(ranks_at: RanksAt, network: str) -> None:
+    for rank in ranks_at(2)[0]:
+        steps = rank["calls"][network]
+        assert len(steps) == 30
+        assert all(backward >= 1 and forward >= 1 for backward, forward in steps)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the policies of Linux")
@@ -124,25 +132,17 @@ def test_a_score_is_the_same_on_all_ranks_and_at_every_world_size(ranks_at: Rank
     assert sum(map(sum, alone["score"]["confusion"])) == TEST_IMAGES
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_settling_the_buckets_changes_neither_weights_nor_optimizer(ranks_at: RanksAt, world_size: int) -> None:
-    for rank in ranks_at(world_size)[0]:
-        assert rank["settle"]["before"] == rank["settle"]["after"]
-        assert (rank["settle"]["gradient"], rank["settle"]["optimizer"]) == (0, 0)
-
-
-@pytest.mark.parametrize("route", [*rank_checks.ROUTES, "bf16"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gradients_are_exchanged_as_ddp_does_it(ranks_at: RanksAt, world_size: int, route: str) -> None:
-    """Which does it where one rank has hooks, on all ranks: else one would wait for another."""
+def test_the_warm_up_changes_nothing(ranks_at: RanksAt, world_size: int) -> None:
     for rank in ranks_at(world_size)[0]:
-        found = rank["routes"][route]
-        assert found["ours"] == {"by_hand": True, "alike": True}
-        assert found["ddps"] == {"by_hand": False, "alike": True}
-        # DDP multiplies and divides by the number of ranks, which is exact for powers of two. Of roundings in bf16
-        # Adam makes as much as of gradients.
-        if (world_size, route) != (3, "bf16"):
-            assert found["apart"] <= (1e-5 if world_size == 3 else 0)
+        assert rank["warm-up"]["after"] == rank["warm-up"]["before"]
+        assert rank["warm-up"]["without gradient"]
+
+
+@pytest.mark.parametrize("settings", [*rank_checks.FIFTY_STEPS, "bf16"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_hold_the_same_weights_after_fifty_steps(ranks_at: RanksAt, world_size: int, settings: str) -> None:
+    assert len({rank["fifty steps"][settings] for rank in ranks_at(world_size)[0]}) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -151,28 +151,13 @@ def test_bf16_is_computed_in_at_every_world_size(ranks_at: RanksAt, world_size: 
         assert 1e-4 < rank["bf16 from fp32"] < 0.1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_hooks_of_ddp_are_called(ranks_at: RanksAt, world_size: int) -> None:
-    for rank in ranks_at(world_size)[0]:
-        found = rank["hooks"]
-        assert found["by_hand"] == [world_size == 1, False]
-        assert set(found["calls"]) == {"forward"} | ({"exchange"} if world_size > 1 else set())
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ddp_goes_before_the_process_group(ranks_at: RanksAt, world_size: int) -> None:
-    """Else torch 2.11 hangs now and then when the group goes."""
-    for rank in ranks_at(world_size)[0]:
-        assert rank["settle"]["wrapped"] == ["DistributedDataParallel", "CNN"]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the policies of Linux")
 def test_a_container_that_forbids_policies_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "sched_setscheduler", refused)
-    with world._patient_threads():
+    with batch_scheduling():
         entered = True
     assert entered and os.sched_getscheduler(0) == os.SCHED_OTHER
 
@@ -188,22 +173,29 @@ def test_clipping_limits_the_norm_of_the_global_gradient(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_sum_broadcast_and_agree(ranks_at: RanksAt, world_size: int) -> None:
-    found, _ = ranks_at(world_size)
-    where = "" if world_size == 1 else f"rank {world_size - 1}: "
-    for number, rank in enumerate(found):
+def test_ranks_sum_and_broadcast(ranks_at: RanksAt, world_size: int) -> None:
+    for rank in ranks_at(world_size)[0]:
         assert rank["size"] == world_size
         assert rank["sum"] == [world_size, sum(range(world_size))]
         assert rank["broadcast"] == "from rank 0"
-        assert rank["agree"]["fine"] == number
-        assert rank["agree"]["world"] == {
-            "type": "JobError",
-            "message": f"{where}the disk is gone",
-            "exit_code": 1,
-            "stop_reason": "disk",
-        }
-        assert rank["agree"]["usage"]["message"] == f"{where}a bad value"
-        assert (rank["agree"]["usage"]["type"], rank["agree"]["usage"]["exit_code"]) == ("UsageError", 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_fails_on_one_rank_is_the_same_error_on_all(ranks_at: RanksAt, world_size: int) -> None:
+    found, _ = ranks_at(world_size)
+    where = "" if world_size == 1 else f"rank {world_size - 1}: "
+    for number, rank in enumerate(found):
+        failures = rank["failures"]
+        assert failures["none"] == number
+        expected = {"type": "JobError", "message": f"{where}the disk is gone", "exit_code": 1, "stop_reason": "disk"}
+        assert failures["job"] == expected
+        assert failures["usage"]["message"] == f"{where}a bad value"
+        assert (failures["usage"]["type"], failures["usage"]["exit_code"]) == ("UsageError", 2)
+        if number == world_size - 1:  # a bug keeps its traceback where it is
+            assert failures["bug"] == {"type": "ZeroDivisionError", "message": "a bug"}
+        else:
+            assert failures["bug"]["message"] == f"{where}ZeroDivisionError('a bug')"
+            assert (failures["bug"]["type"], failures["bug"]["exit_code"]) == ("JobError", 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -249,6 +241,7 @@ def tutorials(tiny: Path) -> tuple[list[float], list[float]]:
 def test_the_curve_is_the_tutorials_at_every_world_size(
     run_at: RunAt, tutorials: tuple[list[float], list[float]], world_size: int
 ) -> None:
+    """In each epoch's last batch all ranks but one have no image."""
     lines = jobs.read_metrics(run_at(world_size))
     losses, accuracies = tutorials
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -257,12 +250,6 @@ def test_the_curve_is_the_tutorials_at_every_world_size(
     # One image may be at the edge.
     assert [line["train/accuracy"] for line in lines] == pytest.approx(accuracies, rel=0, abs=1.01 / BATCH)
     assert max(accuracies) > 0.5
-
-
-def test_a_job_whose_gradients_ddp_exchanges_is_the_same_job(run_at: RunAt, flags: list[str], tmp_path: Path) -> None:
-    program = (sys.executable, str(Path(rank_checks.__file__).with_name("with_ddp.py")))
-    jobs.succeeded(jobs.run_ranks(2, *flags, "--output-dir", str(tmp_path), program=program))
-    faults.assert_same_result(tmp_path, run_at(2))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -344,10 +331,10 @@ def test_ddp_is_not_told_of_a_gpu_that_is_not_there(
     process_of_a_job: None, monkeypatch: pytest.MonkeyPatch, before: str | None
 ) -> None:
     """Where ranks share a GPU, Accelerate would name it by the rank's number; on a GPU, tests/test_gpu.py."""
-    monkeypatch.setattr(world, "_shares_gpus", lambda: True)
-    monkeypatch.setattr(world, "_backend", lambda: "nccl")  # as for one rank anywhere
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     if before is not None:
         monkeypatch.setenv("ACCELERATE_BYPASS_DEVICE_MAP", before)
-    with world.World(TrainConfig(threads=1)):
+    with Context(TrainConfig(threads=1)):
         assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
     assert os.environ.get("ACCELERATE_BYPASS_DEVICE_MAP") == before

@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import documents
 import jobs
 import pytest
 import yaml
 from documents import DOCUMENTS, README, ROOT
-
-from ddp_mnist import bench_table
 
 # What is known of each command
 
@@ -71,7 +68,7 @@ SWEEP = "tests/test_slurm.py::test_a_sweep_with_one_task_requeued_alone"
 OWN = "tests/test_slurm.py::test_a_program_of_ones_own_is_requeued_to_its_end"
 AGAIN = "tests/test_slurm.py::test_a_line_of_a_sweep_once_more"
 SUBMIT = "tests/test_launch.py::test_the_batch_script_is_the_pinned_one"
-BENCH = "tests/test_bench.py::quick"
+BENCH = "tests/test_benchmarks.py"
 
 COMMANDS: dict[str, Here | By | Not] = {
     # make, and what leads to it
@@ -87,9 +84,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     "make fast": by(".ci/run", "make fast"),
     "make coverage faults": by(".ci/run", "make coverage", "make faults"),
     "make test PYTEST_ARGS=tests/test_data.py": by(".ci/run", "make test PYTEST_ARGS=tests/test_data.py"),
-    "make bench": by(BENCH, "ddp_mnist.bench"),
-    "python -m ddp_mnist.bench": by(BENCH, "ddp_mnist.bench"),
-    "python -m ddp_mnist.bench --repeats 3 --json FILE": by(BENCH, "ddp_mnist.bench", "--json"),
+    "make bench": by(BENCH, "benchmarks/run.py"),
     "source .venv/bin/activate": here(""),
     "export DDP_MNIST_DATA=/scratch/data": here(""),
     "pip install .": by(
@@ -100,7 +95,7 @@ COMMANDS: dict[str, Here | By | Not] = {
     ".venv/bin/pre-commit install": by(
         "tests/test_package.py::test_git_refuses_to_commit_data_and_weights", '"pre-commit", "install"'
     ),
-    "make gpu": Not("it takes a GPU; each of its parts is run elsewhere, but for variants_gpu.py"),
+    "make gpu": Not("it takes a GPU; each of its parts is run elsewhere"),
     # training
     "python -m ddp_mnist.train": here(TRAINED, TINY),
     "python -m ddp_mnist.train --help": here("--batch-size"),
@@ -140,33 +135,6 @@ COMMANDS: dict[str, Here | By | Not] = {
     "srun slurm/rank.sh python -m ddp_mnist.doctor": by(
         "tests/test_slurm.py::test_by_hand_inside_an_allocation",
         '"srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.doctor"',
-    ),
-    # the benchmark's scripts
-    "python docs/benchmarks/variants.py --compile --repeats 12": here(
-        "| torch.compile |", ("--repeats 12", "--repeats 1 --steps 2 --batch-size 8")
-    ),
-    "python docs/benchmarks/variants.py --widths 8 32 --batch-size 160 --repeats 6": here(
-        "| bf16, both poolings as maxima", ("--batch-size 160 --repeats 6", "--batch-size 8 --repeats 1 --steps 2")
-    ),
-    "python docs/benchmarks/variants.py --batch-size 512 --repeats 6 --steps 10": here(
-        "| the same with autograd throughout", ("512 --repeats 6 --steps 10", "8 --repeats 1 --steps 2")
-    ),
-    "torchrun --nproc-per-node 2 docs/benchmarks/exchange.py": here(
-        "| as batch jobs |", ("exchange.py", "exchange.py --batch-size 8 --repeats 1 --steps 2")
-    ),
-    "torchrun --nproc-per-node 2 docs/benchmarks/exchange.py --batch-size 64 --steps 200": here(
-        "| as batch jobs |", ("64 --steps 200", "8 --repeats 1 --steps 2")
-    ),
-    "python docs/benchmarks/variants_gpu.py": by(
-        "tests/test_gpu.py::test_the_ways_to_write_a_step_can_be_compared", "variants_gpu.py"
-    ),
-    **dict.fromkeys(
-        [
-            "python docs/benchmarks/tune.py --seeds 24 published 8,48:160:2:2.2e-2:0.95:linear:bf16",
-            "python docs/benchmarks/tune.py --seeds 24 published 8,32:160:2:2.2e-2:0.95:linear:no"
-            " 8,40:160:2:2.2e-2:0.95:linear:no",
-        ],
-        by("tests/test_mnist.py::test_tuning_scores_on_images_that_were_held_out_of_the_training_set", "tune.py"),
     ),
     # SLURM
     "sbatch slurm/train.sh": by(SHAPES, 'site.sbatch("slurm/train.sh"'),
@@ -394,12 +362,11 @@ def test_the_python_in_watching_md_loads_a_trained_model(checkout: Callable[...,
 
 # Flags
 
-SCRIPTS = ("exchange", "tune", "variants", "variants_gpu")
 PROGRAMS = {
     **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("train", "data", "report", "evaluate")},
-    **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("predict", "doctor", "bench", "reference")},
+    **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("predict", "doctor")},
     **{f"launch.{name}": ("-m", f"launch.{name}") for name in ("submit", "check", "table")},
-    **{f"docs/benchmarks/{name}.py": (f"docs/benchmarks/{name}.py",) for name in SCRIPTS},
+    "benchmarks/run.py": ("benchmarks/run.py",),
 }
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
 # A machine without SLURM cannot be asked; `sbatch --help` has them.
@@ -491,7 +458,7 @@ def test_files_that_are_named_exist(document: Path) -> None:
 
 
 def test_each_claim_names_the_test_that_proves_it() -> None:
-    claims = documents.rows(documents.section(README, "What makes it different"))
+    claims = documents.rows(documents.section(README, "Why you can trust it"))
     assert len(claims) > 5
     for claim, proof in claims:
         tests = re.findall(r"`(tests/test_\w+\.py)(?:::(test_\w+))?`", proof)
@@ -502,132 +469,25 @@ def test_each_claim_names_the_test_that_proves_it() -> None:
 
 def test_the_readme_is_short_and_in_order() -> None:
     lines = README.read_text().splitlines()
-    assert len(lines) < 250
+    assert len(lines) <= 200
     assert [line[3:] for line in lines if line.startswith("## ")] == [
         "Two commands",
         "What you have → what you type",
         "Results",
-        "What makes it different",
+        "Why you can trust it",
+        "Read the code in this order",
         "Make it yours",
         "When it stops",
         "Watching a run",
         "What is not here",
-        "Where things are",
         "More",
     ]
 
 
-# Figures
-
-NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)(?: \((\d[\d,.]*)-(\d[\d,.]*)\)| ± (\d[\d,.]*))?")
-# By the words that begin a row of the README: the rows of the benchmark whose figures it has.
-CPU = {
-    "training, the tutorial's recipe": ["training, one epoch, batch 64, Adam 1e-3"],
-    "training seconds to 98 %": ["training until 98 %: --recipe fast --epochs 1", "its test accuracy"],
-    "the whole command, 5 epochs": ["the whole command, 5 epochs and all scores"],
-    "that command with": ["the same with --wandb disabled --no-pictures"],
-    "2 ranks of 1 thread, batch 512": ["CPU: 2 ranks x 1 thread, batch 512"],
-    "2 ranks of 1 thread, batch 64": ["CPU: 2 ranks x 1 thread, batch 64"],
-    "training seconds and test accuracy": ["training until a mean of 99 %: --recipe record", "its test accuracy"],
-    "logging, checkpoints, W&B": ["training with checkpoints, tracking, stop agreement: 5 epochs"],
-    "that with": ["the same with --wandb disabled"],
-    "a whole run, by its own clock": ["the first of them, by its own clock"],
-    "a whole run on 2 ranks of 1 thread": ["the first of them on the CPU, 2 ranks x 1 thread"],
-    "a whole run on 2 ranks, by": ["that one, by rank 0's own clock"],
-}
-NOT_ON_GPU = ("that command with", "2 ranks", "that with", "a whole run")
-GPU = {name: CPU[name] for name in CPU if not name.startswith(NOT_ON_GPU)} | {
-    "the same with `--compile`": ["the same with --compile"]
-}
-TABLES = (("cpu-", CPU), ("nvidia-", GPU))
-"""In the order of the README: how the names of the files begin, and the rows."""
-
-
-def linked(begins: str = "") -> list[Path]:
-    """The benchmark's files that the README links to."""
-    paths = [README.parent / link for link in documents.links(README) if link.endswith(".json")]
-    return [path for path in paths if path.name.startswith(begins)]
-
-
-def measured(begins: str) -> dict[str, Any]:
-    """Those that begin so, as one: the facts of the first, the rows of all."""
-    reports = [json.loads(path.read_text()) for path in linked(begins)]
-    return reports[0] | {"rows": [row for report in reports for row in report["rows"]]}
-
-
-def line_of(report: dict[str, Any], what: str, after: str = "") -> dict[str, Any]:
-    """A row of the benchmark by its name; the first one behind another where several have it."""
-    names = [line["what"] for line in report["rows"]]
-    return report["rows"][names.index(what, names.index(after) if after else 0)]
-
-
-def shows(cell: str, values: dict[str, float], shown: str) -> str | None:
-    """The first figure of this value in the cell, which then is checked with its spread; None: it does not have it."""
-    for number, low, high, deviation in NUMBER.findall(cell):
-        if rounds_to(number, values[shown]):
-            spread = [(low, "min"), (high, "max")] if low else [(deviation, "sd")] if deviation else []
-            assert all(rounds_to(text, values[key]) for text, key in spread), f"{cell}: not {values}"
-            return number
-    return None
-
-
-def rounds_to(text: str, value: float) -> bool:
-    """Whether these digits are the value, rounded once."""
-    digits = text.replace(",", "")
-    decimals = len(digits.partition(".")[2])
-    return abs(float(digits) - value) <= 0.5 * 10**-decimals * 1.0001
-
-
-@pytest.mark.parametrize(("number", "begins", "expected"), [(n, *table) for n, table in enumerate(TABLES)])
-def test_the_figures_in_the_readme_are_those_of_the_benchmarks_files(
-    number: int, begins: str, expected: dict[str, list[str]]
-) -> None:
-    report = measured(begins)
-    table = re.findall(r"(?:^\|.*\n)+", documents.section(README, "Results"), re.MULTILINE)[number]
-    cells_of = {cells[0]: cells for cells in documents.rows(table)}
-    assert len(cells_of) == len(expected)
-    for begin, names in expected.items():
-        (cells,) = [cells for what, cells in cells_of.items() if what.startswith(begin)]
-        for name in names:
-            line = line_of(report, name, after=names[0])
-            assert shows(cells[1], line["ours"], line["shown"]), f"{cells[1]}: not {line['ours']}"
-            assert shows(cells[2], line["other"], line["shown"]), f"{cells[2]}: not {line['other']}"
-        ratio = line_of(report, names[0])
-        found = shows(cells[3], {key: ratio[f"ratio{tail}"] for key, tail in RATIO.items()}, "median")
-        assert found, f"{cells[3]}: not {ratio['ratio']}"
-
-
-def test_each_file_is_in_a_table() -> None:
-    assert {len(linked(begins)) for begins, _ in TABLES} == {1, 2} and len(linked()) == 3
-
-
-RATIO = {"median": "", "min": "_min", "max": "_max"}
-
-
-def test_the_readme_says_on_what_it_was_measured() -> None:
-    text, report, on_gpu = documents.section(README, "Results"), measured("cpu-"), measured("nvidia-")
-    for each, end in ((report, ";"), (on_gpu, ",")):
-        assert f"torch {each['machine']['versions']['torch'].rpartition('.')[0]}{end}" in text
-    assert f"one {on_gpu['machine']['gpu']} with {on_gpu['machine']['cores']} CPU cores" in text
-    assert "twice, and the last two rows once" in text and on_gpu["settings"]["repeats"] == 2
-    assert f"{on_gpu['settings']['seeds']} seeds" in text
-    assert report["data"] == {"name": "mnist", "train_images": 60_000, "test_images": 10_000}
-    assert "three times, median (min-max)" in text and report["settings"]["repeats"] == 3
-    assert f"{report['settings']['seeds']} seeds" in text
-    chosen = documents.section(ROOT / "docs/benchmarks/README.md", "How `record` was chosen")
-    (before,) = re.findall(r"^(\d+) settings were tried", chosen, re.MULTILINE)
-    settings = {tuple(row[0].split(", ")[:5]) for row in documents.rows(chosen)}  # one may be in two tables
-    assert f"one of {int(before) + len(settings)} tried" in text
-
-
-FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_the_table_beside_a_file_is_the_files(file: Path) -> None:
-    assert bench_table.table([bench_table.read_report(file)]).split() == file.with_suffix(".md").read_text().split()
-
-
-def test_the_benchmarks_page_lists_every_file_once() -> None:
-    links = [link for link in documents.links(ROOT / "docs/benchmarks/README.md") if link.endswith(".json")]
-    assert sorted(links) == [file.name for file in FILES]
+def test_the_results_in_the_readme_are_the_benchmarks_own() -> None:
+    """Each row stands as it is in the table that the benchmark has written, and that the README links to."""
+    (link,) = [link for link in documents.links(README) if "/cpu-" in link]
+    rows = documents.rows(documents.section(README, "Results"))
+    assert 4 <= len(rows) <= 8
+    written = documents.rows((ROOT / link).read_text())
+    assert [row for row in rows if row not in written] == []

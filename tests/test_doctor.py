@@ -168,8 +168,8 @@ def test_rank_1_does_not_wait_for_ever_for_rank_0(healthy: list[str], tmp_path: 
 DIES = """
 import os
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.world import World
-with World(TrainConfig(threads=1)):
+from ddp_mnist.distributed.context import Context
+with Context(TrainConfig(threads=1)):
     os._exit(3)
 """
 
@@ -245,11 +245,11 @@ def test_requirements_come_from_the_installed_package_or_the_checkout(
 def test_a_package_that_cannot_be_imported_is_a_problem_not_a_traceback(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ddp_mnist.world", None)
+    monkeypatch.setitem(sys.modules, "ddp_mnist.distributed.context", None)
     ended = run("--dataset", "synthetic")
     assert ended.code == 1
     (problem,) = lines_of(ended, "problem")
-    assert "ddp_mnist.world cannot be imported with" in problem and "-> make install" in problem
+    assert "ddp_mnist.distributed.context cannot be imported with" in problem and "-> make install" in problem
 
 
 def test_without_packaging_no_version_is_judged(run: Run, healthy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

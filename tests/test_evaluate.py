@@ -18,23 +18,23 @@ import torch.nn.functional as F
 from conftest import TEST_IMAGES, TRAIN_IMAGES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from tutorial import read_raw
 
-from ddp_mnist import data
+from ddp_mnist import fit
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.data import Split, to_float
+from ddp_mnist.data import sources
+from ddp_mnist.data.batches import Split, to_float
+from ddp_mnist.distributed.context import Context
 from ddp_mnist.evaluate import Score, evaluate, main
 from ddp_mnist.model import CNN
-from ddp_mnist.world import World
+from ddp_mnist.step import TrainStep
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[World]:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    threads = torch.get_num_threads()
-    with World(TrainConfig(threads=1, mixed_precision=getattr(request, "param", "no"))) as one:
+def context(process_of_a_job: None, request: pytest.FixtureRequest) -> Iterator[Context]:
+    with Context(TrainConfig(threads=1, mixed_precision=getattr(request, "param", "no"))) as one:
         yield one
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,13 @@ def logits_of(net: CNN, split: Split) -> Tensor:
     return torch.cat([net(to_float(part)) for part in split.images.split(1000)])
 
 
-def test_loss_accuracy_and_confusion_are_those_of_a_plain_loop(world: World, net: CNN, split: Split) -> None:
+def test_loss_accuracy_and_confusion_are_those_of_a_plain_loop(context: Context, net: CNN, split: Split) -> None:
     logits = logits_of(net, split)
     predictions = logits.argmax(1).tolist()
     confusion = [[0] * 10 for _ in range(10)]
     for label, prediction in zip(split.labels.tolist(), predictions, strict=True):
         confusion[label][prediction] += 1
-    score = evaluate(net, split, world)
+    score = evaluate(net, split, context)
     assert [list(row) for row in score.confusion] == confusion
     assert score.correct == sum(a == b for a, b in zip(split.labels.tolist(), predictions, strict=True))
     assert score.count == len(split) == 2301
@@ -70,11 +70,11 @@ def test_loss_accuracy_and_confusion_are_those_of_a_plain_loop(world: World, net
     assert score.loss == pytest.approx(F.cross_entropy(logits.double(), split.labels).item(), rel=1e-6)
 
 
-def test_the_mistakes_are_those_it_is_most_confident_of(world: World, net: CNN, split: Split) -> None:
+def test_the_mistakes_are_those_it_is_most_confident_of(context: Context, net: CNN, split: Split) -> None:
     confidence, said = logits_of(net, split).softmax(1).max(1)
     wrong = (said != split.labels).nonzero().flatten()
     worst = confidence[wrong].sort(descending=True).values[:25]
-    found = evaluate(net, split, world).mistakes
+    found = evaluate(net, split, context).mistakes
     assert [mistake.confidence for mistake in found] == pytest.approx(worst.tolist(), rel=1e-5)
     assert len({mistake.index for mistake in found}) == 25
     for mistake in found:
@@ -102,36 +102,150 @@ class InPlace(nn.Module):
         return self.out(images.sub_(0.1).div_(0.3).flatten(1))
 
 
-def test_a_network_that_writes_over_its_input_changes_no_data(world: World, split: Split) -> None:
+def test_a_network_that_writes_over_its_input_changes_no_data(context: Context, split: Split) -> None:
     torch.manual_seed(0)
     net, images = InPlace(), to_float(split.images)
     floats, before = Split(images, split.labels), images.clone()
-    first = evaluate(net, floats, world)
+    first = evaluate(net, floats, context)
     assert torch.equal(images, before)
-    assert evaluate(net, floats, world) == first == evaluate(net, split, world)
+    assert evaluate(net, floats, context) == first == evaluate(net, split, context)
 
 
-def test_scoring_neither_trains_nor_leaves_gradients(world: World, net: CNN, split: Split) -> None:
+def test_scoring_neither_trains_nor_leaves_gradients(context: Context, net: CNN, split: Split) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    evaluate(net, split, world)
+    evaluate(net, split, context)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("world", ["bf16"], indirect=True)
-def test_a_network_prepared_for_bf16_is_scored_in_fp32(world: World, net: CNN, split: Split) -> None:
+@pytest.mark.parametrize("context", ["bf16"], indirect=True)
+def test_a_network_that_is_trained_in_bf16_is_scored_in_fp32(context: Context, net: CNN, split: Split) -> None:
     expected = F.cross_entropy(logits_of(net, split).double(), split.labels).item()
-    prepared = world.accelerator.prepare(net)
+    step = TrainStep(TrainConfig(mixed_precision="bf16"), context, net)
     with torch.no_grad():
-        rough = F.cross_entropy(prepared(to_float(split.images)), split.labels).item()
+        rough = F.cross_entropy(step.model(to_float(split.images)), split.labels).item()
     assert rough != pytest.approx(expected, rel=1e-6)  # or this test would prove nothing
-    assert evaluate(net, split, world).loss == pytest.approx(expected, rel=1e-6)
+    assert evaluate(net, split, context).loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_an_empty_directory_is_not_needed_to_score(tmp_path: Path, world: World, net: CNN, split: Split) -> None:
-    few = Split(split.images[:3], split.labels[:3])
-    assert evaluate(net, few, world).count == 3
-    assert list(tmp_path.iterdir()) == []
+# --- Scoring calls the module that was trained, whatever it is
+
+
+def linear() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def with_a_pre_hook() -> nn.Module:
+    net = linear()
+    net.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - 1.0) * -30,))
+    return net
+
+
+def with_a_hook_on_a_layer() -> nn.Module:
+    net = linear()
+    net[1].register_forward_hook(lambda module, inputs, outputs: -outputs)
+    return net
+
+
+def with_a_forward_of_its_own() -> nn.Module:
+    net = linear()
+    forward = net.forward
+    net.forward = lambda images: -forward(images)  # type: ignore[method-assign, assignment]
+    return net
+
+
+class Called(nn.Linear):
+    """Does something around its forward."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return super().__call__(1 - images.flatten(1)) * -5
+
+
+def with_a_call_of_its_own() -> nn.Module:
+    return Called(784, 10)
+
+
+def with_a_norm_of_its_weights() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), parametrizations.weight_norm(nn.Linear(784, 10)))
+
+
+def with_an_estimate_of_its_weights_norm() -> nn.Module:
+    """Buffers that change at each call in training."""
+    return nn.Sequential(nn.Flatten(), parametrizations.spectral_norm(nn.Linear(784, 10)))
+
+
+def with_averages_and_dropout() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+
+
+class Centring(nn.Linear):
+    """Keeps an average in a buffer, and is another function in training."""
+
+    def __init__(self) -> None:
+        super().__init__(784, 10)
+        self.register_buffer("mean", torch.zeros(784))
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.flatten(1)
+        if self.training:
+            self.mean.lerp_(images.mean(0), 0.2)  # type: ignore[operator, union-attr]
+        logits = super().forward(images - self.mean)  # type: ignore[operator]
+        return logits if self.training else logits.roll(1, dims=1)
+
+
+class FrozenAverages(nn.Sequential):
+    """Its first layer never leaves evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10))
+
+    def train(self, mode: bool = True) -> FrozenAverages:
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+MODULES = [
+    with_a_pre_hook,
+    with_a_hook_on_a_layer,
+    with_a_forward_of_its_own,
+    with_a_call_of_its_own,
+    with_a_norm_of_its_weights,
+    with_an_estimate_of_its_weights_norm,
+    with_averages_and_dropout,
+    Centring,
+    FrozenAverages,
+]
+
+
+@torch.no_grad()
+def confusion_of(model: nn.Module, folder: Path, prefix: str) -> list[list[int]]:
+    confusion = [[0] * 10 for _ in range(10)]
+    images, labels = read_raw(folder, prefix)
+    for some, their in zip(images.split(100), labels.split(100), strict=True):
+        for label, said in zip(their.tolist(), model(some).argmax(1).tolist(), strict=True):
+            confusion[label][said] += 1
+    return confusion
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("model", MODULES)
+def test_a_run_scores_the_module_that_it_trains(
+    process_of_a_job: None, tiny: Path, tmp_path: Path, model: Callable[[], nn.Module], precision: Any
+) -> None:
+    """Its counts are those of a plain loop over the network that `fit` returns, in fp32."""
+    config = TrainConfig(dataset="fashion-mnist", data_dir=tiny, output_dir=tmp_path, threads=1, wandb="disabled")
+    config = config.replace(mixed_precision=precision, epochs=1, batch_size=60, pictures=False)
+    result = fit(config, model=model)
+    raw = tiny / "FashionMNIST" / "raw"
+    test, train = (confusion_of(result.model, raw, prefix) for prefix in ("t10k", "train"))
+    assert result.summary["test_confusion"] == test
+    for name, confusion, count in (("test", test, TEST_IMAGES), ("train", train, TRAIN_IMAGES)):
+        assert result.summary[f"{name}_count"] == count
+        assert result.summary[f"{name}_correct"] == sum(confusion[label][label] for label in range(10))
+    saved, own = load_file(tmp_path / "model.safetensors"), model().state_dict()
+    assert saved.keys() == own.keys()  # no wrapper's names
+    assert all(torch.equal(saved[name], value) for name, value in result.model.state_dict().items())
 
 
 # --- python -m ddp_mnist.evaluate RUN_DIR
@@ -234,25 +348,25 @@ def test_the_data_may_lie_elsewhere_by_now(rescore: Command, a_run: Path, tiny: 
 def test_a_score_on_generated_digits_says_so(
     rescore: Command, a_run: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = data.load
+    load = sources.load
     asked: list[str] = []
 
     def drawn(dataset: str, root: Path) -> tuple[Split, Split]:
         asked.append(dataset)
         return load("fashion-mnist", tiny)  # 70,000 digits are not drawn for this
 
-    monkeypatch.setattr(data, "load", drawn)
+    monkeypatch.setattr(sources, "load", drawn)
     assert "THIS IS NOT MNIST" not in rescore(a_run).out
     config = jobs.read_json(a_run / "config.json")
     config["settings"]["dataset"] = "synthetic"
     (a_run / "config.json").write_text(json.dumps(config))
     ended = rescore(a_run)
     assert (ended.code, asked) == (0, ["fashion-mnist", "synthetic"])
-    assert f", on synthetic\n{data.SYNTHETIC_WARNING}\nChecking accuracy on training data\n" in ended.out
+    assert f", on synthetic\n{sources.SYNTHETIC_WARNING}\nChecking accuracy on training data\n" in ended.out
 
 
 def test_ctrl_c_ends_it_without_a_word(rescore: Command, a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load", lambda dataset, root: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sources, "load", lambda dataset, root: signal.raise_signal(signal.SIGINT))
     assert rescore(a_run) == jobs.Ended(130, "", "")
 
 

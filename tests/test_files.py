@@ -19,7 +19,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -274,44 +273,10 @@ def test_arrays_have_the_promised_form(tmp_path: Path, small: None) -> None:
     assert idx(images) == RAW["t10k-images-idx3-ubyte"] and idx(labels) == RAW["t10k-labels-idx1-ubyte"]
 
 
-def test_files_are_read_early_and_once(tmp_path: Path, small: None) -> None:
-    folder = fill(tmp_path, raw=True)
-    with files.read_early("auto", str(tmp_path)):
-        wait(files._early.values(), timeout=60)
-        shutil.rmtree(folder)
-        assert content(files.read_split("mnist", tmp_path, "train", fetch=False)) == TRAIN
-        with pytest.raises(files.DataError, match=f"{IMAGES}: missing"):
-            files.read_split("mnist", tmp_path, "train", fetch=False)
-    with pytest.raises(files.DataError, match="t10k-images-idx3-ubyte: missing"):  # what nobody asked for is not kept
-        files.read_split("mnist", tmp_path, "test", fetch=False)
-
-
-@pytest.mark.parametrize("mended", ["by another", "by the reader"])
-def test_what_was_damaged_when_read_early_is_mended(tmp_path: Path, small: None, mended: str) -> None:
-    folder = fill(tmp_path, raw=True, packed=True)
-    shorten(folder / IMAGES)
-    with files.read_early("mnist", tmp_path):
-        wait(files._early.values(), timeout=60)
-        if mended == "by another":
-            (folder / IMAGES).write_bytes(RAW[IMAGES])
-        assert content(files.read_split("mnist", tmp_path, "train", fetch=False)) == TRAIN
-    assert (folder / IMAGES).read_bytes() == RAW[IMAGES]
-    assert (folder / files.LOCK).exists() == (mended == "by the reader")  # good by then: nobody waits for anybody
-
-
-def test_a_fault_of_ours_while_reading_early_is_the_readers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: None
-) -> None:
-    monkeypatch.setattr(files, "_md5", lambda _: 1 / 0)
-    fill(tmp_path, raw=True)
-    with files.read_early("mnist", tmp_path), pytest.raises(ZeroDivisionError):
-        files.read_split("mnist", tmp_path, "test")
-
-
 def test_what_was_read_to_decide_is_not_kept_where_it_is_not_mnist(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: None
 ) -> None:
-    from ddp_mnist import data
+    from ddp_mnist.data import sources
 
     folder = fill(tmp_path, raw=True)
     (folder / "t10k-images-idx3-ubyte").write_bytes(b"")
@@ -320,7 +285,7 @@ def test_what_was_read_to_decide_is_not_kept_where_it_is_not_mnist(
         raise place.failure(name, "no network")
 
     monkeypatch.setattr(files, "_download", offline)
-    assert data.resolve("auto", tmp_path) == "synthetic"
+    assert sources.resolve("auto", tmp_path) == "synthetic"
     (folder / IMAGES).unlink()
     with pytest.raises(files.DataError, match=f"{IMAGES}: missing"):
         files.read_split("mnist", tmp_path, "train", fetch=False)
@@ -334,18 +299,17 @@ def test_a_file_that_a_disk_reads_in_part_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 def test_deciding_for_mnist_and_loading_it_is_one_reading(tmp_path: Path, small: None) -> None:
-    from ddp_mnist import data
+    from ddp_mnist.data import sources
 
     folder = fill(tmp_path, raw=True)
-    assert data.resolve("auto", tmp_path) == "mnist"
+    assert sources.resolve("auto", tmp_path) == "mnist"
     shutil.rmtree(folder)
-    assert [len(split) for split in data.load("mnist", tmp_path)] == [300, 70]
+    assert [len(split) for split in sources.load("mnist", tmp_path)] == [300, 70]
 
 
 def test_unknown_names_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(files.UsageError, match=r"kmnist.*fashion-mnist"):
         files.read_split("kmnist", tmp_path, "train")
-    with pytest.raises(files.UsageError, match=r"kmnist.*fashion-mnist"), files.read_early("kmnist", tmp_path):
         pass
     with pytest.raises(files.UsageError, match=r"valid.*train, test"):
         files.read_split("mnist", tmp_path, "valid")  # type: ignore[arg-type]

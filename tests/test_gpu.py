@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,16 @@ import jobs
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from ddp_mnist import CNN, TrainConfig
-from ddp_mnist.data import TrainBatches, load
-from ddp_mnist.step import TrainStep
-from ddp_mnist.world import World
+from ddp_mnist import TrainConfig
+from ddp_mnist.checkpoint import weights
+from ddp_mnist.data.batches import Batch, Batches, Split
+from ddp_mnist.data.sources import load
+from ddp_mnist.distributed.context import Context
+from ddp_mnist.network import build_network
+from ddp_mnist.optimizer import save_state
+from ddp_mnist.step import TrainStep, can_capture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,27 +31,42 @@ pytestmark = [
 Run = Callable[..., dict[str, Any]]
 # GPU kernels add in another order: no promise of equal bits, the same curve.
 LOSS, WEIGHTS = 2e-3, 2e-2
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny job's summary and weights, by what is different about it; each is run once."""
+def common(tiny: Path) -> list[str]:
+    """Flags of every job."""
+    return ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
+
+
+@pytest.fixture(scope="module")
+def flags(common: list[str]) -> list[str]:
+    """Two epochs of 26 steps, the last one of each with a single image."""
+    return [*common, "--batch-size", "60", "--epochs", "2", "--log-every", "1"]
+
+
+def outcome(path: Path) -> dict[str, Any]:
+    """The summary of a run directory, with its weights and losses."""
+    return jobs.read_json(path / "summary.json") | {
+        "weights": load_file(path / "model.safetensors"),
+        "losses": [line["train/loss"] for line in jobs.read_metrics(path)],
+    }
+
+
+@pytest.fixture(scope="module")
+def run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The tiny job's outcome, by what is different about it; each is run once."""
     done: dict[Any, dict[str, Any]] = {}
-    gpus = {"CUDA_VISIBLE_DEVICES": "0"}
 
     def go(*arguments: str, ranks: int = 1, cpu: bool = False) -> dict[str, Any]:
         key = (arguments, ranks, cpu)
         if key not in done:
             path = tmp_path_factory.mktemp("gpu") / "run"
-            flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
-            flags += ["--batch-size", "60", "--epochs", "2", "--log-every", "1", "--output-dir", str(path)]
-            variables = {"CUDA_VISIBLE_DEVICES": ""} if cpu else gpus
-            jobs.succeeded(jobs.run_ranks(ranks, *flags, *arguments, variables=variables))
-            done[key] = jobs.read_json(path / "summary.json") | {
-                "weights": load_file(path / "model.safetensors"),
-                "lines": jobs.read_metrics(path),
-                "losses": [line["train/loss"] for line in jobs.read_metrics(path)],
-            }
+            variables = {"CUDA_VISIBLE_DEVICES": ""} if cpu else ONE_GPU
+            every = (*flags, "--output-dir", str(path), *arguments)
+            jobs.succeeded(jobs.run_ranks(ranks, *every, variables=variables))
+            done[key] = outcome(path)
         return done[key]
 
     return go
@@ -65,22 +84,18 @@ def test_one_gpu_is_used_and_trains_as_the_cpu_does(run: Run) -> None:
     assert_same_curve(run(), run(cpu=True))
 
 
-def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not_bit_for_bit(
-    run: Run, tiny: Path, tmp_path: Path
-) -> None:
-    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
-    flags += ["--batch-size", "60", "--epochs", "2", "--log-every", "1", "--output-dir", str(tmp_path)]
-    for more in (["--max-steps", "17"], []):
-        jobs.succeeded(jobs.run_ranks(1, *flags, *more, variables={"CUDA_VISIBLE_DEVICES": "0"}))
-    found = load_file(tmp_path / "model.safetensors")
-    # Its kernels add up in the same order at every run.
-    assert all(torch.equal(value, found[name]) for name, value in run()["weights"].items())
-    assert [line["train/loss"] for line in jobs.read_metrics(tmp_path)] == run()["losses"]
-
-
 def assert_same_weights(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in found["weights"].items():
         assert (value - expected["weights"][name]).abs().max() < WEIGHTS, name
+
+
+def test_a_run_that_was_stopped_goes_on_as_one_that_was_not(run: Run, flags: list[str], tmp_path: Path) -> None:
+    for more in (["--max-steps", "17"], []):
+        jobs.succeeded(jobs.run_ranks(1, *flags, "--output-dir", str(tmp_path), *more, variables=ONE_GPU))
+    resumed = outcome(tmp_path)
+    assert resumed["resumed_from"] == 17
+    assert_same_curve(resumed, run())
+    assert_same_weights(resumed, run())
 
 
 @pytest.mark.parametrize(
@@ -88,51 +103,11 @@ def assert_same_weights(found: dict[str, Any], expected: dict[str, Any]) -> None
     [[], ["--accumulate", "3"], ["--grad-clip", "0.1"], ["--recipe", "fast"], ["--mixed-precision", "bf16"]],
     ids=str,
 )
-def test_a_recorded_step_computes_what_the_plain_one_does(run: Run, more: list[str]) -> None:
+def test_a_captured_step_computes_what_the_plain_one_does(run: Run, more: list[str]) -> None:
     """The uneven last batch and a rate that changes at every step included."""
-    recorded, plain = run(*more), run(*more, "--no-cuda-graphs")
-    assert_same_curve(recorded, plain)
-    assert_same_weights(recorded, plain)
-
-
-def test_the_kernels_compute_what_torch_does() -> None:
-    command = [sys.executable, str(Path(__file__).parent / "kernel_checks.py"), "cuda"]
-    ended = jobs.run(command, {"CUDA_VISIBLE_DEVICES": "0"})
-    assert ended.code == 0, ended.err
-    for name, error in json.loads(ended.out).items():
-        assert error < (2e-2 if "bfloat16" in name else 2e-3 if "float16" in name else 5e-6), name
-
-
-@pytest.mark.parametrize("more", [[], ["--mixed-precision", "bf16"], ["--widths", "20", "100"]], ids=str)
-def test_a_step_of_tritons_kernels_computes_what_one_of_torchs_does(run: Run, more: list[str]) -> None:
-    """The second layer of the last is too wide for them: torch's own are beside them."""
-    assert_same_curve(run(*more), run(*more, "--no-triton"))
-    assert_same_weights(run(*more), run(*more, "--no-triton"))
-    ours, others = run(*more)["weights"], run(*more, "--no-triton")["weights"]
-    assert not all(torch.equal(value, others[name]) for name, value in ours.items())  # it was another order
-
-
-def test_a_line_that_is_finished_later_has_the_figures_of_its_own_step(run: Run) -> None:
-    more = ["--log-every", "5", "--grad-clip", "0.5"]
-    for one, other in zip(run(*more)["lines"], run(*more, "--no-cuda-graphs")["lines"], strict=True):
-        assert one["step"] == other["step"]
-        assert abs(one["train/loss"] - other["train/loss"]) < 20 * LOSS
-        assert abs(one["train/gradient_norm"] - other["train/gradient_norm"]) < 0.05 * other["train/gradient_norm"]
-        assert one["train/step_seconds_mean"] > 0
-
-
-def test_where_triton_cannot_be_used_there_is_a_warning(run: Run, tiny: Path, tmp_path: Path) -> None:
-    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
-    flags += ["--batch-size", "60", "--epochs", "2", "--log-every", "1", "--output-dir", str(tmp_path / "run")]
-    (tmp_path / "file").touch()
-    variables = {"CUDA_VISIBLE_DEVICES": "0", "TRITON_CACHE_DIR": str(tmp_path / "file" / "below")}
-    (ended,) = jobs.run_ranks(1, *flags, variables=variables)
-    assert ended.code == 0 and ended.err.count("Triton cannot be used (NotADirectoryError: ") == 1, ended.err
-    assert_same_curve(
-        jobs.read_json(tmp_path / "run" / "summary.json")
-        | {"losses": [line["train/loss"] for line in jobs.read_metrics(tmp_path / "run")]},
-        run("--no-triton"),
-    )
+    captured, plain = run(*more), run(*more, "--no-cuda-graphs")
+    assert_same_curve(captured, plain)
+    assert_same_weights(captured, plain)
 
 
 def test_a_compiled_step_computes_what_the_plain_one_does(run: Run) -> None:
@@ -140,25 +115,27 @@ def test_a_compiled_step_computes_what_the_plain_one_does(run: Run) -> None:
     assert_same_weights(run("--compile"), run())
 
 
-def test_fifty_recorded_steps_are_the_plain_ones(tiny: Path) -> None:
-    """In one process, of the same batches, as on the CPU (test_graphs.py), where they are equal bit for bit."""
-    config = TrainConfig(dataset="fashion-mnist", data_dir=tiny, wandb="disabled", batch_size=60)
+def test_fifty_captured_steps_are_the_plain_ones(tiny: Path) -> None:
+    """In one process, of the same batches, as on the CPU (test_cuda_graph.py), where they are equal bit for bit."""
+    config = TrainConfig(dataset="fashion-mnist", data_dir=tiny, wandb="disabled", mixed_precision="no", batch_size=60)
     found = []
-    for recorded in (True, False):
-        with World(config.replace(cuda_graphs=recorded)) as world:
-            assert world.device.type == "cuda"
+    for captured in (True, False):
+        with Context(config) as context:
+            assert context.device.type == "cuda"
             train, _ = load(config.dataset, config.data_dir)
-            batches = TrainBatches(train.to(world.device), batch_size=60, rank=0, world_size=1, seed=0)
-            step = TrainStep(config.replace(cuda_graphs=recorded), world)
-            assert (step.graphs is not None) == recorded
-            step.settle(batches)
-            assert not any(value.any() for state in step.adam.state.values() for value in state.values())
+            batches = Batches(train.to(context.device), batch_size=60, rank=0, world_size=1, seed=0)
+            step = TrainStep(config, context, build_network(config, context, None, None), capture=captured)
+            before = weights(step.network)
+            step.warm_up(batches)
+            assert all(torch.equal(value, before[name]) for name, value in weights(step.network).items())
+            assert not any(value.any() for value in save_state(step.network, step.optimizer).values())
             every = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2))
-            figures = [(*step(batch, 1e-3), float(step.gradient_norm())) for batch in itertools.islice(every, 50)]
+            figures = [(*step(batch, 1e-3), step.gradient_norm()) for batch in itertools.islice(every, 50)]
             losses, correct, norms = (
                 torch.tensor([float(value) for value in column]) for column in zip(*figures, strict=True)
             )
-            found.append({"losses": losses, "correct": correct, "norms": norms, **step.snapshot()[0]})
+            found.append({"losses": losses, "correct": correct, "norms": norms, **weights(step.network)})
+            step.close()
     one, other = found
     assert (one["losses"] - other["losses"]).abs().max() < LOSS
     assert (one["correct"] - other["correct"]).abs().max() <= 1
@@ -167,21 +144,78 @@ def test_fifty_recorded_steps_are_the_plain_ones(tiny: Path) -> None:
         assert (one[name] - other[name]).abs().max() < WEIGHTS, name
 
 
-def test_another_network_and_fp16_are_not_recorded(tiny: Path) -> None:
-    config = TrainConfig(dataset="fashion-mnist", data_dir=tiny, wandb="disabled")
-    with World(config) as world:
-        assert TrainStep(config, world, model=CNN).graphs is None
-    config = config.replace(mixed_precision="fp16")
-    with World(config) as world:
-        assert TrainStep(config, world).graphs is None
+@pytest.mark.parametrize(
+    ("changes", "ours", "captured"),
+    [
+        ({}, True, True),
+        ({"mixed_precision": "bf16"}, True, True),
+        ({"cuda_graphs": False}, True, False),
+        ({}, False, False),
+        ({"cuda_graphs": True}, False, True),
+        ({"mixed_precision": "fp16"}, True, False),
+        ({"mixed_precision": "fp16", "cuda_graphs": True}, False, False),
+    ],
+    ids=str,
+)
+def test_our_network_is_captured_and_a_users_on_request(changes: dict[str, Any], ours: bool, captured: bool) -> None:
+    config = TrainConfig(**{"wandb": "disabled", "mixed_precision": "no", **changes})
+    with Context(config) as context:
+        assert can_capture(config, context, ours=ours) == captured
 
 
-def test_its_memory_is_in_the_log_and_the_run_scores_the_same_again(run: Run, tiny: Path, tmp_path: Path) -> None:
-    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
-    variables = {"CUDA_VISIBLE_DEVICES": "0"}
-    jobs.succeeded(jobs.run_ranks(1, *flags, "--output-dir", str(tmp_path), variables=variables))
+USERS = """
+from torch import nn
+from ddp_mnist import run
+
+def network():
+    layers = nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5)
+    return nn.Sequential(*layers, nn.Linear(8 * 169, 10))
+
+run(model=network)
+"""
+
+
+def test_a_users_network_is_captured_on_request(flags: list[str], tmp_path: Path) -> None:
+    """It trains as it does without, also after a stop: dropout draws by the step's seed, and what it draws would show
+    in each loss."""
+    program = tmp_path / "users.py"
+    program.write_text(USERS)
+    found = {}
+    for name, *attempts in (
+        ("plain", []),
+        ("captured", ["--cuda-graphs"]),
+        ("stopped", ["--cuda-graphs", "--max-steps", "17"], ["--cuda-graphs"]),
+    ):
+        for more in attempts:
+            every = (*flags, "--output-dir", str(tmp_path / name), *more)
+            jobs.succeeded(jobs.run_ranks(1, *every, program=[sys.executable, str(program)], variables=ONE_GPU))
+        found[name] = outcome(tmp_path / name)
+    assert found["stopped"]["resumed_from"] == 17
+    for name in ("captured", "stopped"):
+        assert_same_curve(found[name], found["plain"])
+        assert_same_weights(found[name], found["plain"])
+        assert found[name]["weights"]["1.num_batches_tracked"].item() == 52
+
+
+def test_dropout_draws_anew_at_each_replay_and_the_same_for_the_same_seed() -> None:
+    """A rate of 0 leaves the weights alone: losses of one batch differ by what dropout draws, and by nothing else."""
+    config = TrainConfig(wandb="disabled", mixed_precision="no")
+    with Context(config) as context:
+        images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8, device=context.device)
+        labels = torch.randint(0, 10, (64,), device=context.device)
+        network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10)).to(context.device)
+        step = TrainStep(config, context, network, capture=True)
+        step.warm_up(Batches(Split(images, labels), batch_size=64, rank=0, world_size=1, seed=0))
+        seeds = [*range(10), *range(10)]
+        losses = [step(Batch(images, labels, 64, 64, seed), 0.0)[0].item() for seed in seeds]
+        step.close()
+    assert len(set(losses[:10])) == 10 and losses[10:] == losses[:10]
+
+
+def test_its_memory_is_in_the_log_and_the_run_scores_the_same_again(common: list[str], tmp_path: Path) -> None:
+    jobs.succeeded(jobs.run_ranks(1, *common, "--output-dir", str(tmp_path), variables=ONE_GPU))
     assert all(line["gpu/memory_bytes"] > 1_000_000 for line in jobs.read_metrics(tmp_path))
-    again = jobs.run([sys.executable, "-m", "ddp_mnist.evaluate", str(tmp_path)], variables)
+    again = jobs.run([sys.executable, "-m", "ddp_mnist.evaluate", str(tmp_path)], ONE_GPU)
     assert again.code == 0, again.err
 
 
@@ -199,32 +233,18 @@ def test_two_ranks_share_one_gpu_over_gloo(run: Run) -> None:
     assert_same_curve(run(ranks=2), run())
 
 
-def test_the_ways_to_write_a_step_can_be_compared() -> None:
-    command = [sys.executable, "docs/benchmarks/variants_gpu.py", "--repeats", "1", "--steps", "2"]
-    ended = jobs.run(command, {"CUDA_VISIBLE_DEVICES": "0"}, cwd=Path(__file__).parents[1])
-    assert ended.code == 0, ended.err
-    assert "| channels_last |" in ended.out
-
-
-def test_a_network_that_cannot_be_recorded_is_told_of_the_flag(tiny: Path, tmp_path: Path) -> None:
-    program = tmp_path / "fork.py"
+def test_a_network_that_cannot_be_captured_is_told_of_the_flag(common: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "asking.py"
     program.write_text(
-        "import sys\n"
-        "from ddp_mnist import CNN, step\n"
-        "from ddp_mnist.train import main\n"
+        "from ddp_mnist import CNN, run\n"
         "class Asking(CNN):\n"
         "    def forward(self, images):\n"
         "        logits = super().forward(images)\n"
         "        assert logits.sum().item() < 1e9\n"
         "        return logits\n"
-        "step.CNN = Asking\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "run(model=Asking)\n"
     )
-    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
-    flags += ["--max-steps", "3", "--output-dir", str(tmp_path / "run")]
-    refused, taken = (
-        jobs.run([sys.executable, str(program), *flags, *more], {"CUDA_VISIBLE_DEVICES": "0"})
-        for more in ([], ["--no-cuda-graphs"])
-    )
+    command = [sys.executable, str(program), *common, "--max-steps", "3", "--output-dir", str(tmp_path / "run")]
+    refused, taken = (jobs.run([*command, more], ONE_GPU) for more in ("--cuda-graphs", "--no-cuda-graphs"))
     assert refused.code == 1 and "--no-cuda-graphs" in refused.err and "Traceback" not in refused.err, refused.err
     assert taken.code == 0, taken.err

@@ -14,9 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddp_mnist"
-DEPTH = 9
-"""Modules in the longest chain that the training hangs from: train, trainer, tracking, evaluate, checkpoint, rundir,
-config, process, errors."""
 
 
 @dataclass
@@ -57,16 +54,28 @@ def imported(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
         yield from (f"{node.module}.{each.name}" for each in node.names)
 
 
-MODULES = {path.stem: read(path) for path in PACKAGE.glob("*.py")}
+def name_of(path: Path) -> str:
+    """`ddp_mnist/data/batches.py` → data.batches, `ddp_mnist/data/__init__.py` → data"""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): read(path) for path in PACKAGE.rglob("*.py")}
+
+
+def module_of(word: str) -> str | None:
+    """The module of the package that holds the imported name; None: it is somebody else's."""
+    parts = word.split(".")[1:] if word.startswith("ddp_mnist.") else []
+    found = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((name for name in found if name in MODULES), None)
 
 
 def doors(*, later: bool) -> dict[str, set[str]]:
     """Module → those of the package that it imports."""
     return {
         name: {
-            word.split(".")[1]
+            found
             for word in module.at_once | (module.later if later else set())
-            if word.startswith("ddp_mnist.") and word.split(".")[1] in MODULES
+            if (found := module_of(word)) is not None
         }
         for name, module in MODULES.items()
     }
@@ -86,28 +95,15 @@ def test_no_module_imports_itself_round_a_corner(later: bool) -> None:
     list(TopologicalSorter(doors(later=later)).static_order())  # CycleError names the circle
 
 
-def test_the_training_hangs_from_no_longer_a_chain_than_it_must() -> None:
-    graph = doors(later=True)
-
-    def chain(name: str) -> list[str]:
-        return [name, *max((chain(each) for each in graph[name]), key=len, default=[])]
-
-    longest = chain("train")
-    assert len(longest) <= DEPTH, longest
-
-
 @pytest.mark.parametrize(
     ("what", "rooms"),
     [
         ("wandb", {"mirror_process"}),
-        # The mirror's own process leaves them to the training; the benchmark is not the training.
-        ("signal", {"preemption", "mirror_process", "bench"}),
-        ("triton", {"kernels"}),
-        ("ddp_mnist.kernels", {"model", "step"}),
+        # The mirror's own process leaves them to the training.
+        ("signal", {"preemption", "mirror_process"}),
         ("matplotlib", {"figures"}),
-        ("torchvision", {"files", "reference"}),
-        ("torch.utils.data.DistributedSampler", {"data"}),
-        ("torch.utils.data.DataLoader", {"reference"}),
+        ("torchvision", {"files"}),
+        ("torch.utils.data.DistributedSampler", {"data.batches"}),
         ("tyro", {"config"}),
         ("tqdm", {"tracking"}),
         ("filelock", {"files", "rundir", "doctor_job"}),
@@ -125,7 +121,7 @@ def test_only_the_doctor_reads_slurms_variables() -> None:
 def test_only_the_data_deal_out_shares() -> None:
     """A rank's rows are taken in one place: another one would have to agree with it."""
     words = {"ShardSampler", "DistributedSampler", "num_replicas", "split_batches", "split_between_processes"}
-    assert {name for name, module in MODULES.items() if module.words & words} == {"data"}
+    assert {name for name, module in MODULES.items() if module.words & words} == {"data.batches"}
 
 
 def test_the_package_imports_neither_tests_nor_launchers() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -191,20 +190,13 @@ def test_a_run_may_change_its_number_of_ranks_three_times(
 
 
 ENDLESS = ["--epochs", "100000"]
-PROGRAMS = {
-    "gradients exchanged by the job": jobs.TRAIN,
-    "gradients exchanged by DDP": (sys.executable, str(Path(__file__).with_name("with_ddp.py"))),
-}
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.distributed
-def test_the_other_ranks_of_one_that_was_killed_say_so_and_end(
-    flags: list[str], tmp_path: Path, lost: int, program: str
-) -> None:
+def test_the_other_ranks_of_one_that_was_killed_say_so_and_end(flags: list[str], tmp_path: Path, lost: int) -> None:
     arguments = [*flags, *ENDLESS, "--checkpoint-every", 20, "--output-dir", tmp_path]
-    with faults.start(2, *arguments, program=PROGRAMS[program]) as job:
+    with faults.start(2, *arguments) as job:
         faults.wait_until_step(job, tmp_path, 45)
         job.signal(signal.SIGKILL, lost)
         ended = job.wait(60)
@@ -222,11 +214,10 @@ def test_the_other_ranks_of_one_that_was_killed_say_so_and_end(
         assert not (tmp_path / "summary.json").exists()
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.distributed
-def test_a_rank_that_does_not_answer_is_given_up(flags: list[str], tmp_path: Path, program: str) -> None:
+def test_a_rank_that_does_not_answer_is_given_up(flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, *ENDLESS, "--timeout-minutes", "0.1", "--checkpoint-every", "20", "--output-dir", str(tmp_path)]
-    with faults.start(2, *flags, program=PROGRAMS[program]) as job:
+    with faults.start(2, *flags) as job:
         faults.wait_until_step(job, tmp_path, 25)
         job.signal(signal.SIGSTOP, 1)
         faults.wait_for(lambda: job.processes[0].poll() is not None, "the end of rank 0", job)

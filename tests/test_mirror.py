@@ -676,9 +676,9 @@ def test_of_several_ranks_one_has_a_mirror(flags: list[str], tmp_path: Path) -> 
 def test_a_mirror_that_is_killed_is_not_missed(
     monkeypatch: pytest.MonkeyPatch, train: Train, run_at: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    real = tracking.Tracker.line
+    real = tracking.Metrics._write_line
 
-    def line(self: tracking.Tracker, state: Any, *rest: Any) -> None:
+    def line(self: tracking.Metrics, state: Any, *rest: Any) -> None:
         real(self, state, *rest)
         if state.step == 10:
             wait_for_step(tmp_path, "offline", 10)
@@ -686,7 +686,7 @@ def test_a_mirror_that_is_killed_is_not_missed(
             assert child
             child.kill()
 
-    monkeypatch.setattr(tracking.Tracker, "line", line)
+    monkeypatch.setattr(tracking.Metrics, "_write_line", line)
     ended = train("--wandb", "offline", "--output-dir", tmp_path)
     assert_unhurt(ended, tmp_path, run_at(1), "offline")
     assert "W&B: its process ended with -9" in ended.out

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import jobs
 import pytest
-from documents import ROOT
 
 Score = Callable[[int], dict[str, Any]]
 
@@ -61,23 +58,6 @@ def test_one_epoch_of_the_fast_recipe_reaches_98_percent(mnist: Path, tmp_path: 
     summary = jobs.read_json(tmp_path / "summary.json")
     assert summary["test_accuracy"] >= 0.98
     assert (summary["recipe"], summary["test_count"]) == ("fast", 10_000)
-
-
-@pytest.mark.mnist
-def test_tuning_scores_on_images_that_were_held_out_of_the_training_set(mnist: Path) -> None:
-    command = [sys.executable, str(ROOT / "docs/benchmarks/tune.py"), "--seeds", "1", "--threads", "1"]
-    ended = jobs.run([*command, "8,16:512:1:1e-2:0.98:linear:no"], {"DDP_MNIST_DATA": str(mnist)})
-    assert ended.code == 0, ended.err
-    (accuracy,) = re.findall(r"^8,16:512:1:1e-2:0.98:linear:no: (\d\d\.\d\d), \d+\.\d\d s$", ended.out, re.MULTILINE)
-    assert 94 <= float(accuracy) < 99
-    import torch
-
-    tune = runpy.run_path(command[1])
-    data = tune["Split"](torch.arange(60_000), torch.arange(60_000))
-    for seed in range(13):
-        fitted, held = (set(part.images.tolist()) for part in tune["split"](data, seed))
-        assert (len(fitted), len(held), fitted & held) == (55_000, 5_000, set())
-        assert min(held) == seed % 12 * 5_000
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ddp_mnist import Result, TrainConfig, fit, step, train, world
+from ddp_mnist import Result, TrainConfig, fit, optimizer, train
 from ddp_mnist.checkpoint import open_saved
+from ddp_mnist.distributed import context
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.provenance import without_secrets
 from ddp_mnist.runlog import read_run
@@ -107,7 +108,7 @@ def test_it_stops_on_a_signal_with_75_and_the_command_that_continues(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_averages_that_are_saved_are_those_that_were_scored(script: Path, finished: Path) -> None:
-    """Rank 0's buffers; the two passes that settle DDP's buckets do not count."""
+    """Rank 0's buffers; the passes of the warm-up do not count."""
     tensors = load_file(finished / "model.safetensors")
     assert tensors["1.num_batches_tracked"].item() == STEPS
     assert tensors["1.num_batches_tracked"].dtype == torch.int64
@@ -152,23 +153,24 @@ def test_several_fits_in_one_script_are_those_of_a_script_each(script: Path, tmp
 
 MEETINGS = """
 import torch
-from ddp_mnist import TrainConfig, world
+from ddp_mnist import TrainConfig
+from ddp_mnist.distributed import context
 from ddp_mnist.errors import JobError
 from ddp_mnist.process import leave
 
-Accelerator = world.Accelerator
+Accelerator = context.Accelerator
 def failing(**_):
     raise RuntimeError("no such device")
-told = []
+errors = []
 for number in range(30):
-    world.Accelerator = failing if number % 2 else Accelerator
+    context.Accelerator = failing if number % 2 else Accelerator
     try:
-        with world.World(TrainConfig(threads=1, timeout_minutes=1)) as met:
+        with context.Context(TrainConfig(threads=1, timeout_minutes=1)) as met:
             assert met.sum(torch.ones(1)).item() == 2
     except JobError as error:
-        told.append(str(error))
-assert len(told) == 15, told
-assert all("could not be brought together" in each and "no such device" in each for each in told), told
+        errors.append(str(error))
+assert len(errors) == 15, errors
+assert all("could not be brought together" in each and "no such device" in each for each in errors), errors
 leave(0)
 """
 
@@ -281,7 +283,7 @@ def test_what_a_network_raises_reaches_the_caller_as_it_is(fit_here: Callable[..
 def half(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
     """A scaler as fp16 has it on a GPU, and a network whose gradients overflow until it has found its scale, in the
     fourth step."""
-    accelerator, adam, scalers = world.Accelerator, step.Adam, []
+    accelerator, adam, scalers = context.Accelerator, optimizer.Adam, []
 
     def scaling(**options: Any) -> Any:
         made = accelerator(**options)
@@ -294,8 +296,8 @@ def half(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
         next(net.parameters()).register_hook(lambda gradient: gradient / (scalers[-1].get_scale() <= 2.0**13))
         return net
 
-    monkeypatch.setattr(world, "Accelerator", scaling)
-    monkeypatch.setattr(step, "Adam", lambda *arguments, fused, **options: adam(*arguments, fused=False, **options))
+    monkeypatch.setattr(context, "Accelerator", scaling)
+    monkeypatch.setattr(optimizer, "Adam", lambda *found, fused, **options: adam(*found, fused=False, **options))
     return network
 
 
@@ -512,6 +514,45 @@ def test_a_network_that_takes_no_empty_share_has_the_same_curve_at_two_ranks(tmp
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert accuracies[1] == pytest.approx(accuracies[0], abs=1e-9)
+
+
+# Its hook changes the images before its forward sees them. A plain loop counts what the returned model gets right.
+HOOKED = """
+import json, torch
+from torch import nn
+from ddp_mnist import TrainConfig, fit
+from ddp_mnist.process import rank_from_environment
+
+def network():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    net.register_forward_pre_hook(lambda m, a: ((a[0] - 1.0) * -30,))
+    return net
+def points(count, seed):
+    images = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
+    return images, (images[:, 0] > images[:, 1]).long()
+train, test = points(1001, 0), points(301, 1)
+config = TrainConfig(batch_size=20, epochs=4, lr=0.01, output_dir="run", threads=1)
+result = fit(config, model=network, data=(train, test))
+@torch.no_grad()
+def correct(call, images, labels):
+    return sum(int(call(image[None]).argmax() == label) for image, label in zip(images, labels))
+if rank_from_environment() == 0:
+    without = correct(result.model.forward, *test)
+    counts = {"train": correct(result.model, *train), "test": correct(result.model, *test), "without hooks": without}
+    open("counts.json", "w").write(json.dumps(counts))
+result.exit()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_hooks_of_a_network_count_in_training_and_in_scores(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(HOOKED)
+    jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(path)], cwd=tmp_path))
+    counts, summary = (jobs.read_json(tmp_path / name) for name in ("counts.json", "run/summary.json"))
+    assert (summary["train_correct"], summary["test_correct"]) == (counts["train"], counts["test"])
+    assert counts["test"] > 0.9 * 301 > counts["without hooks"], counts
 
 
 def run_script(

@@ -41,7 +41,7 @@ def test_only_a_test_that_fails_itself_catches_anything() -> None:
 def test_a_fault_that_no_test_notices_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    test = "tests/test_config.py::test_settings_survive_json"
+    test = "tests/test_config.py::test_what_is_default_needs_no_flag"
     monkeypatch.setattr(planted, "FAULTS", (Fault("harmless", "os._exit(code)", "os._exit(int(code))", (test,)),))
     assert planted.main([]) == 1
     told = capsys.readouterr().out

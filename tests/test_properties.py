@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ddp_mnist import checkpoint
 from ddp_mnist.checkpoint import Checkpoints, Snapshot, TrainState
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.data import Split, TrainBatches
+from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.errors import UsageError
 
 
@@ -36,7 +36,7 @@ def train(
     """What a job of that many ranks feeds to its steps, from `state` to the step `until`: (step, global batch)."""
     images, batch, epochs, seed = run
     ranks = [
-        TrainBatches(split(images), batch_size=batch, rank=rank, world_size=world_size, seed=seed)
+        Batches(split(images), batch_size=batch, rank=rank, world_size=world_size, seed=seed)
         for rank in range(world_size)
     ]
     while state.epoch < epochs:
@@ -45,7 +45,7 @@ def train(
             if state.step >= until:
                 return
             assert len({share.global_size for share in shares}) == 1
-            images_of_step = sorted(label for share in shares for label in share.labels.tolist())
+            images_of_step = sorted(label for share in shares for label in share.labels[: share.count].tolist())
             assert len(images_of_step) == shares[0].global_size
             state.advance(shares[0].global_size)
             yield state.step, images_of_step
@@ -114,7 +114,7 @@ def test_what_a_kill_takes_back_is_done_again_and_nothing_else(
 def test_epochs_and_seeds_have_their_own_order(images: int, seed: int) -> None:
     orders = {}
     for key in ((seed, 0), (seed, 1), (seed ^ 1, 0)):
-        sampler = TrainBatches(split(images), batch_size=1, rank=0, world_size=1, seed=key[0]).sampler
+        sampler = Batches(split(images), batch_size=1, rank=0, world_size=1, seed=key[0]).sampler
         sampler.set_epoch(key[1])
         orders[key] = tuple(sampler.permutation().tolist())
         assert sorted(orders[key]) == list(range(images))
@@ -128,10 +128,10 @@ def test_a_world_that_does_not_divide_the_batch_is_told_the_nearest_that_do(
 ) -> None:
     config = TrainConfig(batch_size=batch, accumulate=parts)
     if batch % (world_size * parts) == 0:
-        config.check_world(world_size)
+        config.check_world_size(world_size)
         return
     try:
-        config.check_world(world_size)
+        config.check_world_size(world_size)
         raise AssertionError("taken")
     except UsageError as error:
         works = [int(word) for word in str(error).rstrip(".").split("use --batch-size ")[1].split(" or ")]

@@ -18,11 +18,12 @@ import torch
 from conftest import BATCH, EPOCHS, STEPS, TRAIN_IMAGES
 from safetensors.torch import save_file
 
-from ddp_mnist import data, trainer
-from ddp_mnist.config import IDENTITY, TrainConfig
+from ddp_mnist import trainer
+from ddp_mnist.config import RESUME_FIELDS, TrainConfig
+from ddp_mnist.data import sources
 from ddp_mnist.errors import UsageError
 from ddp_mnist.model import CNN
-from ddp_mnist.resume import check_identity, continue_command
+from ddp_mnist.resume import Program, check_identity, continue_command
 from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
@@ -75,8 +76,8 @@ def test_the_printed_command_of_several_machines_leaves_open_what_differs_on_eac
     monkeypatch.delenv("DDP_MNIST_DATA", raising=False)  # which the command would write out
     for name, value in {**variables, "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    world: Any = SimpleNamespace(size=8, device=torch.device("cuda"))
-    command = continue_command(TrainConfig(seed=3, mixed_precision="bf16"), world)
+    context: Any = SimpleNamespace(size=8, device=torch.device("cuda"))
+    command = continue_command(TrainConfig(seed=3, mixed_precision="bf16"), context, Program())
     assert command == f"{launcher} -m ddp_mnist.train --seed 3 --mixed-precision bf16"
 
 
@@ -144,7 +145,7 @@ DIFFERENT: dict[str, tuple[list[str], str, str]] = {
 
 
 def test_another_run_in_its_place_is_refused_by_field_and_values(train: Train, stopped: Path) -> None:
-    assert set(DIFFERENT) == set(IDENTITY)
+    assert set(DIFFERENT) == set(RESUME_FIELDS)
     before = everything(stopped)
     for name, (flags, was, now) in DIFFERENT.items():
         ended = train(*flags, "--output-dir", stopped)
@@ -204,7 +205,7 @@ def test_auto_is_kept_as_what_it_was_when_the_run_began(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = {"auto": "fashion-mnist"}
-    monkeypatch.setattr(data, "resolve", lambda dataset, root: answers.get(dataset, dataset))
+    monkeypatch.setattr(sources, "resolve", lambda dataset, root: answers.get(dataset, dataset))
     flags = ["--dataset", "auto", "--output-dir", tmp_path]
     assert train(*flags, "--max-steps", 3).code == 0
     assert jobs.read_json(tmp_path / "config.json")["settings"]["dataset"] == "fashion-mnist"

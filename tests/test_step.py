@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,181 +17,230 @@ import jobs
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 from tutorial import TutorialCNN
 
 from ddp_mnist import CNN, TrainConfig, fit
-from ddp_mnist.data import Batch, Split, TrainBatches, to_float
-from ddp_mnist.step import Adam, TrainStep
-from ddp_mnist.world import World
+from ddp_mnist.data.batches import Batch, Batches, Split
+from ddp_mnist.distributed.context import Context
+from ddp_mnist.evaluate import evaluate
+from ddp_mnist.network import build_network
+from ddp_mnist.step import TrainStep
 
-STEPS = 50
-
-
-CONFIG = TrainConfig(threads=1, wandb="disabled")
+CONFIG = TrainConfig(threads=1, wandb="disabled", mixed_precision="no")
 
 
 @pytest.fixture
-def world(process_of_a_job: None) -> Iterator[World]:
-    with World(CONFIG) as found:
+def context(process_of_a_job: None) -> Iterator[Context]:
+    with Context(CONFIG) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def batches() -> list[Batch]:
+def split() -> Split:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (500, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 10, (500,), generator=generator)
-    made = TrainBatches(Split(images, labels), batch_size=64, rank=0, world_size=1, seed=0)  # the last one has 52
-    return list(itertools.islice(itertools.chain.from_iterable(made.epoch(epoch) for epoch in range(10)), STEPS))
+    return Split(images, torch.randint(0, 10, (500,), generator=generator))
 
 
-def trained(world: World, batches: list[Batch], config: TrainConfig = CONFIG) -> dict[str, torch.Tensor]:
-    step = TrainStep(config, world)
-    for batch in batches:
-        step(batch, CONFIG.lr)
-    return step.snapshot()[0]
+@pytest.fixture(scope="module")
+def batches(split: Split) -> list[Batch]:
+    """Fifty steps; the last batch of an epoch, every eighth, has 52 images instead of 64."""
+    made = Batches(split, batch_size=64, rank=0, world_size=1, seed=0)
+    return list(itertools.islice(itertools.chain.from_iterable(made.epoch(epoch) for epoch in range(10)), 50))
 
 
-def trained_plainly(net: nn.Module, batches: list[Batch], *, fused: bool) -> dict[str, torch.Tensor]:
-    """As the tutorial writes it, with torch's own optimizer."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
+def make_step(context: Context, config: TrainConfig = CONFIG, **options: Any) -> TrainStep:
+    return TrainStep(config, context, build_network(config, context, None, None), **options)
+
+
+def state_of(step: TrainStep) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in step.network.state_dict().items()}
+
+
+def assert_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def train_plainly(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    *,
+    grad_clip: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[list[float], list[float]]:
+    """Train as the tutorial writes it: whole batches, torch's mean. Return each step's loss and gradient norm."""
+    losses, norms = [], []
     for batch in batches:
         optimizer.zero_grad()
-        F.cross_entropy(net(to_float(batch.images)), batch.labels).backward()
+        outputs = network(batch.images.float() / 255)
+        loss = F.cross_entropy(outputs, batch.labels, label_smoothing=label_smoothing)
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(network.parameters(), grad_clip or float("inf")).item())
         optimizer.step()
-    return net.state_dict()
+        losses.append(loss.item())
+    return losses, norms
 
 
-def test_fifty_steps_are_those_of_torchs_own_fused_adam_bit_for_bit(world: World, batches: list[Batch]) -> None:
-    found = trained(world, batches)
+def sgd(network: nn.Module) -> torch.optim.Optimizer:
+    """Unlike Adam's, its steps are as long as the gradient: a loss that is off by a factor shows."""
+    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.3])
+def test_the_loss_is_the_mean_cross_entropy_over_the_global_batch(
+    context: Context, batches: list[Batch], accumulate: int, grad_clip: float
+) -> None:
+    """Also of the epoch's smaller last batch, and whatever the parts that it is computed in."""
+    step = make_step(context, CONFIG.replace(accumulate=accumulate, grad_clip=grad_clip), optimizer=sgd)
+    losses, norms = [], []
+    for batch in batches[:10]:
+        losses.append(step(batch, 0.1)[0].item())
+        norms.append(step.gradient_norm().item())
     torch.manual_seed(0)
-    net = CNN().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    net.once = True  # what it computes is test_by_hand's
-    expected = trained_plainly(net, batches, fused=True)
-    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    network = CNN()
+    expected, expected_norms = train_plainly(network, sgd(network), batches[:10], grad_clip=grad_clip)
+    assert len(batches[7].labels) == 52
+    assert not grad_clip or min(expected_norms) < grad_clip < max(expected_norms)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.network.state_dict(), network.state_dict(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"weight_decay": 0.5},
-        {"maximize": True},
-        {"amsgrad": True},
-        {"weight_decay": 0.5, "decoupled_weight_decay": True},
-    ],
-)
-def test_parameters_without_a_gradient_are_left_alone_as_torchs_own_adam_does(options: dict[str, Any]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(3, generator=generator) for _ in range(3)]
-    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
-    adam = Adam(ours, lr=0.1, fused=True, **options)
-    expected = torch.optim.Adam(theirs, lr=0.1, fused=True, **options)
-    for used in [(0,), (0, 1), (1,), (0, 2), (0, 1, 2), (), (2,)]:  # the second and the third come later
-        for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            gradient = torch.randn(3, generator=generator)
-            our.grad, their.grad = (gradient if number in used else None for _ in range(2))
-        adam.fused_step()
-        expected.step()
-        assert all(map(torch.equal, ours, theirs))
-        assert [float(adam.state[each]["step"]) for each in ours if adam.state[each]] == [
-            float(expected.state[each]["step"]) for each in theirs if each in expected.state
-        ]
+def test_another_loss_is_trained_with(context: Context, batches: list[Batch]) -> None:
+    smooth = functools.partial(F.cross_entropy, reduction="none", label_smoothing=0.2)
+    step = make_step(context, CONFIG.replace(accumulate=2), loss=smooth, optimizer=sgd)
+    losses = [step(batch, 0.1)[0].item() for batch in batches[:10]]
+    torch.manual_seed(0)
+    network = CNN()
+    expected, _ = train_plainly(network, sgd(network), batches[:10], label_smoothing=0.2)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(step.network.state_dict(), network.state_dict(), rtol=0, atol=1e-6)
+    other = make_step(context, optimizer=sgd)
+    for batch in batches[:10]:
+        other(batch, 0.1)
+    assert (other.network.fc1.weight - step.network.fc1.weight).abs().max() > 1e-3
 
 
-def test_adams_kernel_gets_parameters_of_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU it takes no others. torch sorts them, which ours leaves out."""
-    kernel, types = torch._fused_adam_, []
-
-    def watched(parameters: list[torch.Tensor], *arguments: Any, **options: Any) -> None:
-        types.append({each.dtype for each in parameters})
-        kernel(parameters, *arguments, **options)
-
-    monkeypatch.setattr(torch, "_fused_adam_", watched)
-    start = [torch.ones(3), torch.ones(3, dtype=torch.float64)]
-    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
-    adam, expected = Adam(ours, lr=0.1, fused=True), torch.optim.Adam(theirs, lr=0.1, fused=True)
-    for _ in range(3):
-        for each in (*ours, *theirs):
-            each.grad = torch.full_like(each, 0.5)
-        adam.fused_step()
-        expected.step()
-    assert all(map(torch.equal, ours, theirs)) and not torch.equal(ours[0], start[0])
-    assert types and all(len(each) == 1 for each in types)
-
-
-def test_after_the_first_step_only_adams_kernel_is_called(
-    world: World, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = TrainStep(CONFIG, world)
-    step(batches[0], CONFIG.lr)
-    monkeypatch.setattr(step.adam, "step", None)
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "adam", None)
-    before = step.snapshot()[0]
-    step(batches[1], CONFIG.lr)
-    assert not torch.equal(step.snapshot()[0]["fc1.weight"], before["fc1.weight"])
-
-
-def test_while_it_is_trained_a_network_needs_no_more_memory_than_one_backward_pass_does(world: World) -> None:
-    step = TrainStep(CONFIG, world)
-    loss = step.net(torch.rand(4, 1, 28, 28)).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward pass"):
-        loss.backward()
-
-
-def test_a_network_that_was_trained_is_a_network_as_any_other(
-    process_of_a_job: None, tiny: Path, tmp_path: Path
-) -> None:
-    config = CONFIG.replace(dataset="fashion-mnist", data_dir=tiny, output_dir=tmp_path, epochs=1, pictures=False)
-    for _ in ("trained", "finished before"):
-        net = fit(config).model
-        loss = net(torch.rand(4, 1, 28, 28)).logsumexp(1).sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-
-
-def test_fifty_steps_are_the_tutorials_but_for_rounding(world: World, batches: list[Batch]) -> None:
+def test_fifty_steps_are_the_tutorials_but_for_rounding(context: Context, batches: list[Batch]) -> None:
     """The tutorial has another memory layout, another order of ReLU and pooling, and an Adam in separate operations."""
-    found = trained(world, batches)
+    step = make_step(context)
+    for batch in batches:
+        step(batch, 1e-3)
     torch.manual_seed(0)
-    expected = trained_plainly(TutorialCNN(), batches, fused=False)
-    torch.testing.assert_close(found, dict(expected), rtol=1e-3, atol=1e-4)
+    network = TutorialCNN()
+    train_plainly(network, torch.optim.Adam(network.parameters(), lr=1e-3), batches)
+    torch.testing.assert_close(step.network.state_dict(), network.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_step_that_fp16_overflows_is_skipped_and_counted(world: World, batches: list[Batch]) -> None:
+def test_hooks_on_layers_run_in_training_and_in_scoring(context: Context, batches: list[Batch], split: Split) -> None:
+    step = make_step(context)
+    calls: Counter[str] = Counter()
+
+    def count(name: str, *_: Any) -> None:
+        calls[name] += 1
+
+    for name in ("conv1", "conv2", "fc1"):
+        layer = getattr(step.network, name)
+        layer.register_forward_pre_hook(functools.partial(count, f"{name} before"))
+        layer.register_forward_hook(functools.partial(count, f"{name} after"))
+        layer.register_full_backward_pre_hook(functools.partial(count, f"{name} backward"))
+    step(batches[0], 1e-3)
+    assert len(calls) == 9 and set(calls.values()) == {1}
+    calls.clear()
+    evaluate(step.network, split, context)
+    assert len(calls) == 6 and min(calls.values()) >= 2  # 500 images are two chunks
+
+
+def test_a_hook_on_a_layer_changes_what_is_trained(context: Context, batches: list[Batch]) -> None:
+    step = make_step(context)
+    step.network.conv2.register_full_backward_hook(lambda layer, into, out: (into[0] * 0,))
+    before = state_of(step)
+    step(batches[0], 1e-3)
+    changed = {name for name, value in state_of(step).items() if not torch.equal(value, before[name])}
+    assert changed == {"conv2.weight", "conv2.bias", "fc1.weight", "fc1.bias"}
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+@pytest.mark.parametrize("model", [None, linear], ids=["ours", "a user's"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_step_is_a_backward_of_accelerate(
+    tiny: Path,
+    tmp_path: Path,
+    process_of_a_job: None,
+    monkeypatch: pytest.MonkeyPatch,
+    model: Callable[[], nn.Module] | None,
+    accumulate: int,
+) -> None:
+    """Counted in a whole run."""
+    steps, backward, call = [0], Accelerator.backward, TrainStep.__call__
+    backwards: Counter[int] = Counter()
+
+    def counted_backward(self: Accelerator, loss: Tensor, **options: Any) -> None:
+        backwards[steps[0]] += 1
+        backward(self, loss, **options)
+
+    def counted_step(self: TrainStep, *arguments: Any) -> Any:
+        steps[0] += 1
+        return call(self, *arguments)
+
+    monkeypatch.setattr(Accelerator, "backward", counted_backward)
+    monkeypatch.setattr(TrainStep, "__call__", counted_step)
+    config = CONFIG.replace(dataset="fashion-mnist", data_dir=tiny, output_dir=tmp_path, epochs=1, pictures=False)
+    result = fit(config.replace(batch_size=60, accumulate=accumulate), model=model)
+    assert steps == [26] == [result.summary["steps"]]
+    # The epoch's last batch is a single image.
+    assert backwards == dict.fromkeys(range(1, 26), accumulate) | {26: 1}
+
+
+def test_no_gradient_comes_from_anywhere_else(
+    context: Context, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "backward", lambda *_, **__: None)
+    step = make_step(context)
+    before = state_of(step)
+    step(batches[0], 1e-3)
+    assert_bits(state_of(step), before)
+
+
+def test_a_step_that_fp16_overflows_is_skipped_and_counted(context: Context, batches: list[Batch]) -> None:
     """As on a GPU, but for the kernels: the scaler works on a CPU, where fp16 itself is refused."""
-    world.accelerator.scaler = torch.amp.GradScaler("cpu")
-    step = TrainStep(CONFIG.replace(mixed_precision="fp16"), world)
-    step.net.fc1.bias.register_hook(lambda gradient: gradient / (number > 2))
-    before = step.snapshot()[0]
+    context.accelerator.scaler = torch.amp.GradScaler("cpu")
+    step = make_step(context, CONFIG.replace(mixed_precision="fp16"))
+    step.network.fc1.bias.register_hook(lambda gradient: gradient / (number > 2))
+    before = state_of(step)
     for number, batch in enumerate(batches[:6]):
-        step(batch, CONFIG.lr)
-        assert step.optimizer.step_was_skipped == (number <= 2)
-        same = all(torch.equal(value, before[name]) for name, value in step.snapshot()[0].items())
+        step(batch, 1e-3)
+        assert step.was_skipped == (number <= 2)
+        same = all(torch.equal(value, before[name]) for name, value in step.network.state_dict().items())
         assert same == (number <= 2)
 
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_to_the_same_bits(
-    world: World, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+    context: Context, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's own compiler, but for its last stage, which needs a C++ compiler: what it has traced runs as it is."""
     traced: list[list[int]] = []
 
-    def as_it_is(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    def as_it_is(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         (images,) = (value for value in inputs if value.shape[1:] == (1, 28, 28))
         traced.append(list(images.shape))
         return graph.forward
 
-    with monkeypatch.context() as patch:  # a compiler writes its own passes
-        patch.setattr(CNN, "is_written_out", lambda self, images: False)
-        expected = trained(world, batches)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_it_is))
-    found = trained(world, batches, CONFIG.replace(compile=True))
+    plain, compiled = make_step(context), make_step(context, CONFIG.replace(compile=True))
+    for batch in batches:
+        plain(batch, 1e-3)
+        compiled(batch, 1e-3)
     torch.compiler.reset()
-    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    assert_bits(state_of(compiled), state_of(plain))
     assert traced == [[64, 1, 28, 28], [52, 1, 28, 28]]  # an epoch's last batch has a graph of its own
 
 
@@ -215,39 +265,10 @@ def test_one_process_starts_without_torchs_compiler(tiny: Path, tmp_path: Path) 
     assert not imported & {"torch._dynamo", "torch.distributed.tensor", "sympy", "torchvision", "matplotlib", "wandb"}
 
 
-STARTED = """
-import gc, sys, threading
-from ddp_mnist import files, train
-survey, aside = files._survey, []
-
-def told(place):
-    aside.append(threading.current_thread() is not threading.main_thread())
-    return survey(place)
-
-files._survey = told
-if "off" in sys.argv:
-    gc.disable()
-code = train.main([word for word in sys.argv[1:] if word != "off"])
-print(code, aside, gc.isenabled(), gc.get_freeze_count() > 100_000)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("collector", ["on", "off"])
-def test_the_files_are_read_while_torch_is_imported_and_the_collector_rests(
-    tiny: Path, tmp_path: Path, collector: str
-) -> None:
-    """And is afterwards as it was."""
-    flags = ["--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--no-pictures"]
-    command = [sys.executable, "-c", STARTED, *flags, "--max-steps", "2", "--output-dir", str(tmp_path)]
-    ended = jobs.run([*command, *(["off"] if collector == "off" else [])])
-    assert ended.out.endswith(f"0 [True, True] {collector == 'on'} True\n"), ended
-
-
 FAULTS = """
 import resource, statistics, torch
 from ddp_mnist import TrainConfig
-from ddp_mnist.world import World
+from ddp_mnist.distributed.context import Context
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -255,7 +276,7 @@ def faults():
     del activations
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-with World(TrainConfig(threads=1)):
+with Context(TrainConfig(threads=1)):
     rounds = [faults() for _ in range(10)]
 assert rounds[0] > 10, rounds  # it counts
 print(statistics.median(rounds[1:]))

@@ -30,14 +30,14 @@ from safetensors.torch import load_file, save_file
 from tutorial import TutorialCNN, count_correct
 
 from ddp_mnist import TrainConfig, fit, provenance, report, rundir
-from ddp_mnist.checkpoint import Checkpoints, SaveClock, TrainState
+from ddp_mnist.checkpoint import Checkpoints, TrainState
 from ddp_mnist.config import Schedule
-from ddp_mnist.data import Batch
+from ddp_mnist.distributed.context import Context
 from ddp_mnist.errors import JobError
 from ddp_mnist.process import tell_uncaught
+from ddp_mnist.saver import SaveClock
 from ddp_mnist.step import TrainStep, learning_rate
-from ddp_mnist.tracking import MetricsFile, Tracker
-from ddp_mnist.world import World
+from ddp_mnist.tracking import Metrics, MetricsFile
 
 Train = Callable[..., jobs.Ended]
 RunAt = Callable[[int], Path]
@@ -191,7 +191,13 @@ def test_the_console_says_what_runs_and_scores_in_the_tutorials_words(
 
 
 def test_the_console_says_where_ranks_share_gpus(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "shares_gpus", True)
+    build = Context.__init__
+
+    def sharing(self: Context, *arguments: Any) -> None:
+        build(self, *arguments)
+        self.shares_gpus = True
+
+    monkeypatch.setattr(Context, "__init__", sharing)
     assert "1 rank sharing GPUs over gloo, 1 thread each" in train("--max-steps", 1, "--output-dir", tmp_path).out
 
 
@@ -251,7 +257,9 @@ def test_only_our_own_errors_are_told_in_one_line(process_of_a_job: None, monkey
 UNCAUGHT = """
 import io, sys
 from ddp_mnist.errors import UsageError
+from ddp_mnist.distributed.context import Context
 from ddp_mnist.process import tell_uncaught
+from ddp_mnist.saver import SaveClock
 tell_uncaught()
 sys.stderr = io.StringIO()  # as torch.distributed leaves it
 raise UsageError("a mistake")
@@ -787,14 +795,14 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_message(flags: list[s
 SLOW_DISK = """
 import sys, time
 from ddp_mnist import train
-from ddp_mnist.trainer import Trainer
+from ddp_mnist.summary import SummaryWriter
 
-write = Trainer.write_summary
+write = SummaryWriter.write
 def slowly(self, summary):
-    if self.world.is_main:
+    if self.context.is_main:
         time.sleep(3)
     write(self, summary)
-Trainer.write_summary = slowly
+SummaryWriter.write = slowly
 train.leave(train.main(sys.argv[1:]))
 """
 
@@ -814,60 +822,15 @@ def test_nobody_leaves_before_the_reason_is_told(flags: list[str], tmp_path: Pat
     ended_as_nan(tmp_path / "run", told, 2)
 
 
-def finish_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a run does alone on a GPU."""
-    late = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(Tracker, "finishes_later", late, raising=False)
-
-
-def untimed(run_dir: Path) -> list[dict[str, Any]]:
-    timed = (
-        "wall_seconds",
-        "train/images_per_second",
-        *(f"train/step_seconds_{what}" for what in ("min", "mean", "max")),
-    )
-    return [{key: line[key] for key in line if key not in timed} for line in jobs.read_metrics(run_dir)]
-
-
-@pytest.mark.parametrize("more", [[], ["--checkpoint-every", "5"], ["--max-steps", "33"]], ids=" ".join)
-def test_lines_that_are_finished_an_interval_later_are_the_same_lines(
-    train: Train, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ["--log-every", 5, "--grad-clip", 0.5, *more]
-    at_once = train(*flags, "--output-dir", tmp_path / "at once")
-    finish_later(monkeypatch)
-    later = train(*flags, "--output-dir", tmp_path / "later")
-    assert at_once.code == later.code == 0
-    assert untimed(tmp_path / "later") == untimed(tmp_path / "at once")
-
-
 def test_a_checkpoint_comes_with_all_lines_up_to_its_step(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish_later(monkeypatch)
     monkeypatch.setattr(SaveClock, "SECONDS", 0.0)  # as if ten minutes had passed, at every line
     assert train("--log-every", 5, "--max-steps", 13, "--output-dir", tmp_path).code == 0
     written = (tmp_path / "metrics.jsonl").read_bytes()
     for step, checkpoint in [(10, "step-00000010"), (10, "step-00000013")]:
         state = jobs.read_json(tmp_path / "checkpoints" / checkpoint / "state.json")
         assert json.loads(written[: state["metrics_bytes"]].splitlines()[-1])["step"] == step
-
-
-def test_a_line_is_written_only_when_the_next_interval_is_full(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finish_later(monkeypatch)
-    written = []
-    step = TrainStep.__call__
-
-    def counted(self: TrainStep, *arguments: Any) -> Any:
-        path = tmp_path / "run" / "metrics.jsonl"
-        written.append(len(path.read_bytes().splitlines()))
-        return step(self, *arguments)
-
-    monkeypatch.setattr(TrainStep, "__call__", counted)
-    assert train("--log-every", 5, "--max-steps", 16, "--output-dir", tmp_path / "run").code == 0
-    assert written == [0] * 10 + [1] * 5 + [2]
 
 
 @pytest.mark.parametrize(
@@ -880,53 +843,21 @@ def test_a_line_is_written_only_when_the_next_interval_is_full(
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("later", [True, False])
 def test_waiting_for_the_gpu_is_part_of_the_training_time(
-    train: Train, tmp_path: Path, more: list[str], later: bool, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it waits is where a GPU does what was launched."""
-    if later:
-        finish_later(monkeypatch)
-    settle, waits = Tracker.settle, []
+    """Where figures are read is where a GPU does what was launched."""
+    read, waits = Metrics._read, []
 
-    def waiting(self: Tracker, state: TrainState) -> None:
-        if self._losses or self._unfinished:
-            time.sleep(0.2)
-            waits.append(state.step)
-        settle(self, state)
+    def waiting(self: Metrics, state: TrainState) -> None:
+        time.sleep(0.2)
+        waits.append(state.step)
+        read(self, state)
 
-    monkeypatch.setattr(Tracker, "settle", waiting)
+    monkeypatch.setattr(Metrics, "_read", waiting)
     assert train(*more, "--output-dir", tmp_path).code == 0
     assert waits
     assert jobs.read_json(tmp_path / "summary.json")["train_seconds"] > 0.2 * len(waits)
-
-
-def test_a_line_begun_is_written_before_a_bug_ends_the_run(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finish_later(monkeypatch)
-    step = TrainStep.__call__
-
-    def broken(self: TrainStep, batch: Batch, rate: float) -> Any:
-        if batch.place[2] == 7:
-            raise ZeroDivisionError
-        return step(self, batch, rate)
-
-    monkeypatch.setattr(TrainStep, "__call__", broken)
-    with pytest.raises(ZeroDivisionError):
-        train("--log-every", 5, "--output-dir", tmp_path)
-    assert [line["step"] for line in jobs.read_metrics(tmp_path)] == [5]
-
-
-@pytest.mark.parametrize("factors", [{"fc1.weight": 1e38}, "after a step"], ids=["at once", "after a step"])
-def test_a_line_finished_later_still_says_at_which_step_the_loss_was_not_finite(
-    train: Train, tmp_path: Path, factors: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finish_later(monkeypatch)
-    at_once = isinstance(factors, dict)
-    init = weights_file(tmp_path / "init.safetensors", factors if at_once else OVERFLOWING)
-    ended = train("--init-from", init, "--log-every", 5, "--output-dir", tmp_path / "run")
-    ended_as_nan(tmp_path / "run", jobs.the_message([ended], 1), 1 if at_once else 2)
 
 
 @pytest.mark.parametrize("arguments", [["--max-steps", "1"], ["--batch-size", "2000", "--epochs", "1"]], ids=" ".join)
@@ -965,9 +896,9 @@ def test_ranks_that_accelerate_does_not_see_refuse_to_train_alone(tmp_path: Path
     """Accelerate without cpu=True counts one process on a machine without a GPU, whatever the launcher says."""
     program = (
         f"import os; os.environ.pop({missing!r}, None)\n"
-        "import accelerate, functools, ddp_mnist.world as world, ddp_mnist.train as train\n"
-        "real = world.Accelerator\n"
-        "world.Accelerator = lambda cpu, **options: real(cpu=False, **options)\n"
+        "import accelerate, functools, ddp_mnist.distributed.context as context, ddp_mnist.train as train\n"
+        "real = context.Accelerator\n"
+        "context.Accelerator = lambda cpu, **options: real(cpu=False, **options)\n"
         "train.leave(train.main())\n"
     )
     ended = jobs.run_ranks(2, "--output-dir", str(tmp_path / "run"), program=(sys.executable, "-c", program))
@@ -1023,7 +954,7 @@ def test_what_fails_while_the_job_is_built_lets_go_of_its_step(
     def failing(*_: object, **__: object) -> None:
         raise JobError("no room for metrics.jsonl")
 
-    monkeypatch.setattr("ddp_mnist.trainer.Tracker", failing)
+    monkeypatch.setattr("ddp_mnist.trainer.Metrics", failing)
     monkeypatch.setattr(TrainStep, "close", lambda self: closed.append(self))
     assert train("--output-dir", tmp_path).code == 1
     assert len(closed) == 1

@@ -1,0 +1,90 @@
+"""CUDA graphs: capture what a function launches on the GPU once, then replay it with one call.
+
+The kernels of a training step of a small network take less time than Python takes to launch them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddp_mnist.errors import JobError
+
+WARM_UP_CALLS = 3
+"""Calls before a capture: libraries choose kernels and allocate memory, torch.compile compiles."""
+
+
+@dataclass(frozen=True)
+class _Recording:
+    inputs: list[Tensor]
+    """Where the graph reads the tensor arguments."""
+    output: Tensor
+    """What the graph overwrites at each replay."""
+    graph: Any
+
+
+class CUDAGraph:
+    """Wrap a function of tensors and constants that returns one tensor.
+
+    One graph is captured for each combination of shapes, types and constants, such as an epoch's smaller last batch.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], mutable_state: Callable[[], Iterable[Tensor]]) -> None:
+        """Wrap `function`.
+
+        Args:
+            function: Takes tensors and hashable constants. It must not wait for the GPU.
+            mutable_state: Returns all tensors that `function` changes in place. They are put back after a capture.
+        """
+        self._function = function
+        self._mutable_state = mutable_state
+        self._recordings: dict[Hashable, _Recording] = {}
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Call the function by replaying its graph. Return a copy of its result."""
+        recording = self.capture(*arguments)
+        for static, tensor in zip(recording.inputs, _tensors(arguments), strict=True):
+            static.copy_(tensor)
+        recording.graph.replay()
+        return recording.output.clone()
+
+    def capture(self, *arguments: Any) -> _Recording:
+        """Return the recording for such arguments; make it the first time, which changes nothing.
+
+        Raises:
+            JobError: The function cannot be captured.
+        """
+        key = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in arguments)
+        if key not in self._recordings:
+            changed = list(self._mutable_state())
+            # Detached: a clone that autograd knows of would tie the gradients of the weights to this stream.
+            before = [tensor.detach().clone() for tensor in changed]
+            self._recordings[key] = self._record(arguments)
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.detach().copy_(value)
+        return self._recordings[key]
+
+    def _record(self, arguments: tuple[Any, ...]) -> _Recording:
+        static = [each.clone() if isinstance(each, Tensor) else each for each in arguments]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_CALLS):
+                self._function(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                output = self._function(*static)
+        except RuntimeError as error:  # the network waits for the GPU, say, or CUDA_LAUNCH_BLOCKING is set
+            why = str(error.__context__ or error).splitlines()[0]
+            raise JobError(f"a step cannot be captured as a CUDA graph ({why}). Use --no-cuda-graphs.") from error
+        return _Recording(_tensors(static), output, graph)
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    return [each for each in arguments if isinstance(each, Tensor)]

@@ -1,0 +1,48 @@
+"""The command that stages data files for nodes without internet: `python -m ddp_mnist.data fetch|verify`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddp_mnist import files
+from ddp_mnist.config import default_data_dir
+from ddp_mnist.errors import JobError
+from ddp_mnist.process import forgiving_console
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return 0 when all four files are good, 1 when they are not or could not be had."""
+    forgiving_console()
+    parser = argparse.ArgumentParser(
+        prog="python -m ddp_mnist.data",
+        description="fetch: make the data files present and good. verify: look at them, changing nothing.",
+    )
+    parser.add_argument("command", choices=["fetch", "verify"])
+    parser.add_argument("--dataset", choices=sorted(files.SOURCES), default="mnist")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $DDP_MNIST_DATA, else data")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a mirror's answer"
+    )
+    options = parser.parse_args(argv)
+    if not 0 < options.timeout < float("inf"):
+        parser.error(f"--timeout is {options.timeout}; expected seconds above 0")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    root = options.data_dir or default_data_dir()
+    if options.command == "fetch":
+        try:
+            files.fetch(options.dataset, root, timeout=options.timeout)
+        except JobError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+    findings = files.verify(options.dataset, root)
+    for finding in findings:
+        print(f"{finding.status:8}{finding.path}{': ' if finding.reason else ''}{finding.reason}")
+    return int(any(finding.status != "ok" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
