@@ -20,8 +20,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass
 from tyro.conf import FlagCreatePairsOff, arg
 
+from ddp_mnist.distributed.launcher import is_first_on_its_machine, muted
 from ddp_mnist.errors import UsageError
-from ddp_mnist.process import is_first_on_its_machine, muted
 
 USER_DATA_PREFIX = "own-"
 RESUME_FIELDS = (

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_mnist import rundir
-from ddp_mnist.checkpoint import Saved, open_saved
 from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import sources
 from ddp_mnist.data.batches import Split, evaluation_batches, to_float
 from ddp_mnist.distributed.context import Context, translate_collective_errors
+from ddp_mnist.distributed.launcher import leave, muted, rank_from_environment, show_warnings, tell
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.network import move_to_device
-from ddp_mnist.process import leave, muted, rank_from_environment, show_warnings, tell
+from ddp_mnist.run import directory
+from ddp_mnist.run.checkpoint import Saved, open_saved
 
 WORST = 25
 """Mistakes that a Score remembers."""
@@ -237,7 +237,7 @@ def _tell(saved: Saved, train: Score, test: Score, context: Context, options: ar
             # Whether these are the run's own counts; null where it has not counted with these weights.
             "agrees": {name: saved.summary.get(name) for name in counts} == counts if saved.summary else None,
         }
-        print(json.dumps(rundir.finite(result), indent=2), flush=True)
+        print(json.dumps(directory.finite(result), indent=2), flush=True)
         return
     step = "" if saved.step is None else f", step {saved.step}"
     print(f"{saved.source}{step}, on {saved.config.dataset}")
@@ -252,7 +252,7 @@ def _compare(saved: Saved, train: Score, test: Score, context: Context) -> None:
     if not saved.summary:
         return
     differing = [
-        f"{name} is {count}, {rundir.SUMMARY} says {saved.summary.get(name)}"
+        f"{name} is {count}, {directory.SUMMARY} says {saved.summary.get(name)}"
         for name, count in _as_in_summary(train, test).items()
         if count != saved.summary.get(name)
     ]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddp_mnist.checkpoint import Snapshot, load_weights
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data.batches import to_float
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.errors import UsageError
 from ddp_mnist.model import CNN
+from ddp_mnist.run.checkpoint import Snapshot, load_weights
 
 
 def build_network(

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ddp_mnist import files, rundir
+from ddp_mnist.data import mnist
+from ddp_mnist.distributed.launcher import forgiving_console
 from ddp_mnist.errors import JobError
-from ddp_mnist.process import forgiving_console
+from ddp_mnist.run import directory
 
 Floats = NDArray[np.float64]
 
@@ -235,8 +236,8 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> Floats:
     """(N, 10): the probability of each label, by the run's weights, on one CPU. Raises: JobError."""
     import torch
 
-    from ddp_mnist.checkpoint import open_saved
     from ddp_mnist.data.batches import to_float
+    from ddp_mnist.run.checkpoint import open_saved
 
     net = open_saved(run_dir).net
     with torch.no_grad():
@@ -250,14 +251,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:
-        dataset = rundir.read_settings(options.run_dir).dataset
+        dataset = directory.read_settings(options.run_dir).dataset
         found: list[NDArray[np.uint8] | PictureError] = [_attempt(path, dataset) for path in options.images]
         good = [image for image in found if not isinstance(image, PictureError)]
         rows = iter(predict(options.run_dir, good)) if good else iter(())
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    names = files.class_names(dataset)
+    names = mnist.class_names(dataset)
     results = []
     for path, image in zip(options.images, found, strict=True):
         if isinstance(image, PictureError):

@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from ddp_mnist.config import parse
-from ddp_mnist.errors import JobError
-from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import (
+from ddp_mnist.distributed.launcher import (
     code_of,
     each_machine_tells,
     leave,
@@ -20,6 +18,8 @@ from ddp_mnist.process import (
     tell,
     world_size_from_environment,
 )
+from ddp_mnist.distributed.preemption import StopSignal
+from ddp_mnist.errors import JobError
 
 if TYPE_CHECKING:
     from torch import nn

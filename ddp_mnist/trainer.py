@@ -12,18 +12,11 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ddp_mnist import rundir
-from ddp_mnist.checkpoint import MODEL, Checkpoints, TrainState, publish_weights
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.data.sources import UserData, load, validate_user_data
 from ddp_mnist.distributed.context import Context, translate_collective_errors
-from ddp_mnist.errors import STOPPED, JobError
-from ddp_mnist.evaluate import Score, count_classes, evaluate
-from ddp_mnist.mirror import HASTY_PATIENCE, Mirror
-from ddp_mnist.network import build_network
-from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import (
+from ddp_mnist.distributed.launcher import (
     code_of,
     each_machine_tells,
     leave,
@@ -32,12 +25,19 @@ from ddp_mnist.process import (
     tell_uncaught,
     wait_for_peers_to_exit,
 )
-from ddp_mnist.report import try_to_draw
-from ddp_mnist.resume import Program, Run, check_same_data, continue_command, open_run
-from ddp_mnist.saver import Saver, restore
+from ddp_mnist.distributed.preemption import StopSignal
+from ddp_mnist.errors import STOPPED, JobError
+from ddp_mnist.evaluate import Score, count_classes, evaluate
+from ddp_mnist.network import build_network
+from ddp_mnist.report.page import try_to_draw
+from ddp_mnist.run import directory
+from ddp_mnist.run.checkpoint import MODEL, Checkpoints, TrainState, publish_weights
+from ddp_mnist.run.metrics import Metrics
+from ddp_mnist.run.resume import Program, Run, check_same_data, continue_command, open_run
+from ddp_mnist.run.saver import Saver, restore
+from ddp_mnist.run.summary import SummaryWriter, banner, write_config
 from ddp_mnist.step import TrainStep, can_capture, learning_rate
-from ddp_mnist.summary import SummaryWriter, banner, write_config
-from ddp_mnist.tracking import Metrics
+from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, Mirror
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Trainer:
     def _finish(self, reason: str) -> dict[str, Any]:
         """Save, score both sets and return the summary: all epochs are done, or `max_steps` is reached. Collective."""
         self.saver.save()
-        self.context.run_on_main(lambda: publish_weights(self.network, self.run_dir / rundir.WEIGHTS))
+        self.context.run_on_main(lambda: publish_weights(self.network, self.run_dir / directory.WEIGHTS))
         train = self._score(self.train_set)
         if self.last_score is None or self.last_score[0] != self.state.step:
             self.last_score = (self.state.step, self._score(self.test_set))

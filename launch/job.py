@@ -23,9 +23,9 @@ import submitit
 from submitit.helpers import TorchDistributedEnvironment
 
 from ddp_mnist.config import TrainConfig, parse
+from ddp_mnist.distributed.launcher import leave, show_warnings, tell
+from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED, JobError
-from ddp_mnist.preemption import StopSignal
-from ddp_mnist.process import leave, show_warnings, tell
 
 
 @dataclass(frozen=True)

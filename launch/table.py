@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_mnist.process import forgiving_console
-from ddp_mnist.rundir import CONFIG, SUMMARY, read_json
-from ddp_mnist.runlog import comparison, state
+from ddp_mnist.distributed.launcher import forgiving_console
+from ddp_mnist.report.runs import comparison, state
+from ddp_mnist.run.directory import CONFIG, SUMMARY, read_json
 
 
 def table(run_dirs: Sequence[Path]) -> str:

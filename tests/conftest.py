@@ -52,7 +52,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_digits(root: Path, train: int, test: int) -> Path:
     """The four raw files, written independently of the package; returns their folder."""
-    from ddp_mnist.synthetic import make_digits
+    from ddp_mnist.data.synthetic import make_digits
 
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
@@ -151,4 +151,4 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=20, help="random kill -9 of tests/test_kill.py (default: 20)")
+    parser.addoption("--kills", type=int, default=20, help="random kill -9 of tests/run/test_kill.py (default: 20)")

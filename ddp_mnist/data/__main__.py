@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_mnist import files
 from ddp_mnist.config import default_data_dir
+from ddp_mnist.data import mnist
+from ddp_mnist.distributed.launcher import forgiving_console
 from ddp_mnist.errors import JobError
-from ddp_mnist.process import forgiving_console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="fetch: make the data files present and good. verify: look at them, changing nothing.",
     )
     parser.add_argument("command", choices=["fetch", "verify"])
-    parser.add_argument("--dataset", choices=sorted(files.SOURCES), default="mnist")
+    parser.add_argument("--dataset", choices=sorted(mnist.SOURCES), default="mnist")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $DDP_MNIST_DATA, else data")
     parser.add_argument(
         "--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a mirror's answer"
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = options.data_dir or default_data_dir()
     if options.command == "fetch":
         try:
-            files.fetch(options.dataset, root, timeout=options.timeout)
+            mnist.fetch(options.dataset, root, timeout=options.timeout)
         except JobError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
-    findings = files.verify(options.dataset, root)
+    findings = mnist.verify(options.dataset, root)
     for finding in findings:
         print(f"{finding.status:8}{finding.path}{': ' if finding.reason else ''}{finding.reason}")
     return int(any(finding.status != "ok" for finding in findings))

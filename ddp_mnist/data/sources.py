@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ddp_mnist import files
 from ddp_mnist.config import USER_DATA_PREFIX
+from ddp_mnist.data import mnist
 from ddp_mnist.data.batches import Split
 from ddp_mnist.errors import JobError, UsageError
 
@@ -32,10 +32,10 @@ def resolve(dataset: str, root: Path) -> str:
     if dataset != "auto":
         return dataset
     try:
-        for split in files.NAMES:
-            files.read_split("mnist", root, split, timeout=5, again=True)
+        for split in mnist.NAMES:
+            mnist.read_split("mnist", root, split, timeout=5, again=True)
     except JobError as error:
-        files.forget()
+        mnist.forget()
         log.warning("%s\n%s", error, SYNTHETIC_WARNING)
         return "synthetic"
     return "mnist"
@@ -48,13 +48,13 @@ def load(dataset: str, root: Path) -> tuple[Split, Split]:
         DataError: They could not be had.
     """
     try:
-        train, test = (to_split(*files.read_split(dataset, root, split)) for split in files.NAMES)
+        train, test = (to_split(*mnist.read_split(dataset, root, split)) for split in mnist.NAMES)
         return train, test
     finally:
-        files.forget()
+        mnist.forget()
 
 
-def to_split(images: files.Array, labels: files.Array) -> Split:
+def to_split(images: mnist.Array, labels: mnist.Array) -> Split:
     """Return uint8 images (n, 28, 28) and labels (n,), as files and drawing give them, as tensors."""
     return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long())
 

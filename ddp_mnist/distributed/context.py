@@ -24,15 +24,15 @@ from accelerate.utils import (
 from torch import Tensor
 
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.distributed.threads import batch_scheduling, default_threads, keep_freed_memory
-from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.process import (
+from ddp_mnist.distributed.launcher import (
     check_environment,
     is_first_on_its_machine,
     local_world_size_from_environment,
     rank_from_environment,
     world_size_from_environment,
 )
+from ddp_mnist.distributed.threads import batch_scheduling, default_threads, keep_freed_memory
+from ddp_mnist.errors import JobError, UsageError
 
 T = TypeVar("T")
 _store: dist.Store | None = None

@@ -7,7 +7,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 
-from ddp_mnist.process import local_world_size_from_environment
+from ddp_mnist.distributed.launcher import local_world_size_from_environment
 
 
 def default_threads() -> int:

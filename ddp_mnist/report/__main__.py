@@ -1,0 +1,8 @@
+"""The command that draws runs: `python -m ddp_mnist.report RUN_DIR ...`."""
+
+import sys
+
+from ddp_mnist.report.page import main
+
+if __name__ == "__main__":
+    sys.exit(main())

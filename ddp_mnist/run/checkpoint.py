@@ -1,0 +1,298 @@
+"""What a run is at one moment, on disk: written whole or not at all, verified before it is used.
+
+`checkpoints/step-XXXXXXXX/` holds model.safetensors, optimizer.safetensors, state.json and MANIFEST.json (sizes and
+SHA-256). Nothing is pickled. The batch order follows from (seed, epoch), so the position is three integers and there
+is no random state to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ddp_mnist.config import TrainConfig
+from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.model import CNN
+from ddp_mnist.run import directory
+
+log = logging.getLogger(__name__)
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"step-\d{8,}")
+TEMPORARY = ".tmp-"
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+DAMAGE = (*MISSING, ValueError, KeyError, TypeError, safetensors.SafetensorError)
+"""What reading a checkpoint raises when anything but the very bytes that were written is there. Not when the disk does
+not answer: what cannot be read now may be whole."""
+
+
+@dataclass
+class TrainState:
+    """The position and totals of a run; with weights and optimizer, all that continuing means."""
+
+    epoch: int = 0
+    """Epoch in progress, from 0."""
+    step_in_epoch: int = 0
+    """Global batches of it that are done."""
+    step: int = 0
+    """Optimizer steps done in the whole run."""
+    samples_seen: int = 0
+    skipped_steps: int = 0
+    """Steps that fp16's loss scaler left out."""
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    """Over all attempts."""
+    losses: list[float] = field(default_factory=list)
+    """Global mean loss of each step since the last line of metrics.jsonl."""
+    correct: int = 0
+    """Training images recognised since that line, each as it was trained on."""
+
+    def advance(self, global_size: int, *, skipped: bool = False) -> None:
+        """Count a step on a global batch of so many items. `skipped`: by fp16's loss scaler."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.samples_seen += global_size
+        self.skipped_steps += skipped
+
+    def end_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch += 1
+        self.step_in_epoch = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The content of one checkpoint."""
+
+    state: TrainState
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    """fp32, on the CPU, by parameter name"""
+    optimizer: dict[str, Tensor]
+    """`<parameter>.<exp_avg|exp_avg_sq|step>`, on the CPU"""
+    scaler: dict[str, Any]
+    """fp16's loss scaler; empty for other precisions"""
+    metrics_bytes: int
+    """Length of metrics.jsonl at this moment; what lies beyond belongs to a future that did not happen."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Only rank 0 owns one."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.folder = run_dir / directory.CHECKPOINTS
+        self.keep = keep
+
+    def steps(self) -> list[Path]:
+        """Published checkpoints, oldest first; a user's copies of them (`step-00000050-good`) are none of ours."""
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=_step)
+
+    def last_step(self) -> int | None:
+        return _step(self.steps()[-1]) if self.steps() else None
+
+    def publish(self, snapshot: Snapshot) -> Path:
+        """Write, flush, rename into place, then remove the oldest beyond `keep`. Raises: OSError."""
+        target = self.folder / f"step-{snapshot.state.step:08d}"
+        if target.exists():  # a stop right after a resume: the very same state
+            return target
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            directory.sync_directory(self.folder.parent)
+        temporary = self.folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
+        try:
+            temporary.mkdir()
+            state = {
+                "state": asdict(snapshot.state),
+                "config": snapshot.config,
+                "scaler": snapshot.scaler,
+                "metrics_bytes": snapshot.metrics_bytes,
+            }
+            contents = {
+                MODEL: safetensors.torch.save(snapshot.weights),
+                OPTIMIZER: safetensors.torch.save(snapshot.optimizer),
+                STATE: (json.dumps(state, indent=1) + "\n").encode(),
+            }
+            manifest = {name: _fingerprint(content) for name, content in contents.items()}
+            contents[MANIFEST] = (json.dumps(manifest, indent=1) + "\n").encode()
+            for name, content in contents.items():
+                with open(temporary / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            directory.sync_directory(temporary)
+            os.rename(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        directory.sync_directory(self.folder)
+        for old in self.steps()[: -self.keep]:
+            self._remove(old)
+        return target
+
+    def newest(self) -> tuple[Path, Snapshot] | None:
+        """The newest checkpoint that verifies. A damaged one is named and set aside. Raises: OSError."""
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        paths = self.steps()
+        while paths:
+            path = paths.pop()
+            try:
+                return path, _read(path)
+            except DAMAGE as error:
+                aside = directory.set_aside(path, self.folder, "damaged")
+                next_one = f"using {paths[-1].name}" if paths else "there is none before it: starting over"
+                log.warning("%s is damaged (%s); set aside as %s, %s.", path, error, aside.name, next_one)
+        return None
+
+    def _remove(self, path: Path) -> None:
+        """Out of sight first, so that a kill in between leaves no half checkpoint."""
+        doomed = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    """The network's state dict on the CPU in plain layout, floats as fp32. Raises: JobError for one not finite."""
+    tensors = {
+        # A copy: safetensors refuses tensors that share memory, as tied weights do.
+        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous().clone()
+        for name, value in net.state_dict().items()
+    }
+    for name, value in tensors.items():
+        if not math.isfinite(value.double().abs().sum().item()):
+            raise JobError(f"the weights of {name} are not finite; they are not saved.", stop_reason="nan")
+    return tensors
+
+
+def publish_weights(net: nn.Module, path: Path) -> None:
+    """Write `model.safetensors`, without metadata: equal weights are equal files. Raises: JobError."""
+    content = safetensors.torch.save(weights(net))
+    with directory.writing(path):
+        directory.write_atomic(path, content)
+
+
+def load_weights(net: nn.Module, path: Path, *, flag: str = "--init-from") -> None:
+    """Weights of a `model.safetensors` → `net`; `flag`: what named the file, for the messages; "": a run directory.
+
+    Raises: JobError for the file, UsageError for weights of other shapes behind a flag.
+    """
+    named = f"{flag} {path}".strip()
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise JobError(f"{named} does not exist.") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise JobError(f"{named} is not a whole safetensors file: {error}") from error
+    try:
+        _fill(net, tensors)
+    except ValueError as error:
+        if flag:
+            raise UsageError(f"{named} does not fit this network: {error}. Do the --widths agree?") from error
+        raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it: {error}.") from error
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
+        raise JobError(f"{named} holds weights that are not finite; use another file.")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The weights that a run directory holds, and what they belong to."""
+
+    config: TrainConfig
+    net: CNN
+    source: Path
+    """The file or checkpoint that they are from."""
+    step: int | None
+    """None where nothing says which."""
+    summary: dict[str, Any]
+    """summary.json, where it is about these weights; else empty."""
+
+
+def open_saved(run_dir: Path) -> Saved:
+    """The final weights of a run, or the newest that verify of one that goes on; changes nothing. Raises: JobError.
+
+    A `model.safetensors` without its counts in summary.json may be of an earlier stop of a run that goes on: then the
+    newest checkpoint is ahead of it, or equal.
+    """
+    config = directory.read_settings(run_dir)
+    if config.has_user_data or directory.read_json(run_dir / directory.CONFIG).get("network"):
+        raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
+    summary = directory.read_json(run_dir / directory.SUMMARY)
+    scored = summary.get("test_count") is not None
+    net = CNN(widths=config.widths)
+    path = run_dir / directory.WEIGHTS
+    if scored and path.exists():
+        load_weights(net, path, flag="")
+        return Saved(config, net, path, summary.get("steps"), summary)
+    for checkpoint in reversed(Checkpoints(run_dir, config.keep_checkpoints).steps()):
+        try:
+            snapshot = _read(checkpoint)
+            _fill(net, snapshot.weights)
+        except (OSError, *DAMAGE) as error:
+            log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
+            continue
+        step = snapshot.state.step
+        return Saved(config, net, checkpoint, step, summary if scored and summary.get("steps") == step else {})
+    if path.exists():
+        load_weights(net, path, flag="")
+        return Saved(config, net, path, None, {})
+    raise JobError(
+        f"{run_dir} holds no weights yet: neither {directory.WEIGHTS} nor a checkpoint that verifies. Wait for its "
+        "first checkpoint, or continue the run."
+    )
+
+
+def _fill(net: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises: ValueError naming the tensors that do not fit."""
+    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if differing:  # of a foreign file there may be hundreds
+        named = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in differing]
+        raise ValueError("; ".join(named[:3]) + (f"; and {len(named) - 3} more" if len(named) > 3 else ""))
+    net.load_state_dict(tensors)
+
+
+def _read(path: Path) -> Snapshot:
+    """Raises: DAMAGE."""
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    contents = {}
+    for name in (MODEL, OPTIMIZER, STATE):
+        contents[name] = (path / name).read_bytes()
+        found, expected = _fingerprint(contents[name]), manifest[name]
+        if found != expected:
+            raise ValueError(f"{name} has {found}, expected {expected}")
+    state = json.loads(contents[STATE])
+    return Snapshot(
+        state=TrainState(**state["state"]),
+        config=state["config"],
+        weights=safetensors.torch.load(contents[MODEL]),
+        optimizer=safetensors.torch.load(contents[OPTIMIZER]),
+        scaler=state["scaler"],
+        metrics_bytes=state["metrics_bytes"],
+    )
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _fingerprint(content: bytes) -> dict[str, Any]:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,0 +1,190 @@
+"""Which run this is: a new one, the continuation of a stopped one, or one that is finished."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ddp_mnist.config import RESUME_FIELDS, USER_DATA_PREFIX, TrainConfig
+from ddp_mnist.data import sources
+from ddp_mnist.data.batches import Split
+from ddp_mnist.distributed.context import Context
+from ddp_mnist.distributed.launcher import local_world_size_from_environment
+from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.report.runs import words
+from ddp_mnist.run import directory
+from ddp_mnist.run.checkpoint import Checkpoints, Snapshot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all ranks agree on before anything is built."""
+
+    path: Path
+    config: TrainConfig
+    """With nothing left open: `auto` and the output directory are resolved."""
+    snapshot: Snapshot | None
+    """Where to go on; None: from the start."""
+    finished: dict[str, Any]
+    """The summary of a run with nothing left to do; else empty."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was started: our own command, or a script with a network, data or settings of its own."""
+
+    model: Callable[[], nn.Module] | None = None
+    """Makes the script's network; None: ours."""
+    data: tuple[Split, Split] | None = None
+    """The script's training set and test set; None: those of `config.dataset`."""
+    config: TrainConfig | None = None
+    """The settings in the script's source; None: the program takes our flags."""
+
+    @property
+    def is_script(self) -> bool:
+        """Whether it is not our own command."""
+        return (self.model, self.data, self.config) != (None, None, None)
+
+
+@contextmanager
+def open_run(config: TrainConfig, context: Context) -> Iterator[Run]:
+    """Rank 0 finds the run and holds its directory for this job; the others hear of it. Raises: JobError."""
+    holder = None
+    try:
+        found = None
+
+        def find() -> None:
+            nonlocal holder, found
+            if context.is_main:
+                path = directory.create(config)
+                # Half of the time that the other ranks, which wait for this one, have before they give it up.
+                holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
+                found = _find(config, path)
+                if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
+                    directory.remove(path / directory.SUMMARY)
+
+        context.run_on_all_ranks(find)
+        run = context.broadcast(found)
+        assert run is not None
+        # Where the files are is each node's own matter.
+        yield replace(run, config=run.config.replace(data_dir=config.data_dir))
+    finally:
+        if holder is not None:
+            holder.release()
+
+
+def _find(config: TrainConfig, path: Path) -> Run:
+    try:
+        if config.fresh:
+            directory.start_over(path)
+        newest = Checkpoints(path, config.keep_checkpoints).newest()
+    except OSError as error:
+        raise JobError(f"{path} cannot be used: {error}.") from error
+    config = config.replace(output_dir=path)
+    if config.init_from is not None:
+        config = config.replace(init_from=config.init_from.resolve())
+    if newest is None:
+        if directory.read_json(path / directory.SUMMARY).get("finished"):
+            raise UsageError(
+                f"{path} holds a finished run without its checkpoints. Choose another --output-dir, or --fresh."
+            )
+        dataset = sources.resolve(config.dataset, config.data_dir)
+        return Run(path, config.replace(dataset=dataset), None, {})
+    _, snapshot = newest
+    saved = snapshot.config
+    if str(saved["dataset"]).startswith(USER_DATA_PREFIX) and not config.has_user_data:
+        raise UsageError(
+            f"{path} holds a run of a script with data of its own: start that script again, choose another "
+            "--output-dir, or start over with --fresh."
+        )
+    if config.dataset == "auto":  # the run has decided
+        config = config.replace(dataset=saved["dataset"])
+    check_identity(saved, config)
+    summary = directory.read_json(path / directory.SUMMARY)
+    done = snapshot.state.epoch >= config.epochs
+    finished = done and summary.get("finished") and (path / directory.WEIGHTS).exists()
+    return Run(path, config, snapshot, summary if finished else {})
+
+
+def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
+    now, default = config.to_dict(), TrainConfig(mixed_precision="no").to_dict()
+    for name in RESUME_FIELDS:
+        was, is_ = saved.get(name, default[name]), now[name]  # a run may be older than the setting
+        more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
+        if was != is_ and not more_epochs:
+            flag = f"--{name.replace('_', '-')}"
+            if name == "dataset" and config.has_user_data and str(was).startswith(USER_DATA_PREFIX):
+                raise UsageError(
+                    f"{config.output_dir} holds a run on other tensors than the script gives now. Seed whatever draws "
+                    "or splits them, choose another output_dir, or start over with fresh=True."
+                )
+            hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
+            old = f"no {flag}" if was is None else f"{flag} {words(was)}"
+            new = "has none" if is_ is None else f"says {words(is_)}"
+            raise UsageError(
+                f"{config.output_dir} holds a run with {old}; this command {new}{hint}. "
+                f"Continue it with {old}, choose another --output-dir, or start over with --fresh."
+            )
+
+
+def check_same_data(name: str, context: Context) -> None:
+    """Compare the data that the ranks were given, by their names, which have a hash. Collective.
+
+    Raises:
+        UsageError: A rank was given other data than rank 0; on all ranks.
+    """
+    first = context.broadcast(name)
+
+    def compare() -> None:
+        if name != first:
+            raise UsageError("it was given other data than rank 0. Seed whatever draws or splits them.")
+
+    context.run_on_all_ranks(compare)
+
+
+def continue_command(config: TrainConfig, context: Context, program: Program) -> str:
+    """Return what to type to go on: the launcher that this attempt was started with, the program and its flags."""
+    asked = program.config
+    name = shlex.quote(sys.argv[0]) if program.is_script else "-m ddp_mnist.train"
+    flags = replace(config, fresh=False).flags() if asked is None else sys.argv[1:]
+    command = f"{_launcher(context, name, precision=asked is not None)} {shlex.join(flags)}".strip()
+    if asked is None:
+        return command
+    changes = [
+        f"{name}={str(value) if isinstance(value, Path) else value!r}"
+        for name in ("output_dir", "lr", "init_from", "max_steps")
+        if (value := getattr(config, name)) != getattr(asked, name)
+    ]
+    return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
+
+
+def _launcher(context: Context, module: str, *, precision: bool) -> str:
+    """`precision`: no flag of the program says it, so `accelerate launch` has to be told again."""
+    if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
+        return os.environ["DDP_MNIST_LAUNCHER"]
+    local = local_world_size_from_environment()
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        several = "--multi_gpu " if context.size > 1 else ""
+        several += f"--num_processes {context.size} "  # the default is all GPUs
+        if context.size > local:
+            several += f"--num_machines {context.size // local} --machine_rank ... --main_process_ip ... "
+        if precision:
+            several += f"--mixed_precision {shlex.quote(os.environ['ACCELERATE_MIXED_PRECISION'])} "
+        on_cpu = "ACCELERATE_USE_CPU=1 " if context.size > 1 and context.device.type == "cpu" else ""
+        return f"{on_cpu}accelerate launch {several}{module}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes = f"--nnodes {context.size // local} --node-rank ... --master-addr ... " if context.size > local else ""
+        return f"torchrun {nodes}--nproc-per-node {local} {module}"
+    return f"python {module}"
