@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass
 from tyro.conf import FlagCreatePairsOff, arg
 
-from ddp_mnist.distributed.launcher import is_first_on_its_machine, muted
+from ddp_mnist.distributed.launcher import is_first_on_its_machine, suppress_output
 from ddp_mnist.errors import UsageError
 
 USER_DATA_PREFIX = "own-"
@@ -255,6 +255,6 @@ def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> Tr
     if any(re.match("--mixed[-_]precision(=|$)", word) for word in args):
         preset["mixed_precision"] = "no"  # the flag beats what the launcher says, nonsense too
     quiet = not is_first_on_its_machine() if quiet is None else quiet
-    with muted() if quiet else contextlib.nullcontext():
+    with suppress_output() if quiet else contextlib.nullcontext():
         read = tyro.cli(_Unchecked, args=args, default=TrainConfig(**preset), prog="python -m ddp_mnist.train")
     return TrainConfig(**vars(read))

@@ -17,7 +17,7 @@ class JobError(Exception):
         """`local`: the other ranks do not know of it, so this one must speak although it may not be rank 0."""
         super().__init__(message)
         self.local = local
-        self.told = False
+        self.reported = False
         """The user has read it already."""
         if stop_reason is not None:
             self.stop_reason = stop_reason

@@ -21,7 +21,13 @@ from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import sources
 from ddp_mnist.data.batches import Split, evaluation_batches, to_float
 from ddp_mnist.distributed.context import Context, translate_collective_errors
-from ddp_mnist.distributed.launcher import leave, muted, rank_from_environment, show_warnings, tell
+from ddp_mnist.distributed.launcher import (
+    hard_exit,
+    rank_from_environment,
+    report_error,
+    show_warnings,
+    suppress_output,
+)
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.network import move_to_device
 from ddp_mnist.run import directory
@@ -186,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         main_rank = rank_from_environment() == 0
         show_warnings(main=main_rank)
-        with contextlib.nullcontext() if main_rank else muted():  # a wrong flag is told once
+        with contextlib.nullcontext() if main_rank else suppress_output():  # a wrong flag is told once
             options = _parser().parse_args(argv)
         with Context(TrainConfig(threads=options.threads, mixed_precision="no")) as context:
             with translate_collective_errors(context):
@@ -196,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _compare(saved, train, test, context)
         return 0
     except JobError as error:
-        return tell(error)
+        return report_error(error)
     except KeyboardInterrupt:
         return 130
 
@@ -275,4 +281,4 @@ def _as_in_summary(train: Score, test: Score) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import forgiving_console
+from ddp_mnist.distributed.launcher import escape_unencodable_output
 from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
 
@@ -247,7 +247,7 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> Floats:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: every picture is predicted. 1: one was not, or the run could not be read. 2: a wrong flag."""
-    forgiving_console()
+    escape_unencodable_output()
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:

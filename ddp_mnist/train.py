@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ddp_mnist.config import parse
 from ddp_mnist.distributed.launcher import (
-    code_of,
-    each_machine_tells,
-    leave,
+    exit_code_for_rank,
+    hard_exit,
     rank_from_environment,
+    report_error,
+    report_once_per_host,
     show_warnings,
-    tell,
     world_size_from_environment,
 )
 from ddp_mnist.distributed.preemption import StopSignal
@@ -37,7 +37,7 @@ def run(
 
     As `fit`, but `data` is a function that makes the pair; it is called when the flags are known to be right.
     """
-    leave(main(argv, model=model, data=data))
+    hard_exit(main(argv, model=model, data=data))
 
 
 def main(
@@ -50,16 +50,16 @@ def main(
     stop = StopSignal()
     try:
         show_warnings(main=rank_from_environment() == 0)
-        with each_machine_tells():
+        with report_once_per_host():
             config = parse(argv)
             config.check_world_size(world_size_from_environment())
         stop.__enter__()  # never left: a signal may come as late as the exit
         from ddp_mnist.trainer import run_attempt  # imports torch
 
         result = run_attempt(config, model=model, data=data() if data else None, stop=stop)
-        return code_of(result.exit_code)
+        return exit_code_for_rank(result.exit_code)
     except JobError as error:
-        return tell(error)
+        return report_error(error)
     finally:
         stop.ignore_from_now_on()
 

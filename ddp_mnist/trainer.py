@@ -17,12 +17,12 @@ from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.data.sources import UserData, load, validate_user_data
 from ddp_mnist.distributed.context import Context, translate_collective_errors
 from ddp_mnist.distributed.launcher import (
-    code_of,
-    each_machine_tells,
-    leave,
+    exit_code_for_rank,
+    hard_exit,
+    install_excepthook,
     rank_from_environment,
-    tell,
-    tell_uncaught,
+    report_error,
+    report_once_per_host,
     wait_for_peers_to_exit,
 )
 from ddp_mnist.distributed.preemption import StopSignal
@@ -57,7 +57,7 @@ class Result:
 
     def exit(self) -> NoReturn:
         """End this process as launchers and SLURM expect it of a rank of this job."""
-        leave(code_of(self.exit_code))
+        hard_exit(exit_code_for_rank(self.exit_code))
 
 
 def fit(config: TrainConfig, *, model: Callable[[], nn.Module] | None = None, data: UserData | None = None) -> Result:
@@ -74,7 +74,7 @@ def fit(config: TrainConfig, *, model: Callable[[], nn.Module] | None = None, da
     Raises:
         JobError: The same on all ranks, with the exit code it deserves.
     """
-    tell_uncaught()  # a user's mistake: one message also from a script
+    install_excepthook()  # a user's mistake: one message also from a script
     return run_attempt(config, model=model, data=data, script_config=config)
 
 
@@ -93,7 +93,7 @@ def run_attempt(
     """
     sets = None
     if data is not None:
-        with each_machine_tells():
+        with report_once_per_host():
             name, sets = validate_user_data(data)
         config = config.replace(dataset=name)
     program = Program(model, sets, script_config)
@@ -271,7 +271,7 @@ class Trainer:
             self.metrics.end(preempted=False, exit_code=error.exit_code)
         if context.is_main or (error.local and context.rank == 1):  # rank 0 may be the one that was lost
             self._advise(error)
-            tell(error)
+            report_error(error)
         if context.is_main:
             self.summary.wait_for_mirror(summary, HASTY_PATIENCE)
         if not error.local:

@@ -23,7 +23,7 @@ import submitit
 from submitit.helpers import TorchDistributedEnvironment
 
 from ddp_mnist.config import TrainConfig, parse
-from ddp_mnist.distributed.launcher import leave, show_warnings, tell
+from ddp_mnist.distributed.launcher import hard_exit, report_error, show_warnings
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED, JobError
 
@@ -51,7 +51,7 @@ class Job:
 
                 summary = run_attempt(config, stop=stop).summary
         except JobError as error:
-            self.leave(env, tell(error))
+            self.leave(env, report_error(error))
         if main and summary["exit_code"] == STOPPED:
             # Not after TERM: scancel sends it too, and a requeue would bring a cancelled job back to life.
             if env.cluster != "debug" and summary["stop_reason"] in ("SIGUSR2", "max_minutes"):
@@ -62,13 +62,13 @@ class Job:
             self.leave(env, STOPPED)
         if env.cluster != "debug":
             # submitit has yet to write the result; what follows it must not take Python down, see `leave`.
-            atexit.register(lambda: leave(1 if hasattr(sys, "last_type") else 0))
+            atexit.register(lambda: hard_exit(1 if hasattr(sys, "last_type") else 0))
         return summary
 
     def leave(self, env: submitit.JobEnvironment, code: Any) -> NoReturn:
         if env.cluster == "debug":  # not our process
             sys.exit(code)
-        leave(int(code) & 0xFF)
+        hard_exit(int(code) & 0xFF)
 
     def checkpoint(self, *_: object, **__: object) -> submitit.helpers.DelayedSubmission:
         """The next attempt; submitit calls it in its signal handler, on rank 0 alone: no collective, no save."""

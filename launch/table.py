@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_mnist.distributed.launcher import forgiving_console
+from ddp_mnist.distributed.launcher import escape_unencodable_output
 from ddp_mnist.report.runs import comparison, state
 from ddp_mnist.run.directory import CONFIG, SUMMARY, read_json
 
@@ -30,7 +30,7 @@ def table(run_dirs: Sequence[Path]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    forgiving_console()
+    escape_unencodable_output()
     parser = argparse.ArgumentParser(prog="python -m launch.table", description="One row per run, best first.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     run_dirs = parser.parse_args(argv).run_dirs

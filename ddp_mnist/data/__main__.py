@@ -10,13 +10,13 @@ from pathlib import Path
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import forgiving_console
+from ddp_mnist.distributed.launcher import escape_unencodable_output
 from ddp_mnist.errors import JobError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0 when all four files are good, 1 when they are not or could not be had."""
-    forgiving_console()
+    escape_unencodable_output()
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.data",
         description="fetch: make the data files present and good. verify: look at them, changing nothing.",

@@ -41,7 +41,7 @@ def is_first_on_its_machine() -> bool:
 
 
 @contextlib.contextmanager
-def each_machine_tells() -> Iterator[None]:
+def report_once_per_host() -> Iterator[None]:
     """Before the ranks have met, rank 0 may not know what is wrong on another machine: the first rank there tells."""
     try:
         yield
@@ -68,7 +68,7 @@ def _number(name: str, *, least: int = 0) -> int:
     return int(text)
 
 
-def forgiving_console() -> None:
+def escape_unencodable_output() -> None:
     """What the console's encoding lacks, in the name of a file say, is written escaped, and ends nothing."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or nothing that has an encoding
@@ -77,29 +77,29 @@ def forgiving_console() -> None:
 
 def show_warnings(*, main: bool) -> None:
     """Warnings go to the console from the `main` rank, errors from all of them."""
-    forgiving_console()
+    escape_unencodable_output()
     logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="warning: %(message)s")
 
 
 @contextlib.contextmanager
-def muted() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Nothing that is printed is seen, such as a wrong flag, which every rank would tell of."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 
-def tell(error: JobError) -> int:
+def report_error(error: JobError) -> int:
     """Print the error where it is due, once; returns its exit code."""
     # Every rank raises the same error, one tells it; except where the others cannot know.
     # Asked now: where mpirun has started the ranks, only Accelerate has learned which one this is.
-    if not error.told and (error.local or rank_from_environment() == 0):
+    if not error.reported and (error.local or rank_from_environment() == 0):
         with contextlib.suppress(OSError):  # a full disk, a closed pipe: the exit code says it as well
             print(f"error: {error}", file=sys.stderr, flush=True)
-    error.told = True
+    error.reported = True
     return error.exit_code
 
 
-def code_of(summary_code: int) -> int:
+def exit_code_for_rank(summary_code: int) -> int:
     """The exit code of this rank when the job's is `summary_code`.
 
     srun --kill-on-bad-exit ends the others with the first rank that fails, so one alone tells the news.
@@ -107,19 +107,19 @@ def code_of(summary_code: int) -> int:
     return summary_code if rank_from_environment() == 0 else 0
 
 
-def tell_uncaught() -> None:
+def install_excepthook() -> None:
     """From now on a JobError that nobody catches is one message and an exit code, as in our own command."""
     before = sys.excepthook
-    if getattr(before, "tells_job_errors", False):
+    if getattr(before, "reports_job_errors", False):
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, JobError):
             sys.stderr = sys.__stderr__  # torch.distributed's hook puts a buffer there, to label its lines
-            leave(tell(error))
+            hard_exit(report_error(error))
         before(kind, error, trace)
 
-    hook.tells_job_errors = True  # type: ignore[attr-defined]
+    hook.reports_job_errors = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
@@ -150,7 +150,7 @@ def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
             connection.recv(1)
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """End the process without taking Python down, which gloo's threads do not survive.
 
     They outlive the process group that DDP has used, and one that lets go of a tensor while Python ends aborts the

@@ -10,10 +10,16 @@ from collections.abc import Iterator
 from ddp_mnist.distributed.launcher import local_world_size_from_environment
 
 
+def allowed_cpus() -> frozenset[int]:
+    """Return the numbers of the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
 def default_threads() -> int:
     """Return the number of CPUs this process may use, divided by the ranks on this machine."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // local_world_size_from_environment())
+    return max(1, len(allowed_cpus()) // local_world_size_from_environment())
 
 
 def keep_freed_memory() -> None:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_mnist.distributed.launcher import leave
+from ddp_mnist.distributed.launcher import hard_exit
 from ddp_mnist.doctor import job, machine
 from ddp_mnist.doctor.finding import Finding, as_text, in_order, number, one_line
 from ddp_mnist.doctor.job import is_first, is_first_here
@@ -219,4 +219,4 @@ def together(everyone: Sequence[Rank], backend: str | None, milliseconds: Sequen
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

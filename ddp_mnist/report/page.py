@@ -19,7 +19,7 @@ from typing import Any
 
 from ddp_mnist.config import USER_DATA_PREFIX, default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import forgiving_console
+from ddp_mnist.distributed.launcher import escape_unencodable_output
 from ddp_mnist.errors import JobError
 from ddp_mnist.report.figures import TITLES, confusion_figure, curves_figure, mistakes_figure, percent, png, ticks
 from ddp_mnist.report.runs import RunLog, comparison, labels, read_run, words
@@ -245,7 +245,7 @@ def _table(rows: Sequence[Sequence[str]], *, head: bool = True) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    forgiving_console()
+    escape_unencodable_output()
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.report",
         description="Draw one run, or compare several; also runs that are still going.",

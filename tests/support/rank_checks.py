@@ -28,7 +28,7 @@ from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import sources
 from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.distributed.context import Context
-from ddp_mnist.distributed.launcher import leave
+from ddp_mnist.distributed.launcher import hard_exit
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import evaluate
 from ddp_mnist.model import CNN
@@ -271,4 +271,4 @@ def main(root: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    leave(0)
+    hard_exit(0)

@@ -37,7 +37,7 @@ def main(go: Path) -> NoReturn:
     code = train.main(sys.argv[2:])
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)
-    train.leave(code)
+    train.hard_exit(code)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ import torch
 from ddp_mnist import TrainConfig
 from ddp_mnist.distributed import context
 from ddp_mnist.errors import JobError
-from ddp_mnist.distributed.launcher import leave
+from ddp_mnist.distributed.launcher import hard_exit
 
 Accelerator = context.Accelerator
 def failing(**_):
@@ -171,7 +171,7 @@ for number in range(30):
         errors.append(str(error))
 assert len(errors) == 15, errors
 assert all("could not be brought together" in each and "no such device" in each for each in errors), errors
-leave(0)
+hard_exit(0)
 """
 
 

@@ -32,7 +32,7 @@ from tutorial import TutorialCNN, count_correct
 from ddp_mnist import TrainConfig, fit
 from ddp_mnist.config import Schedule
 from ddp_mnist.distributed.context import Context
-from ddp_mnist.distributed.launcher import tell_uncaught
+from ddp_mnist.distributed.launcher import install_excepthook
 from ddp_mnist.errors import JobError
 from ddp_mnist.report import page as report
 from ddp_mnist.run import directory as rundir
@@ -251,8 +251,8 @@ def test_a_terminal_gets_a_bar_and_the_lines_above_it(
 def test_only_our_own_errors_are_told_in_one_line(process_of_a_job: None, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[type[BaseException]] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(kind))
-    tell_uncaught()
-    tell_uncaught()  # once is enough
+    install_excepthook()
+    install_excepthook()  # once is enough
     sys.excepthook(ZeroDivisionError, ZeroDivisionError("a bug"), None)
     assert told == [ZeroDivisionError]
 
@@ -261,9 +261,9 @@ UNCAUGHT = """
 import io, sys
 from ddp_mnist.errors import UsageError
 from ddp_mnist.distributed.context import Context
-from ddp_mnist.distributed.launcher import tell_uncaught
+from ddp_mnist.distributed.launcher import install_excepthook
 from ddp_mnist.run.saver import SaveClock
-tell_uncaught()
+install_excepthook()
 sys.stderr = io.StringIO()  # as torch.distributed leaves it
 raise UsageError("a mistake")
 """
@@ -806,7 +806,7 @@ def slowly(self, summary):
         time.sleep(3)
     write(self, summary)
 SummaryWriter.write = slowly
-train.leave(train.main(sys.argv[1:]))
+train.hard_exit(train.main(sys.argv[1:]))
 """
 
 
@@ -902,7 +902,7 @@ def test_ranks_that_accelerate_does_not_see_refuse_to_train_alone(tmp_path: Path
         "import accelerate, functools, ddp_mnist.distributed.context as context, ddp_mnist.train as train\n"
         "real = context.Accelerator\n"
         "context.Accelerator = lambda cpu, **options: real(cpu=False, **options)\n"
-        "train.leave(train.main())\n"
+        "train.hard_exit(train.main())\n"
     )
     ended = jobs.run_ranks(2, "--output-dir", str(tmp_path / "run"), program=(sys.executable, "-c", program))
     message = jobs.the_message(ended, 1)
