@@ -37,19 +37,21 @@ coverage: install
 
 # Break the package on purpose, in one place after the other, and see the tests fail; ARGS="fsync dropout" for some.
 faults: install
-	$(BIN)/python tests/planted.py $(ARGS)
+	$(BIN)/python tests/support/planted.py $(ARGS)
 
-# 25 to 40 minutes on two cores; ARGS="--quick" for two, ARGS="--json FILE" to keep the figures, or a folder.
+# 20 minutes on two cores; ARGS="--quick" for two, ARGS="--rows step,ranks", ARGS="--json FILE" to keep the figures.
 bench: install
-	$(BIN)/python -m ddp_mnist.bench $(ARGS)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
-# All that a machine with a GPU can show: all tests, the benchmark, kept by device and date, and what was tried there.
-gpu: install
+# The tests that need a GPU and the benchmark's rows for one, kept in benchmarks/results: 8 minutes at most.
+# BIN=DIR names the bin folder of an environment that has everything but this package; then nothing is installed.
+gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu: $(if $(findstring command,$(origin BIN)),,install)
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
 	    { echo 'torch finds no GPU here.'; exit 2; }
-	trap 'exit 130' INT; status=0; $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
-	    $(BIN)/python -m ddp_mnist.bench --dataset mnist --json docs/benchmarks $(ARGS) || status=$$?; \
-	    $(BIN)/python docs/benchmarks/variants_gpu.py || status=$$?; exit $$status
+	trap 'exit 130' INT; status=0; $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) || status=$$?; \
+	    $(BIN)/python benchmarks/run.py --rows step,epoch,to-98 --json benchmarks/results $(ARGS) || status=$$?; \
+	    exit $$status
 
 check: install
 	$(BIN)/ruff format --check .

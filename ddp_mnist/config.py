@@ -29,7 +29,8 @@ RESUME_FIELDS = (
     "init_from",
 )  # fmt: skip
 """Fields that must match to resume a run."""
-# A new one also needs a branch in `learning_rate`, and in the check on resume if it allows more epochs later.
+
+# A new schedule also needs a branch in `learning_rate`, and in the check on resume if it allows more epochs later.
 Schedule = Literal["constant", "onecycle", "linear"]
 
 _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v)
@@ -132,7 +133,7 @@ class TrainConfig:
     """Record a step's kernels on the GPU once and replay them with one call.
     --cuda-graphs: also for a network of your own, where it can be captured. Never in fp16."""
     compile: Annotated[bool, FlagCreatePairsOff] = False
-    """Compile the network first, on a GPU into CUDA graphs. On a CPU it is slower."""
+    """Compile the network first. On a CPU it is slower."""
     init_from: Annotated[UserPath | None, _hint("random, from --seed", "FILE")] = None
     """Start from the weights in this model.safetensors."""
     checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
@@ -223,6 +224,7 @@ class TrainConfig:
         return cls(**values)
 
 
+# Report pydantic's errors as UsageError.
 TrainConfig.__init__ = _usage_errors()(TrainConfig.__init__)  # type: ignore[method-assign]
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
@@ -232,7 +234,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class _Unchecked(TrainConfig):
-    # tyro 1.0.17 prints the ValueError of a class in a box of its own: what it reads is checked afterwards.
+    # Holds what tyro has read; `parse` checks it. tyro 1.0.17 would print a ValueError in a box of its own.
     __doc__ = TrainConfig.__doc__
 
     def __init__(self, **values: Any) -> None:

@@ -1,24 +1,26 @@
-"""The errors a user can cause or meet. Each carries the exit code its end deserves.
-
-Anything else that is raised is a bug and keeps its traceback.
-"""
+"""The errors that a user can cause or meet, each with its exit code. Anything else that is raised is a bug."""
 
 STOPPED = 75
-"""Exit code of a run that was stopped, with a checkpoint: run it again."""
+"""Exit code of a run that stopped early with a checkpoint: run it again."""
 
 
 class JobError(Exception):
-    """The world is not as it must be: files, network, lock, lost rank, non-finite loss."""
+    """Operational failure: files, network, lock, lost rank, NaN."""
 
     exit_code = 1
     stop_reason = "error"
 
     def __init__(self, message: str, *, local: bool = False, stop_reason: str | None = None) -> None:
-        """`local`: the other ranks do not know of it, so this one must speak although it may not be rank 0."""
+        """Describe what failed.
+
+        Args:
+            message: The field or file, what was found, what was expected and what to type next.
+            local: The other ranks do not know of it, so this rank must print it, even if it is not rank 0.
+            stop_reason: The reason in summary.json, if it is not the class's.
+        """
         super().__init__(message)
         self.local = local
         self.reported = False
-        """The user has read it already."""
         if stop_reason is not None:
             self.stop_reason = stop_reason
 
@@ -28,6 +30,6 @@ class JobError(Exception):
 
 
 class UsageError(JobError, ValueError):
-    """Knowable from flags, recipe and saved config alone: the same command can never work."""
+    """A mistake that shows in flags, recipe and saved config alone: the same command can never work."""
 
     exit_code = 2

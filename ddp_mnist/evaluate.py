@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ddp_mnist.config import TrainConfig, default_data_dir
@@ -29,9 +30,9 @@ from ddp_mnist.distributed.launcher import (
     suppress_output,
 )
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.network import move_to_device
+from ddp_mnist.program import move_to_device
 from ddp_mnist.run import directory
-from ddp_mnist.run.checkpoint import Saved, open_saved
+from ddp_mnist.run.checkpoint import SavedRun, open_saved
 
 WORST = 25
 """Mistakes that a Score remembers."""
@@ -51,21 +52,23 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one network on one whole data set, each image counted once; equal on all ranks."""
+    """The score of one network on one whole data set, each image counted once; equal on all ranks."""
 
     loss: float
     """Mean cross-entropy over all images."""
     confusion: tuple[tuple[int, ...], ...]
     """confusion[label][prediction]: number of images."""
     mistakes: tuple[Mistake, ...] = ()
-    """The worst, most confident first; at most WORST, the same at every world size."""
+    """The most confident ones first; at most WORST, the same at every world size."""
 
     @property
     def correct(self) -> int:
+        """Images classified correctly."""
         return sum(row[label] for label, row in enumerate(self.confusion))
 
     @property
     def count(self) -> int:
+        """Images scored."""
         return sum(map(sum, self.confusion))
 
     @property
@@ -74,31 +77,52 @@ class Score:
         return self.correct / self.count
 
     def class_accuracy(self) -> list[float | None]:
-        """0-1 by label; None for a class that the data set does not have."""
+        """Return the accuracy of each class, 0-1; None for a class that the data set does not have."""
         return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(self.confusion)]
 
     def sentence(self) -> str:
+        """Return the tutorial's line."""
         return f"Got {self.correct} / {self.count} with accuracy {100 * self.accuracy:.2f}"
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, split: Split, context: Context) -> Score:
-    """Score the unwrapped network in fp32; a collective: every rank calls it and gets the same Score.
+def evaluate(network: nn.Module, split: Split, context: Context) -> Score:
+    """Return the exact score of the network on a data set, in fp32, the same on every rank. Collective.
 
-    Its buffers, such as batch norm's averages, are rank 0's from here on: the ranks have each seen other images.
-    Raises: UsageError for a network whose output is no logits, or of fewer classes than the labels name.
+    Its buffers, such as batch norm's averages, are rank 0's from here on: each rank has seen other images.
+
+    Raises:
+        UsageError: The network's output is no logits, or of fewer classes than the labels name.
     """
-    classes = count_classes(net, split)
-    context.broadcast_tensors(net.buffers())
-    with scoring(net):
-        return _evaluate(net, split, context, classes)
+    classes = count_classes(network, split)
+    context.broadcast_tensors(network.buffers())
+    # float64 holds the counts exactly and makes the loss the same at every world size; MPS has no float64.
+    home = torch.device("cpu") if context.device.type == "mps" else context.device
+    totals = torch.zeros(1 + classes * classes, dtype=torch.float64, device=home)
+    mistakes: list[Mistake] = []
+    size = 250 if context.device.type == "cpu" else 10_000  # on a CPU what fits its caches
+    size = max(1, size * 784 // max(784, split.images[0].numel()))  # larger images, as much memory
+    first = context.rank * size
+    with evaluation_mode(network):
+        for images, labels in evaluation_batches(split, rank=context.rank, world_size=context.size, size=size):
+            logits = network(to_float(images.clone()))  # a copy: a network may work in place on its input
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            cells = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
+            totals += torch.cat([loss.view(1), cells]).to(home)
+            mistakes = _worst([*mistakes, *_mistakes(logits, labels, first)])
+            first += context.size * size
+    loss_sum, *counts = context.sum(totals).tolist()
+    confusion = tuple(tuple(map(int, counts[start : start + classes])) for start in range(0, len(counts), classes))
+    score = Score(loss_sum / len(split), confusion, tuple(_worst(gather_object(mistakes))))
+    assert score.count == len(split), f"scored {score.count} of {len(split)} images"
+    return score
 
 
 @contextlib.contextmanager
-def scoring(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode; then each layer's own again, which need not be the network's (frozen batch norm)."""
-    before = {module: module.training for module in net.modules()}
-    net.eval()
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put the network into evaluation mode, then each layer into its own again: some may be frozen."""
+    before = {module: module.training for module in network.modules()}
+    network.eval()
     try:
         yield
     finally:
@@ -107,10 +131,14 @@ def scoring(net: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def count_classes(net: nn.Module, split: Split) -> int:
-    """Classes that the network tells apart. Raises: UsageError when labels or output do not fit each other."""
-    with scoring(net):
-        logits = net(to_float(split.images[:1].clone()))
+def count_classes(network: nn.Module, split: Split) -> int:
+    """Return the number of classes that the network tells apart.
+
+    Raises:
+        UsageError: Its output is no logits, or of fewer classes than the labels name.
+    """
+    with evaluation_mode(network):
+        logits = network(to_float(split.images[:1].clone()))
     if logits.dim() != 2:
         raise UsageError(f"for one image the network gives {tuple(logits.shape)}; expected logits (1, classes).")
     if split.labels.max() >= logits.shape[1]:
@@ -119,86 +147,53 @@ def count_classes(net: nn.Module, split: Split) -> int:
     return logits.shape[1]
 
 
-def _evaluate(net: nn.Module, split: Split, context: Context, classes: int) -> Score:
-    # float64 holds the counts exactly and makes the loss the same at every world size; MPS has no float64.
-    home = torch.device("cpu") if context.device.type == "mps" else context.device
-    totals = torch.zeros(1 + classes * classes, dtype=torch.float64, device=home)
-    worst = torch.zeros(0, 4, dtype=torch.float64, device=home)
-    size = 250 if context.device.type == "cpu" else 10_000  # on a CPU what fits its caches
-    size = max(1, size * 784 // max(784, split.images[0].numel()))  # larger images, as much memory
-    first = context.rank * size
-    for images, labels in evaluation_batches(split, rank=context.rank, world_size=context.size, size=size):
-        logits = net(to_float(images.clone()))  # a copy: a network may work in place on its input
-        totals += _counts(logits, labels).to(home)
-        worst = _worst(torch.cat([worst, _mistakes(logits, labels, first, home)]))
-        first += context.size * size
-    # One reduction: the sums, then a place for each rank's mistakes, of which every other rank holds zeros.
-    places = torch.zeros(context.size, WORST, 4, dtype=torch.float64, device=home)
-    places[context.rank, : len(worst)] = worst
-    everything = context.sum(torch.cat([totals, places.flatten()]))
-    loss_sum, *cells = everything[: len(totals)].tolist()
-    confusion = tuple(
-        tuple(int(cell) for cell in cells[start : start + classes]) for start in range(0, len(cells), classes)
-    )
-    found = _worst(everything[len(totals) :].view(-1, 4))
-    mistakes = tuple(Mistake(int(row), int(label), int(said), sure) for sure, row, label, said in found.tolist())
-    score = Score(loss_sum / len(split), confusion, mistakes)
-    assert score.count == len(split), f"scored {score.count} of {len(split)} images"
-    return score
-
-
-def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """(1 + classes²,): summed loss, then the flattened confusion counts of one chunk."""
-    classes = logits.shape[1]
-    cells = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-    return torch.cat([F.cross_entropy(logits, labels, reduction="sum").view(1), cells])
-
-
-def _mistakes(logits: Tensor, labels: Tensor, first: int, home: torch.device) -> Tensor:
-    """(n, 4) float64 on `home`: confidence, row, label and prediction of each of the n wrong predictions of a chunk.
-
-    `first`: the row of the chunk's first image.
-    """
+def _mistakes(logits: Tensor, labels: Tensor, first: int) -> Iterator[Mistake]:
+    """Yield the wrong predictions of a chunk; `first`: the row of its first image."""
     wrong = (logits.argmax(1) != labels).nonzero().flatten()
     confidence, prediction = logits[wrong].softmax(1).max(1)
-    columns = (confidence, wrong + first, labels[wrong], prediction)
-    return torch.stack([column.to(home).double() for column in columns], dim=1)
+    for columns in zip(wrong, labels[wrong], prediction, confidence, strict=True):
+        row, label, said, sure = (value.item() for value in columns)
+        if sure > 0:  # not NaN, of weights that are ruined
+            yield Mistake(int(row) + first, int(label), int(said), sure)
 
 
-def _worst(mistakes: Tensor) -> Tensor:
-    """The WORST of (n, 4) mistakes, most confident first, equals by row; empty places (confidence 0) are left out."""
-    mistakes = mistakes[mistakes[:, 0] > 0]
-    by_row = mistakes[mistakes[:, 1].argsort()]
-    return by_row[by_row[:, 0].argsort(descending=True, stable=True)][:WORST]
+def _worst(mistakes: list[Mistake]) -> list[Mistake]:
+    return sorted(mistakes, key=lambda mistake: (-mistake.confidence, mistake.index))[:WORST]
 
 
-def rescore(run_dir: Path, context: Context, data_dir: Path | None = None) -> tuple[Saved, Score, Score]:
-    """Score a run's weights on its (training set, test set); every rank calls it and gets the same.
+def rescore(run_dir: Path, context: Context, data_dir: Path | None = None) -> tuple[SavedRun, Score, Score]:
+    """Return (the saved run, its scores on the training and the test set). Change nothing. Collective.
 
-    Changes nothing in the run directory. `data_dir`: default the run's own. Raises: JobError.
+    Args:
+        run_dir: The run directory; only rank 0 needs to see it.
+        context: The ranks.
+        data_dir: Where the data are; default: where the run had them.
+
+    Raises:
+        JobError: Weights or data cannot be read; on all ranks.
     """
-    # The run directory may be on rank 0's machine only; where the data are is each machine's own matter.
     saved = context.broadcast(context.run_on_all_ranks(lambda: open_saved(run_dir) if context.is_main else None))
     assert saved is not None
     own = saved.config.data_dir
     root = data_dir or (own if own.exists() else default_data_dir())
     train, test = context.run_on_all_ranks(lambda: sources.load(saved.config.dataset, root))
-    net = move_to_device(saved.net, context.device)  # as in training: the same rounding
-    return saved, evaluate(net, train.to(context.device), context), evaluate(net, test.to(context.device), context)
+    network = move_to_device(saved.network, context.device)  # as in training: the same rounding
+    train_score, test_score = (evaluate(network, split.to(context.device), context) for split in (train, test))
+    return saved, train_score, test_score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: scored. 1: the counts are not the run's own, or something could not be read. 2: a wrong flag."""
+    """Run the command. Return 0: scored, 1: the counts are not the run's own or something cannot be read, 2: a flag."""
     try:
-        main_rank = rank_from_environment() == 0
-        show_warnings(main=main_rank)
-        with contextlib.nullcontext() if main_rank else suppress_output():  # a wrong flag is told once
+        is_main = rank_from_environment() == 0
+        show_warnings(main=is_main)
+        with contextlib.nullcontext() if is_main else suppress_output():  # one message for a wrong flag
             options = _parser().parse_args(argv)
         with Context(TrainConfig(threads=options.threads, mixed_precision="no")) as context:
             with translate_collective_errors(context):
                 saved, train, test = rescore(options.run_dir, context, options.data_dir)
             if context.is_main:
-                _tell(saved, train, test, context, options)
+                _print(saved, train, test, context, options)
         _compare(saved, train, test, context)
         return 0
     except JobError as error:
@@ -225,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tell(saved: Saved, train: Score, test: Score, context: Context, options: argparse.Namespace) -> None:
+def _print(saved: SavedRun, train: Score, test: Score, context: Context, options: argparse.Namespace) -> None:
     if options.json:
         counts = _as_in_summary(train, test)
         result: dict[str, Any] = {
@@ -253,8 +248,8 @@ def _tell(saved: Saved, train: Score, test: Score, context: Context, options: ar
     print(f"Checking accuracy on test data\n{test.sentence()}", flush=True)
 
 
-def _compare(saved: Saved, train: Score, test: Score, context: Context) -> None:
-    """Raises: JobError when the run's own counts are others, the same on all ranks."""
+def _compare(saved: SavedRun, train: Score, test: Score, context: Context) -> None:
+    """Raise JobError when the run's own counts are others, on all ranks."""
     if not saved.summary:
         return
     differing = [

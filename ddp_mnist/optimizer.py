@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ddp_mnist.config import TrainConfig
+if TYPE_CHECKING:
+    from ddp_mnist.config import TrainConfig
 
 
 class Adam(torch.optim.Adam):
     """Adam without torch.compile's wrappers, which import its compiler: 2.75 s of CPU time at every start."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
-def make_adam(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+def make_adam(config: TrainConfig, network: nn.Module) -> Adam:
     """Return Adam for all parameters of the network, with the configured rate and beta2."""
     # The fused kernel would hide from fp16's scaler that it has skipped a step.
     fused = config.mixed_precision != "fp16"
     return Adam(network.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
-def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Let a CUDA graph capture the optimizer's step: its rate and all state become tensors that stay where they are."""
+def make_capturable(optimizer: Adam) -> None:
+    """Let a CUDA graph capture Adam's step: its rate and all state become tensors that stay where they are."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
-                # As torch makes them in the first step, which may not be a captured one: it is rolled back.
+                # Now, since a capture puts back only tensors that exist before it.
                 state = optimizer.state[parameter]
                 state["step"] = torch.zeros((), device=parameter.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -77,6 +77,9 @@ def load_state(network: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapp
         parameter = parameters[name]
         if key == "step":
             home = torch.empty((), device=parameter.device if on_device[parameter] else "cpu")
-        else:  # in the parameter's own memory layout: the fused kernel walks both in storage order
+        elif value.shape == parameter.shape:
+            # In the parameter's own memory layout: the fused kernel walks both in storage order.
             home = torch.empty_like(parameter, requires_grad=False)
+        else:
+            home = torch.empty_like(value, device=parameter.device)
         optimizer.state[parameter][key] = home.copy_(value)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_mnist.config import TrainConfig
 from ddp_mnist.cuda_graph import CUDAGraph
 from ddp_mnist.data.batches import Batch, Batches, to_float
-from ddp_mnist.distributed.context import Context
-from ddp_mnist.optimizer import make_adam, make_capturable, set_rate, state_tensors
+from ddp_mnist.optimizer import Adam, make_adam, make_capturable, set_rate, state_tensors
+
+if TYPE_CHECKING:
+    from ddp_mnist.config import TrainConfig
+    from ddp_mnist.distributed.context import Context
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps the network's outputs (n, ...) and the targets (n,) to one loss per item (n,)."""
@@ -26,9 +28,12 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-class _Wrapper(nn.Module):
-    """Call the network. Accelerate puts its autocast around this module's forward and leaves the network's alone, which
-    is then scored, saved and returned as its author wrote it."""
+class AutocastWrapper(nn.Module):
+    """Forward to the network.
+
+    Accelerate replaces `forward` of the module that it prepares by one that autocasts. It replaces this one's, so that
+    scoring calls the network as its author wrote it.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -59,24 +64,23 @@ class TrainStep:
             network: Already on the context's device.
             loss: Returns one loss per item; the step takes their mean over the global batch.
             optimizer: Makes the optimizer of a network; default: Adam.
-            capture: Run the step as a CUDA graph.
+            capture: Run the step as a CUDA graph, if the optimizer is our Adam.
         """
         self.config, self.context, self.network, self.loss = config, context, network, loss
         self.optimizer = optimizer(network) if optimizer else make_adam(config, network)
         accelerator = context.accelerator
         # Already on the device; asking whether they may be moved imports torch's DTensor, and with it sympy.
-        self.model: Any = accelerator.prepare(_Wrapper(network), device_placement=[False])
+        self.model: Any = accelerator.prepare(AutocastWrapper(network), device_placement=[False])
         if accelerator.scaler is not None:
-            # Only here: the step of a prepared optimizer searches sys.path each time, 15 % of a step on a CPU.
+            # Only for fp16: the step of a prepared optimizer searches sys.path each time, 15 % of a step on a CPU.
             self.optimizer = accelerator.prepare(self.optimizer, device_placement=[False])
         if config.compile:
-            # What this process has compiled before counts against a limit, beyond which nothing is compiled.
-            torch.compiler.reset()
-            mode = "reduce-overhead" if context.device.type == "cuda" and not capture else "default"
-            self.model = torch.compile(self.model, mode=mode, dynamic=False)
+            torch.compiler.reset()  # earlier compilations of this process count towards a limit
+            self.model = torch.compile(self.model, dynamic=False)
         self._norm: Tensor | None = None
+        """Of the last step's gradient, where it was computed in the step."""
         self._graph: CUDAGraph | None = None
-        if capture:
+        if capture and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)
             self._graph = CUDAGraph(self._run_captured, self._mutable_state)
 
@@ -84,8 +88,8 @@ class TrainStep:
         """Take one optimizer step at the learning rate `rate`.
 
         Returns:
-            This rank's part of the mean loss over the global batch, and how many of its items were classified
-            correctly: two scalars on the device, whose sums over the ranks are the mean loss and the count.
+            (loss, correct): this rank's share of each, as scalars on the device. Summed over the ranks they are the
+            mean loss and the correct predictions of the global batch.
         """
         set_rate(self.optimizer, rate)
         self._seed(batch.seed)
@@ -121,7 +125,7 @@ class TrainStep:
 
     def _forward_backward(self, images: Tensor, labels: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
         outputs = self.model(to_float(images))
-        # A rank without an item has one that does not count: `count` is 0, and so is every gradient.
+        # A rank with no item in this batch runs a dummy item: `count` 0 drops its loss, and its gradient is zero.
         loss = self.loss(outputs, labels)[:count].sum() / global_size
         # DDP averages over the ranks. Times their number this is the mean over the global batch, however uneven the
         # shares of the ranks are.
@@ -148,10 +152,10 @@ class TrainStep:
             torch.get_device_module(self.context.device).manual_seed(seed)
 
     def warm_up(self, batches: Batches) -> None:
-        """Do beforehand what would change or delay later steps. Change nothing. Collective.
+        """Let DDP order its buckets, and capture the CUDA graphs. Leave weights, buffers and random state. Collective.
 
-        After its first backward DDP groups the gradients anew, which changes the order of sums: without two passes
-        that do not count, a run on 3 or more ranks would go on with other bits after a restart.
+        DDP reorders its buckets after the first backward, which changes the order of sums at 3 and more ranks: without
+        two passes that do not count, a resumed run would differ from one that was not interrupted.
         """
         device = self.context.device
         buffers = [buffer.clone() for buffer in self.network.buffers()]
@@ -170,33 +174,24 @@ class TrainStep:
         self.optimizer.zero_grad()
 
     def close(self) -> None:
-        """Let go of DDP and of what was captured or compiled, which hold this object alive.
+        """Release DDP, the graphs and the compiled network. Call it before the process group is destroyed.
 
-        DDP has to go before the process group: letting go of the last, it waits for gloo's threads with Python's lock
-        in hand, and one of them may want that lock (pytorch#56297: seen with torch 2.11).
+        The last reference to the group would otherwise wait for gloo's threads while it holds Python's lock, which one
+        of them may want (pytorch#56297: seen with torch 2.11).
         """
         self._graph, self.model = None, self.network
 
     def _run_captured(self, *arguments: Any) -> Tensor:
-        """Run one step. Return its results as one tensor, the gradient's norm among them: each graph has gradients of
-        its own."""
+        """Run one step; return loss, correct and the gradient's norm as one tensor.
+
+        The norm is computed inside, since `.grad` belongs to the graph that was captured last.
+        """
         self._norm = None
         loss, correct = self._run(*arguments)
         return torch.stack([loss, correct.to(loss.dtype), self.gradient_norm()])
 
     def _mutable_state(self) -> list[Tensor]:
         return [*self.network.parameters(), *self.network.buffers(), *state_tensors(self.optimizer)]
-
-
-def can_capture(config: TrainConfig, context: Context, *, ours: bool) -> bool:
-    """Return whether to run steps as a CUDA graph: our network's by default, others where --cuda-graphs asks for it.
-
-    Not with DDP's exchange, not with fp16's scaler, which decides on the host what becomes of a step, and not on AMD's
-    GPUs, where nobody has tried it.
-    """
-    alone = context.device.type == "cuda" and context.size == 1 and torch.version.hip is None
-    asked = ours if config.cuda_graphs is None else config.cuda_graphs
-    return alone and asked and context.accelerator.scaler is None
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
-from ddp_mnist.config import TrainConfig
-from ddp_mnist.data.batches import Batches, Split
-from ddp_mnist.data.sources import UserData, load, validate_user_data
+from ddp_mnist.cuda_graph import can_capture
+from ddp_mnist.data.batches import Batches
 from ddp_mnist.distributed.context import Context, translate_collective_errors
 from ddp_mnist.distributed.launcher import (
     exit_code_for_rank,
@@ -22,22 +22,26 @@ from ddp_mnist.distributed.launcher import (
     install_excepthook,
     rank_from_environment,
     report_error,
-    report_once_per_host,
     wait_for_peers_to_exit,
 )
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED, JobError
 from ddp_mnist.evaluate import Score, count_classes, evaluate
-from ddp_mnist.network import build_network
+from ddp_mnist.program import Program
 from ddp_mnist.report.page import try_to_draw
-from ddp_mnist.run import directory
-from ddp_mnist.run.checkpoint import MODEL, Checkpoints, TrainState, publish_weights
 from ddp_mnist.run.metrics import Metrics
-from ddp_mnist.run.resume import Program, Run, check_same_data, continue_command, open_run
+from ddp_mnist.run.resume import Run, advise, continue_command, open_run
 from ddp_mnist.run.saver import Saver, restore
 from ddp_mnist.run.summary import SummaryWriter, banner, write_config
-from ddp_mnist.step import TrainStep, can_capture, learning_rate
-from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, Mirror
+from ddp_mnist.step import TrainStep, learning_rate
+from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, PATIENCE, Mirror
+
+if TYPE_CHECKING:
+    from ddp_mnist.config import TrainConfig
+    from ddp_mnist.data.batches import Split
+    from ddp_mnist.data.sources import UserData
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,17 +90,19 @@ def run_attempt(
     stop: StopSignal | None = None,
     script_config: TrainConfig | None = None,
 ) -> Result:
-    """Do what `fit` does, for programs that have installed signal handlers already.
+    """Run one attempt, as `fit` does. Collective.
 
-    `script_config`: what a script has in its source, for the command that continues the run; None: the program takes
-    our flags.
+    Args:
+        config: All settings.
+        model: As for `fit`.
+        data: As for `fit`.
+        stop: Signal handlers that are installed already.
+        script_config: The settings that a script has in its source, for the command that continues the run; None: the
+            program takes our flags.
     """
-    sets = None
-    if data is not None:
-        with report_once_per_host():
-            name, sets = validate_user_data(data)
-        config = config.replace(dataset=name)
-    program = Program(model, sets, script_config)
+    program = Program.of(model, data, script_config)
+    if program.data_name is not None:
+        config = config.replace(dataset=program.data_name)
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
@@ -107,11 +113,10 @@ def run_attempt(
         run = trainer = None
         try:
             with translate_collective_errors(context):
-                if data is not None:
-                    check_same_data(config.dataset, context)
+                program.check_same_data(context)
                 run = stack.enter_context(open_run(config, context))
                 if run.finished:
-                    return _already_finished(run, context, model)
+                    return _already_finished(run, context, program)
                 trainer = Trainer(run, context, stop, mirror, program, stack)
                 return Result(run.path, trainer.run(), trainer.network.eval())
         except JobError as error:
@@ -122,8 +127,8 @@ def run_attempt(
             raise
 
 
-def _already_finished(run: Run, context: Context, model: Callable[[], nn.Module] | None) -> Result:
-    network = build_network(run.config, context, model, run.snapshot)
+def _already_finished(run: Run, context: Context, program: Program) -> Result:
+    network = program.build_network(run.config, context, run.snapshot)
     if context.is_main:
         with contextlib.suppress(OSError):
             print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
@@ -132,7 +137,7 @@ def _already_finished(run: Run, context: Context, model: Callable[[], nn.Module]
 
 def _fail_before_start(run: Run, context: Context, error: JobError) -> None:
     """Leave a summary of an attempt that failed before anything was built: the data are missing, say."""
-    summary = SummaryWriter(run, context, run.snapshot.state if run.snapshot else TrainState())
+    summary = SummaryWriter(run, context, run.state())
     summary.try_to_write(summary.make(error.stop_reason, error.exit_code))
 
 
@@ -140,13 +145,7 @@ class Trainer:
     """One attempt at a run, on one rank."""
 
     def __init__(
-        self,
-        run: Run,
-        context: Context,
-        stop: StopSignal,
-        mirror: Mirror,
-        program: Program,
-        stack: ExitStack,
+        self, run: Run, context: Context, stop: StopSignal, mirror: Mirror, program: Program, stack: ExitStack
     ) -> None:
         """Build everything; go on from the run's checkpoint, if it has one. Collective. `stack` closes what was opened.
 
@@ -154,16 +153,15 @@ class Trainer:
             JobError: Data, network or checkpoint cannot be had or do not fit each other; on all ranks.
         """
         self.run_dir, self.config, self.context = run.path, run.config, context
-        self.stop, self.program = stop, program
+        self.stop, self.mirror, self.program = stop, mirror, program
         config, snapshot = run.config, run.snapshot
-        train_set, test_set = program.data or context.run_on_all_ranks(lambda: load(config.dataset, config.data_dir))
+        train_set, test_set = program.load_data(config, context)
         self.train_set, self.test_set = train_set.to(context.device), test_set.to(context.device)
         self.batches = Batches(
             self.train_set, batch_size=config.batch_size, rank=context.rank, world_size=context.size, seed=config.seed
         )
         self.total_steps = len(self.batches) * config.epochs
-
-        self.network = build_network(config, context, program.model, snapshot, train_set.images[:1])
+        self.network = program.build_network(config, context, snapshot, train_set.images[:1])
         for split in (self.train_set, self.test_set):
             count_classes(self.network, split)
         capture = can_capture(config, context, ours=program.model is None)
@@ -172,17 +170,15 @@ class Trainer:
         if snapshot is not None:
             restore(self.step, snapshot)
 
-        self.state = snapshot.state if snapshot else TrainState()
-        self.last_score: tuple[int, Score] | None = None
-        """Of the test set, and the step that it belongs to."""
+        self.state = run.state()
+        self.last_score: tuple[int, Score] | None = None  # (step, score of the test set)
         sizes = [self.batches.global_size(step) for step in range(len(self.batches))]
         self.metrics = context.run_on_all_ranks(
-            lambda: Metrics(run, context, self.state, mirror, self.step.gradient_norm, sizes)
+            lambda: Metrics(run, context, self.state, self.step.gradient_norm, sizes)
         )
         stack.enter_context(self.metrics)
-        self.checkpoints = Checkpoints(run.path, config.keep_checkpoints)
-        self.saver = Saver(config, context, self.checkpoints, self.step, self.state, self.metrics)
-        self.summary = SummaryWriter(run, context, self.state, self.metrics)
+        self.saver = Saver(run, context, self.step, self.state, self.metrics)
+        self.summary = SummaryWriter(run, context, self.state, self.metrics.wall_seconds, mirror.actual)
 
         network = self.network if program.model else None
         context.run_on_main(lambda: write_config(run, context, network, len(self.batches)))
@@ -196,7 +192,7 @@ class Trainer:
         """
         self.step.warm_up(self.batches)
         self.metrics.say(self.banner)
-        self.metrics.start_mirror()
+        self._start_mirror()
         reason = self._train()
         self.stop.close()
         return self._finish(reason) if reason in ("finished", "max_steps") else self._stop_early(reason)
@@ -232,7 +228,7 @@ class Trainer:
     def _finish(self, reason: str) -> dict[str, Any]:
         """Save, score both sets and return the summary: all epochs are done, or `max_steps` is reached. Collective."""
         self.saver.save()
-        self.context.run_on_main(lambda: publish_weights(self.network, self.run_dir / directory.WEIGHTS))
+        self.saver.publish_weights()
         train = self._score(self.train_set)
         if self.last_score is None or self.last_score[0] != self.state.step:
             self.last_score = (self.state.step, self._score(self.test_set))
@@ -241,13 +237,13 @@ class Trainer:
         self.metrics.say(f"Checking accuracy on test data\n{test.sentence()}")
         summary = self.summary.make(reason, 0, train, test)
         self.context.run_on_main(lambda: self.summary.write(summary))
-        self.metrics.end(preempted=False, exit_code=0)
+        self.mirror.end(preempted=False, exit_code=0)
         if self.config.pictures and self.context.is_main:
             try_to_draw(self.run_dir, self.config.data_dir)
         self.metrics.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
             self.metrics.say(f"continue with\n  {self._continue_command(self.config.replace(max_steps=0))}")
-        return self.summary.wait_for_mirror(summary)
+        return self._wait_for_mirror(summary)
 
     def _stop_early(self, reason: str) -> dict[str, Any]:
         """Save, say how to go on, and return the summary. Collective."""
@@ -258,37 +254,45 @@ class Trainer:
             f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
             f"  {self._continue_command(self.config)}"
         )
-        self.metrics.end(preempted=True, exit_code=STOPPED)
+        self.mirror.end(preempted=True, exit_code=STOPPED)
         wait_for_peers_to_exit(self.context)
-        return self.summary.wait_for_mirror(summary, HASTY_PATIENCE)
+        return self._wait_for_mirror(summary, HASTY_PATIENCE)
+
+    def _start_mirror(self) -> None:
+        """Let W&B follow the run, whose config.json is written, and say where it is to be seen."""
+        self.mirror.follow(self.run_dir)
+        if greeting := self.mirror.greeting():
+            if self.mirror.mode.surprising:
+                log.warning("W&B is %s", greeting)
+            else:
+                self.metrics.say(f"  W&B     {greeting}")
+
+    def _wait_for_mirror(self, summary: dict[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
+        """Give the mirror `patience` seconds to end. Return the summary with the mode that W&B has ended in."""
+        if news := self.mirror.wait(patience):
+            self.metrics.say(news)
+        if (mode := self.mirror.actual()) != summary["wandb_mode"]:
+            summary = summary | {"wandb_mode": mode}
+            self.summary.try_to_write(summary)
+        return summary
 
     def fail(self, error: JobError) -> None:
-        """Leave a summary of the failure, report it with what can be done about it, and hold the others until then."""
+        """Write the summary, report the error once with what can be done about it, then let all ranks leave."""
         context = self.context
         if context.is_main:
             summary = self.summary.make(error.stop_reason, error.exit_code)
             self.summary.try_to_write(summary)
-            self.metrics.end(preempted=False, exit_code=error.exit_code)
-        if context.is_main or (error.local and context.rank == 1):  # rank 0 may be the one that was lost
-            self._advise(error)
+            self.mirror.end(preempted=False, exit_code=error.exit_code)
+            advise(error, self.config, self.saver.checkpoints, self._continue_command)
             report_error(error)
-        if context.is_main:
-            self.summary.wait_for_mirror(summary, HASTY_PATIENCE)
+            self._wait_for_mirror(summary, HASTY_PATIENCE)
+        elif error.local and context.rank == 1:  # rank 0 may be the one that was lost
+            advise(error, self.config, self.saver.checkpoints, self._continue_command)
+            report_error(error)
         if not error.local:
             # srun --kill-on-bad-exit ends rank 0 with the first that leaves, be it in the middle of a word.
             with contextlib.suppress(RuntimeError):
                 context.broadcast(None)
-
-    def _advise(self, error: JobError) -> None:
-        """Add to the error what to type next."""
-        kept = self.checkpoints.steps()
-        if error.stop_reason == "nan":
-            again = self.config.replace(output_dir=None, lr=float(f"{self.config.lr / 3:.2g}"))
-            again = again.replace(init_from=kept[-1] / MODEL) if kept else again
-            error.add(f"A lower rate may help:\n  {self._continue_command(again)}")
-        elif kept:
-            last = self.checkpoints.last_step()
-            error.add(f"Continue from step {last} with\n  {self._continue_command(self.config)}")
 
     def _continue_command(self, config: TrainConfig) -> str:
         return continue_command(config, self.context, self.program)

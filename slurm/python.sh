@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Which Python runs: sets $python, by ENV_SETUP (see slurm/train.sh), the active environment, or .venv here.
-# Read by the other scripts in the repository's root: `source slurm/python.sh`.
+# Sets $python: by ENV_SETUP (see slurm/train.sh), the active environment, or .venv here.
+# For the other scripts, in the repository's root: `source slurm/python.sh`.
 set -euo pipefail
 
 if [[ -n ${ENV_SETUP:-} ]]; then

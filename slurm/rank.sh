@@ -18,13 +18,12 @@ for group in "${groups[@]}"; do
 done
 export LOCAL_WORLD_SIZE=$count
 
-if [[ -z ${MASTER_ADDR:-} || -z ${MASTER_PORT:-} ]]; then # by hand; slurm/train.sh sets them
-    here=$(dirname "${BASH_SOURCE[0]}")
-    meeting=$("$here/meet.sh" "$SLURM_STEP_NODELIST" "$((${SLURM_RESTART_COUNT:-0} + SLURM_STEP_ID))")
-    export MASTER_ADDR=${MASTER_ADDR:-${meeting%:*}} MASTER_PORT=${MASTER_PORT:-${meeting##*:}}
+if [[ -z ${MASTER_ADDR:-} ]]; then # by hand; slurm/train.sh sets it
+    meeting=$("${0%/*}/meet.sh" "$SLURM_STEP_NODELIST" "$((${SLURM_RESTART_COUNT:-0} + SLURM_STEP_ID))")
+    export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
 fi
 
-# What the training prints in front of its flags when it says how to go on; slurm/train.sh has its own words.
+# The words in front of the flags in the command that continues the run; slurm/train.sh has its own.
 program=()
 for word in "$@"; do # up to a script, or to the module behind -m
     program+=("$(printf %q "$word")")

@@ -4,8 +4,7 @@
 #   slurm/sweep.sh FILE [sbatch options] [-- training flags for all runs]
 #   slurm/sweep.sh rates.txt --gpus-per-node=1 -- --epochs 3
 #
-# with FILE such as
-#
+# with a FILE of
 #   # empty lines and lines like this do not count
 #   --lr 1e-3
 #   --lr 3e-3 --batch-size 128
@@ -13,7 +12,7 @@
 # It checks every line, submits the array, and prints the command for the final table. Each task is slurm/train.sh
 # with its own log, run directory and requeues, and with PROGRAM and the other settings from the environment.
 #
-# The same lines as in slurm/train.sh, which says what each is for:
+# The same directives as in slurm/train.sh, which has their reasons:
 
 # The name that squeue shows.
 #SBATCH --job-name=ddp_mnist
@@ -21,7 +20,7 @@
 #SBATCH --nodes=1
 # One hour per run, and again after each requeue.
 #SBATCH --time=01:00:00
-# Two minutes before the time limit all ranks are told to save and leave.
+# Two minutes before the time limit all ranks are told to save and exit.
 #SBATCH --signal=USR2@120
 # The run may be started again.
 #SBATCH --requeue
@@ -29,7 +28,6 @@
 #SBATCH --open-mode=append
 
 set -euo pipefail
-
 usage="usage: slurm/sweep.sh FILE [sbatch options] [-- training flags for all runs]"
 
 fail() {
@@ -86,4 +84,4 @@ array=$(sbatch --parsable --array="1-${#lines[@]}" "${options[@]}" slurm/sweep.s
 array=${array%%;*}
 echo "Submitted batch job $array: ${#lines[@]} runs, from $copy"
 echo "log    slurm-${array}_<line>.out"
-echo "table  python -m launch.table runs/slurm-${array}_*"
+echo "table  python -m ddp_mnist.report --table runs/slurm-${array}_*"

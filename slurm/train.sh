@@ -24,7 +24,7 @@
 #SBATCH --nodes=1
 # One hour: short jobs start earlier, and a longer run goes on in the requeued job.
 #SBATCH --time=01:00:00
-# Two minutes before the time limit all ranks are told to save and leave. Not B:, which would tell this shell only.
+# Two minutes before the time limit all ranks are told to save and exit. Not B:, which would tell this shell only.
 #SBATCH --signal=USR2@120
 # The job may run again after a dead node, preemption or its own request, also where the cluster's default is no.
 #SBATCH --requeue
@@ -42,6 +42,8 @@ fail() { # code, message
 # SLURM runs a copy of this file from its spool directory: the repository is where sbatch was called.
 cd "$SLURM_SUBMIT_DIR"
 [[ -f slurm/rank.sh && -d ddp_mnist ]] || fail 2 "$SLURM_SUBMIT_DIR is not the repository's root: submit from there"
+# shellcheck source=slurm/python.sh
+source slurm/python.sh
 
 # An array task has a name of its own: requeueing by the bare job id would take the whole array along.
 job=$SLURM_JOB_ID
@@ -49,37 +51,31 @@ job=$SLURM_JOB_ID
 restarts=${SLURM_RESTART_COUNT:-0}
 max_requeues=${MAX_REQUEUES:-20}
 
-# --- Python -----------------------------------------------------------------------------------------------------------
-# shellcheck source=slurm/python.sh
-source slurm/python.sh
-
-# --- Tasks: one per GPU; without GPUs as many as were asked for, else one per node ------------------------------------
+# --- Tasks: one per GPU; without GPUs as many as were asked for, else one per node. `shape` asks sbatch for the same. --
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
+layout=() shape="" cpus_option=--cpus-per-task
 if ((gpus)); then
-    asked=${SLURM_GPUS:-$((gpus * nodes))} # may have a type in front: a100:8
-    ((gpus * nodes == ${asked##*:})) ||
-        fail 2 "the $asked GPUs are spread unevenly over $nodes nodes: ask with --gpus-per-node instead of --gpus"
     tasks=$((gpus * nodes))
-    layout=(--ntasks-per-node="$gpus")
+    asked=${SLURM_GPUS:-$tasks} # may have a type in front: a100:8
+    ((tasks == ${asked##*:})) ||
+        fail 2 "the $asked GPUs are spread unevenly over $nodes nodes: ask with --gpus-per-node instead of --gpus"
+    layout+=(--ntasks-per-node="$gpus")
     shape=" --gpus-per-node=$gpus" cpus_option=--cpus-per-gpu
     # With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too. Newer SLURMs
     # say it in the second variable; the third and --ntasks-per-node exclude each other.
     unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
 else
     tasks=${SLURM_NTASKS:-$nodes}
-    layout=()
-    shape="" cpus_option=--cpus-per-task
     ((tasks == nodes)) || shape=" --ntasks=$tasks"
 fi
 ((nodes == 1)) || shape=" --nodes=$nodes$shape"
 on_node=$(((tasks + nodes - 1) / nodes))
 
 # srun does not take --cpus-per-task over from sbatch (SLURM 22.05 and later), and without it pins a rank to one CPU.
-cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / on_node))}
-if ((cpus * on_node > SLURM_CPUS_ON_NODE)); then
-    cpus=$((SLURM_CPUS_ON_NODE / on_node))
-fi
+share=$((SLURM_CPUS_ON_NODE / on_node))
+cpus=${SLURM_CPUS_PER_TASK:-$share}
+((cpus <= share)) || cpus=$share
 if ((cpus == 0)); then
     cpus=1
     layout+=(--overcommit)
@@ -88,18 +84,15 @@ fi
 ((cpus == 1)) || shape+=" $cpus_option=$cpus"
 layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
 
-# --- Where the ranks meet ---------------------------------------------------------------------------------------------
+# --- Run --------------------------------------------------------------------------------------------------------------
 meeting=$(slurm/meet.sh "$SLURM_JOB_NODELIST" "$restarts")
 export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
-
-# --- Run --------------------------------------------------------------------------------------------------------------
 # The user's flags come last: they beat these.
 flags=(--dataset mnist --output-dir "runs/slurm-$job" --threads "$cpus")
 for flag in "$@"; do
-    # --fresh is for the first start; in a requeued job it would throw away what there is, every time.
-    ((restarts)) && [[ $flag == --fresh ]] || flags+=("$flag")
+    [[ $flag == --fresh ]] || flags+=("$flag")
 done
-# What the training prints in front of its flags when it says how to go on.
+# The words in front of the flags in the command that continues the run.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
 program=(-m ddp_mnist.train)
 if [[ -n ${PROGRAM:-} ]]; then
@@ -107,7 +100,9 @@ if [[ -n ${PROGRAM:-} ]]; then
     [[ $PROGRAM != "-m "* ]] || read -ra program <<<"$PROGRAM"
     DDP_MNIST_LAUNCHER="PROGRAM=$(printf %q "$PROGRAM") $DDP_MNIST_LAUNCHER"
 fi
-# What config.json and the dashboard say of the launch.
+again="$DDP_MNIST_LAUNCHER$(printf ' %q' "${flags[@]}")"
+# --fresh is for the first start: a requeued job would throw away what there is, every time.
+((restarts)) || [[ " $* " != *" --fresh "* ]] || flags+=(--fresh)
 export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts
 
 echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
@@ -123,17 +118,12 @@ srun "${layout[@]}" --export=ALL --kill-on-bad-exit=1 --wait=0 --label \
     slurm/rank.sh "$python" "${program[@]}" "${flags[@]}" || code=$?
 
 ((code != 140)) || echo "hint: USR2 came before training could start: ask for a longer --time" >&2
-if ((code > 128)); then # rank 0 tells how to go on, but it may be the one that was killed
-    printf 'to continue from the last checkpoint, if there is one, type\n  %s' "$DDP_MNIST_LAUNCHER" >&2
-    for flag in "${flags[@]}"; do
-        [[ $flag == --fresh ]] || printf ' %q' "$flag" >&2
-    done
-    echo >&2
+if ((code > 128)); then # rank 0 says how to go on, but it may be the one that was killed
+    printf 'to continue from the last checkpoint, if there is one, type\n  %s\n' "$again" >&2
 fi
 ((code == 75)) || exit "$code"
-if ((restarts >= max_requeues)); then
+((restarts < max_requeues)) ||
     fail "$code" "stopped with a checkpoint, but not requeued: MAX_REQUEUES=$max_requeues is reached"
-fi
 echo "stopped with a checkpoint: back into the queue (requeue $((restarts + 1)) of at most $max_requeues)"
 scontrol requeue "$job" || fail "$code" "SLURM does not requeue this job"
 exit "$code" # for an accepted requeue SLURM does not look at it

@@ -10,19 +10,18 @@ from pathlib import Path
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import escape_unencodable_output
-from ddp_mnist.errors import JobError
+from ddp_mnist.distributed.launcher import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0 when all four files are good, 1 when they are not or could not be had."""
-    escape_unencodable_output()
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.data",
         description="fetch: make the data files present and good. verify: look at them, changing nothing.",
     )
     parser.add_argument("command", choices=["fetch", "verify"])
-    parser.add_argument("--dataset", choices=sorted(mnist.SOURCES), default="mnist")
+    parser.add_argument("--dataset", choices=sorted(mnist.FOLDERS), default="mnist")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $DDP_MNIST_DATA, else data")
     parser.add_argument(
         "--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a mirror's answer"
@@ -33,15 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = options.data_dir or default_data_dir()
     if options.command == "fetch":
-        try:
-            mnist.fetch(options.dataset, root, timeout=options.timeout)
-        except JobError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-    findings = mnist.verify(options.dataset, root)
-    for finding in findings:
-        print(f"{finding.status:8}{finding.path}{': ' if finding.reason else ''}{finding.reason}")
-    return int(any(finding.status != "ok" for finding in findings))
+        mnist.fetch(options.dataset, root, timeout=options.timeout)
+    states = mnist.verify(options.dataset, root)
+    for path, state in states.items():
+        print(f"{path}: {state}")
+    return int(any(state != "ok" for state in states.values()))
 
 
 if __name__ == "__main__":

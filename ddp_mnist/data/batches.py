@@ -45,12 +45,12 @@ class Batch:
     labels: Tensor
     """int64 (n,)."""
     count: int
-    """Items that count: n; or 0 where this rank has no share in an epoch's last, smaller batch, and holds one item that
-    does not count, since many networks cannot take an empty batch."""
+    """Items that count: n. A rank with no item in an epoch's last, smaller batch runs a dummy item and has 0 here:
+    many networks cannot take an empty batch."""
     global_size: int
     """Items in the global batch, over all ranks."""
     seed: int
-    """Of everything that the network draws at random in this step: another one for each step and rank."""
+    """Seed of this rank's random numbers in this step, such as dropout's; it differs by step and rank."""
 
 
 class ShardSampler(DistributedSampler):
@@ -87,13 +87,7 @@ class Batches:
     """The training set as this rank's batches; each is gathered by index, without Python for single images."""
 
     def __init__(self, split: Split, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        """Shard the set. `batch_size` is the global one.
-
-        Raises:
-            ValueError: The world size does not divide it.
-        """
-        if batch_size % world_size:
-            raise ValueError(f"batch_size {batch_size} does not divide by world_size {world_size}")
+        """Shard the set. `batch_size` is the global one, which the world size divides."""
         self.split = split
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
@@ -118,11 +112,10 @@ class Batches:
             yield Batch(images, labels, len(rows), self.global_size(step), seed)
 
 
-def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every item once over all ranks: whole chunks of `size`, dealt out in turn; nothing is padded.
+def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's chunks of `size` items: chunk i goes to rank i % world_size. Nothing is padded.
 
-    The chunks are the same at every world size, so an image is always scored in the same company and its logits
-    do not depend on the number of ranks.
+    The chunks do not depend on the world size, so the logits do not either.
     """
     for chunk in range(rank, -(-len(split) // size), world_size):
         rows = slice(chunk * size, (chunk + 1) * size)
@@ -130,9 +123,9 @@ def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int = 
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Return fp32 images: uint8 0-255 as 0-1, other types as they are. Of fp32 it is no copy.
+    """Return images as fp32. uint8 is divided by 255; fp32 is returned without a copy.
 
-    By the very division that ToTensor does: multiplying by 1/255 gives other bits.
+    It divides as ToTensor does: multiplying by 1/255 rounds differently.
     """
     return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.to(torch.float32)
 

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
@@ -23,7 +24,6 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
-from ddp_mnist.config import TrainConfig
 from ddp_mnist.distributed.launcher import (
     check_environment,
     is_first_on_its_machine,
@@ -34,10 +34,13 @@ from ddp_mnist.distributed.launcher import (
 from ddp_mnist.distributed.threads import batch_scheduling, default_threads, keep_freed_memory
 from ddp_mnist.errors import JobError, UsageError
 
+if TYPE_CHECKING:
+    from ddp_mnist.config import TrainConfig
+
 T = TypeVar("T")
 _store: dist.Store | None = None
-"""Where the ranks of this process meet. It outlives a process group: its port cannot be opened twice."""
-_meetings = itertools.count()
+"""Outlives a process group, since its port cannot be opened twice."""
+_group_numbers = itertools.count()
 
 
 class Context:
@@ -79,6 +82,9 @@ class Context:
             self.accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
                 cpu=on_cpu,  # without it each of several ranks on a machine without a GPU believes that it is alone
+                # Said here, so that no variable of the environment changes what a step computes.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                dynamo_backend="no",
                 kwargs_handlers=handlers,
             )
         except (RuntimeError, ValueError) as error:  # a busy port, an unreachable address, a missing variable
@@ -136,7 +142,8 @@ class Context:
         The ranks end together, with one message, instead of some waiting for one that has left.
 
         Raises:
-            JobError: It failed on some rank; the same error on all of them. A bug keeps its traceback where it is.
+            JobError: It failed on some rank: the lowest rank's error, on all of them. An exception that is no JobError
+                is raised unchanged on its own rank.
         """
         failure: Exception | None = None
         try:
@@ -184,11 +191,11 @@ def translate_collective_errors(context: Context) -> Iterator[None]:
 
 
 def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
-    """Let the ranks meet under names of their own: a store still holds the addresses of earlier groups."""
+    """Create the process group under a prefix of its own: the store still has the keys of earlier groups."""
     global _store
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     _store.set_timeout(timeout)
-    store = dist.PrefixStore(f"ddp_mnist/{next(_meetings)}", _store)
+    store = dist.PrefixStore(f"ddp_mnist/{next(_group_numbers)}", _store)
     with batch_scheduling():  # of gloo's threads
         dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)

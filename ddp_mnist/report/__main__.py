@@ -1,4 +1,4 @@
-"""The command that draws runs: `python -m ddp_mnist.report RUN_DIR ...`."""
+"""The command that draws runs and compares them: `python -m ddp_mnist.report RUN_DIR ...`."""
 
 import sys
 

@@ -1,192 +1,117 @@
-"""What runs have written so far, and how they stand beside each other. Reads files alone; imports no torch."""
-
-from __future__ import annotations
+"""What runs have written so far, and how they compare. Reads files alone; imports no torch."""
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddp_mnist.config import RESUME_FIELDS
-from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.run import directory
+from ddp_mnist.errors import JobError
+from ddp_mnist.run.directory import CONFIG, METRICS, SUMMARY, format_setting, read_json
 
 CAUSES = (*RESUME_FIELDS, "recipe", "mixed_precision", "compile", "max_steps")
-"""The settings that a result may follow from; what else is set says how a run is run."""
+"""The settings that a result may follow from; the others say how a run is run."""
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run has written so far."""
+    """What one run has written; {} or [] where there is nothing yet."""
 
     path: Path
+    name: str
     config: dict[str, Any]
-    """config.json; {} where there is none."""
+    settings: dict[str, Any]
+    dataset: str
     summary: dict[str, Any]
-    """summary.json; {} before the run's end."""
     lines: list[dict[str, Any]]
-    """metrics.jsonl"""
+    """Those of metrics.jsonl, and the last test score where summary.json alone has it."""
 
     @property
-    def name(self) -> str:
-        return self.path.resolve().name
+    def step(self) -> int | None:
+        return self.summary.get("steps", self.lines[-1]["step"] if self.lines else None)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return self.config.get("settings", {})
-
-    @property
-    def dataset(self) -> str:
-        return str(self.settings.get("dataset") or self.summary.get("dataset") or "unknown data")
-
-    @property
-    def step(self) -> int:
-        return self.lines[-1]["step"] if self.lines else 0
-
-    @property
-    def ended(self) -> bool:
-        """False also for a continued run that has gone past the summary of its last attempt."""
-        return bool(self.summary) and self.step <= (self.summary.get("steps") or 0)
-
-    @property
-    def scored(self) -> dict[str, Any]:
-        """The newest test score as a line of metrics.jsonl; {} before the first. A run that --max-steps has stopped
-        within an epoch may have told it in the summary alone."""
-        scored = (line for line in reversed(self.lines) if line.get("test/accuracy") is not None)
-        line: dict[str, Any] = next(scored, {})
-        if not self.ended or self.summary.get("test_accuracy") is None or self.summary["steps"] == line.get("step"):
-            return line
-        names = ("accuracy", "loss", "confusion", "mistakes")
-        return {"step": self.summary["steps"]} | {f"test/{name}": self.summary.get(f"test_{name}") for name in names}
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """The summary, or in its words what is known without it."""
-        known = {"test_accuracy": self.scored.get("test/accuracy"), "test_loss": self.scored.get("test/loss")}
-        if not self.ended:
-            return known | {"steps": self.step}
-        return self.summary | {name: value for name, value in known.items() if self.summary.get(name) is None}
+    def score(self) -> dict[str, Any]:
+        """Return the line with the newest test score; {} before the first."""
+        return next((line for line in reversed(self.lines) if line.get("test/accuracy") is not None), {})
 
     @property
     def state(self) -> str:
-        return state(self.summary if self.ended else {}, self.settings)
+        if self.summary:
+            return "finished" if self.summary.get("finished") else f"stopped: {self.summary.get('stop_reason')}"
+        return "no summary yet" if self.config or self.lines else "not started"
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of the lines that have the key, and of the newest test score."""
-        scored = self.scored
-        lines = self.lines if scored in self.lines else [*self.lines, scored]
-        found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        return [step for step, _ in found], [value for _, value in found]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """As config.json has it; where that is lost, or older, those of MNIST, in batches of 64 unless it says."""
-        return self.config.get("steps_per_epoch", math.ceil(60_000 / self.settings.get("batch_size", 64)))
+        """Return the steps and values of the lines that have the key."""
+        lines = [line for line in self.lines if line.get(key) is not None]
+        return [line["step"] for line in lines], [line[key] for line in lines]
 
     def missing(self) -> list[str]:
-        """What cannot be drawn or told yet, and why; a sentence each."""
-        found = []
-        if not self.settings:
-            found.append(f"{directory.CONFIG} is missing or damaged: the settings are not known.")
-        if not self.summary:
-            found.append(f"There is no {directory.SUMMARY} yet: the run is still going, or was killed.")
-        elif not self.ended:
-            found.append(f"The run has gone on past its {directory.SUMMARY}, or was killed after it.")
-        if not self.series("train/loss")[0]:
-            found.append(f"{directory.METRICS} has no loss yet: no curves.")
-        if not self.scored:
-            found.append("There is no test score before the end of an epoch: no confusion matrix, no mistakes.")
-        elif not self.scored.get("test/confusion"):
-            found.append(f"{directory.METRICS} has no test/confusion: no confusion matrix.")
-        return found
+        """Return a sentence for everything that is not known yet."""
+        sentences = {
+            f"{CONFIG} is missing or damaged: the settings are not known.": self.config,
+            f"There is no {SUMMARY} yet: the run is still going, or was killed.": self.summary,
+            f"{METRICS} has no loss yet: no curves.": self.series("train/loss")[0],
+            "There is no test score before the end of an epoch: no confusion matrix, no mistakes.": self.score,
+        }
+        return [f"{self.path}: {sentence}" for sentence, known in sentences.items() if not known]
 
 
-def read_run(path: Path) -> RunLog:
-    """Raises: UsageError for a place where no run is; JobError where metrics.jsonl is damaged."""
+def read_runs(paths: Sequence[Path]) -> list[RunLog]:
+    """Read one run, or several, of which some may not have started; best test accuracy first. Raises: JobError."""
+    runs = [_read_run(path) for path in paths]
+    if len(runs) == 1 and runs[0].state == "not started":
+        raise JobError(f"{paths[0]} is not a run directory of ddp_mnist. Name what training was given as --output-dir.")
+    return sorted(runs, key=lambda run: (-run.score.get("test/accuracy", -1), run.name))
+
+
+def _read_run(path: Path) -> RunLog:
     if not path.is_dir():
-        found = "a file" if path.exists() else "not there"
-        raise UsageError(f"{path} is {found}; expected a run directory. Name what training was given as --output-dir.")
-    config, summary = directory.read_json(path / directory.CONFIG), directory.read_json(path / directory.SUMMARY)
+        raise JobError(f"{path} is no directory; expected a run directory: the --output-dir of a job that has started.")
+    config, summary, lines = read_json(path / CONFIG), read_json(path / SUMMARY), _read_metrics(path / METRICS)
     if not isinstance(config.get("settings"), dict):
         config = {}  # another program's, or damaged
-    has_metrics = (path / directory.METRICS).is_file()
-    if not config and not has_metrics and "stop_reason" not in summary:
-        raise UsageError(
-            f"{path} is not a run directory of ddp_mnist: it has neither a {directory.CONFIG} with settings nor a "
-            f"{directory.METRICS}. Name what training was given as --output-dir."
-        )
-    return RunLog(path, config, summary, _read_metrics(path / directory.METRICS) if has_metrics else [])
+    settings = config.get("settings", {})
+    dataset = str(settings.get("dataset") or summary.get("dataset") or "unknown data")
+    run = RunLog(path, path.resolve().name, config, settings, dataset, summary, lines)
+    if summary.get("test_accuracy") is not None and run.score.get("step") != run.step:  # --max-steps within an epoch
+        score = {name.replace("_", "/", 1): value for name, value in summary.items() if name.startswith("test_")}
+        lines.append({"step": run.step} | score)
+    return run
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
     try:
-        content = path.read_bytes()
+        for row in path.read_bytes().split(b"\n")[:-1]:  # what follows the last line's end is half written
+            line = json.loads(row)
+            lines.append(line | {"step": int(line["step"])})
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise JobError(f"{path} cannot be read: {error.strerror}.") from error
-    rows = content.split(b"\n")
-    lines = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            line = json.loads(row)
-            if not all(isinstance(line[key], int) for key in ("step", "epoch")):
-                raise TypeError
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(rows):  # empty, or the run is just writing it
-                break
-            raise JobError(
-                f"{path} is damaged: line {number} is {row[:40].decode(errors='replace')!r}, expected a JSON object "
-                "with step and epoch. Remove that line to draw the rest."
-            ) from error
-        lines.append(line)
+    except (ValueError, TypeError, KeyError) as error:
+        raise JobError(f"{path} is damaged: line {len(lines) + 1} is not a JSON object with step.") from error
     return lines
 
 
-# --- Runs beside each other -------------------------------------------------------------------------------------------
-
-
-def state(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    if not summary:
-        return "no summary yet" if settings else "not started"
-    return "finished" if summary.get("finished") else f"stopped: {summary.get('stop_reason')}"
-
-
-def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings in which the runs differ. Runs that have not started ({}) do not count."""
-    known = [each for each in settings if each]
-    names = dict.fromkeys(name for each in known for name in each if name in CAUSES)
-    return [name for name in names if len({json.dumps(each.get(name)) for each in known}) > 1]
-
-
-def comparison(runs: Sequence[tuple[str, dict[str, Any], dict[str, Any], str]]) -> list[list[str]]:
-    """The heads and one row for each (name, settings, summary, state): best test accuracy first, none last."""
-    names = differing([settings for _, settings, _, _ in runs])
-    cells = [["run", "test accuracy", "test loss", "steps", *(name.replace("_", "-") for name in names), "state"]]
-    for name, settings, summary, ending in sorted(
-        runs, key=lambda run: (run[2].get("test_accuracy") is None, -(run[2].get("test_accuracy") or 0), run[0])
-    ):
-        accuracy, loss, steps = (summary.get(key) for key in ("test_accuracy", "test_loss", "steps"))
-        cells.append(
-            [
-                name,
-                "-" if accuracy is None else f"{accuracy:.2%}",
-                "-" if loss is None else f"{loss:.4f}",
-                "-" if steps is None else str(steps),
-                *(words(settings.get(each)) for each in names),
-                ending,
-            ]
-        )
-    return cells
-
-
-def words(value: Any) -> str:
-    """A setting as a user would type it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
-
-
-def labels(runs: Sequence[RunLog]) -> list[str]:
-    """Directory names, with the parent's where two are the same."""
+def comparison(runs: Sequence[RunLog]) -> list[list[str]]:
+    """Return the heads and a row for each run, with a column for each setting of CAUSES in which the runs differ."""
+    known = [run.settings for run in runs if run.settings]
+    names = [name for name in CAUSES if len({json.dumps(each.get(name)) for each in known}) > 1]
+    rows = [["run", "test accuracy", "test loss", "steps", *(name.replace("_", "-") for name in names), "state"]]
     counts = Counter(run.name for run in runs)
-    return [run.name if counts[run.name] == 1 else str(Path(*run.path.resolve().parts[-2:])) for run in runs]
+    for run in runs:
+        label = run.name if counts[run.name] == 1 else str(run.path)
+        accuracy, loss = run.score.get("test/accuracy"), run.score.get("test/loss")
+        scores = ["-" if accuracy is None else f"{accuracy:.2%}", "-" if loss is None else f"{loss:.4f}"]
+        rows.append([label, *scores, *map(format_setting, [run.step, *map(run.settings.get, names)]), run.state])
+    return rows
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""What a run is at one moment, on disk: written whole or not at all, verified before it is used.
+"""Checkpoints and weights on disk: written whole or not at all, verified before they are used.
 
 `checkpoints/step-XXXXXXXX/` holds model.safetensors, optimizer.safetensors, state.json and MANIFEST.json (sizes and
 SHA-256). Nothing is pickled. The batch order follows from (seed, epoch), so the position is three integers and there
@@ -17,17 +17,19 @@ import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ddp_mnist.config import TrainConfig
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
 from ddp_mnist.run import directory
+
+if TYPE_CHECKING:
+    from ddp_mnist.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +39,11 @@ STATE = "state.json"
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-\d{8,}")
 TEMPORARY = ".tmp-"
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-DAMAGE = (*MISSING, ValueError, KeyError, TypeError, safetensors.SafetensorError)
-"""What reading a checkpoint raises when anything but the very bytes that were written is there. Not when the disk does
-not answer: what cannot be read now may be whole."""
+DAMAGE = (
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError),
+    *(ValueError, KeyError, TypeError, safetensors.SafetensorError),
+)
+"""What reading a damaged checkpoint raises; a disk that does not answer raises another OSError."""
 
 
 @dataclass
@@ -102,11 +105,12 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[Path]:
-        """Published checkpoints, oldest first; a user's copies of them (`step-00000050-good`) are none of ours."""
+        """Return the published checkpoints, oldest first. A user's copies (`step-00000050-good`) are none of ours."""
         found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=_step)
 
     def last_step(self) -> int | None:
+        """Return the step of the newest one, verified or not; None: there is none."""
         return _step(self.steps()[-1]) if self.steps() else None
 
     def publish(self, snapshot: Snapshot) -> Path:
@@ -134,10 +138,7 @@ class Checkpoints:
             manifest = {name: _fingerprint(content) for name, content in contents.items()}
             contents[MANIFEST] = (json.dumps(manifest, indent=1) + "\n").encode()
             for name, content in contents.items():
-                with open(temporary / name, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+                directory.write_synced(temporary / name, content)
             directory.sync_directory(temporary)
             os.rename(temporary, target)
         finally:
@@ -148,14 +149,18 @@ class Checkpoints:
         return target
 
     def newest(self) -> tuple[Path, Snapshot] | None:
-        """The newest checkpoint that verifies. A damaged one is named and set aside. Raises: OSError."""
+        """Return the newest checkpoint that verifies, or None. Set damaged ones aside, with a warning.
+
+        Raises:
+            OSError: The disk does not answer; the checkpoint may be whole.
+        """
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         paths = self.steps()
         while paths:
             path = paths.pop()
             try:
-                return path, _read(path)
+                return path, read(path)
             except DAMAGE as error:
                 aside = directory.set_aside(path, self.folder, "damaged")
                 next_one = f"using {paths[-1].name}" if paths else "there is none before it: starting over"
@@ -163,115 +168,14 @@ class Checkpoints:
         return None
 
     def _remove(self, path: Path) -> None:
-        """Out of sight first, so that a kill in between leaves no half checkpoint."""
+        """Rename it first, so that a kill in between leaves no half checkpoint."""
         doomed = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def weights(net: nn.Module) -> dict[str, Tensor]:
-    """The network's state dict on the CPU in plain layout, floats as fp32. Raises: JobError for one not finite."""
-    tensors = {
-        # A copy: safetensors refuses tensors that share memory, as tied weights do.
-        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous().clone()
-        for name, value in net.state_dict().items()
-    }
-    for name, value in tensors.items():
-        if not math.isfinite(value.double().abs().sum().item()):
-            raise JobError(f"the weights of {name} are not finite; they are not saved.", stop_reason="nan")
-    return tensors
-
-
-def publish_weights(net: nn.Module, path: Path) -> None:
-    """Write `model.safetensors`, without metadata: equal weights are equal files. Raises: JobError."""
-    content = safetensors.torch.save(weights(net))
-    with directory.writing(path):
-        directory.write_atomic(path, content)
-
-
-def load_weights(net: nn.Module, path: Path, *, flag: str = "--init-from") -> None:
-    """Weights of a `model.safetensors` → `net`; `flag`: what named the file, for the messages; "": a run directory.
-
-    Raises: JobError for the file, UsageError for weights of other shapes behind a flag.
-    """
-    named = f"{flag} {path}".strip()
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except FileNotFoundError as error:
-        raise JobError(f"{named} does not exist.") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise JobError(f"{named} is not a whole safetensors file: {error}") from error
-    try:
-        _fill(net, tensors)
-    except ValueError as error:
-        if flag:
-            raise UsageError(f"{named} does not fit this network: {error}. Do the --widths agree?") from error
-        raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it: {error}.") from error
-    if not all(torch.isfinite(value).all() for value in tensors.values()):
-        raise JobError(f"{named} holds weights that are not finite; use another file.")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The weights that a run directory holds, and what they belong to."""
-
-    config: TrainConfig
-    net: CNN
-    source: Path
-    """The file or checkpoint that they are from."""
-    step: int | None
-    """None where nothing says which."""
-    summary: dict[str, Any]
-    """summary.json, where it is about these weights; else empty."""
-
-
-def open_saved(run_dir: Path) -> Saved:
-    """The final weights of a run, or the newest that verify of one that goes on; changes nothing. Raises: JobError.
-
-    A `model.safetensors` without its counts in summary.json may be of an earlier stop of a run that goes on: then the
-    newest checkpoint is ahead of it, or equal.
-    """
-    config = directory.read_settings(run_dir)
-    if config.has_user_data or directory.read_json(run_dir / directory.CONFIG).get("network"):
-        raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
-    summary = directory.read_json(run_dir / directory.SUMMARY)
-    scored = summary.get("test_count") is not None
-    net = CNN(widths=config.widths)
-    path = run_dir / directory.WEIGHTS
-    if scored and path.exists():
-        load_weights(net, path, flag="")
-        return Saved(config, net, path, summary.get("steps"), summary)
-    for checkpoint in reversed(Checkpoints(run_dir, config.keep_checkpoints).steps()):
-        try:
-            snapshot = _read(checkpoint)
-            _fill(net, snapshot.weights)
-        except (OSError, *DAMAGE) as error:
-            log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
-            continue
-        step = snapshot.state.step
-        return Saved(config, net, checkpoint, step, summary if scored and summary.get("steps") == step else {})
-    if path.exists():
-        load_weights(net, path, flag="")
-        return Saved(config, net, path, None, {})
-    raise JobError(
-        f"{run_dir} holds no weights yet: neither {directory.WEIGHTS} nor a checkpoint that verifies. Wait for its "
-        "first checkpoint, or continue the run."
-    )
-
-
-def _fill(net: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raises: ValueError naming the tensors that do not fit."""
-    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-    if differing:  # of a foreign file there may be hundreds
-        named = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in differing]
-        raise ValueError("; ".join(named[:3]) + (f"; and {len(named) - 3} more" if len(named) > 3 else ""))
-    net.load_state_dict(tensors)
-
-
-def _read(path: Path) -> Snapshot:
-    """Raises: DAMAGE."""
+def read(path: Path) -> Snapshot:
+    """Return the content of a checkpoint. Raises: OSError, or one of DAMAGE where a byte is not as it was written."""
     manifest = json.loads((path / MANIFEST).read_bytes())
     contents = {}
     for name in (MODEL, OPTIMIZER, STATE):
@@ -296,3 +200,115 @@ def _step(path: Path) -> int:
 
 def _fingerprint(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return the network's state dict on the CPU in plain layout, floats as fp32.
+
+    Raises:
+        JobError: A weight is not finite.
+    """
+    tensors = {
+        # A copy: safetensors refuses tensors that share memory, as tied weights do.
+        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous().clone()
+        for name, value in network.state_dict().items()
+    }
+    for name, value in tensors.items():
+        if not math.isfinite(value.double().abs().sum().item()):
+            raise JobError(f"the weights of {name} are not finite; they are not saved.", stop_reason="nan")
+    return tensors
+
+
+def publish_weights(network: nn.Module, path: Path) -> None:
+    """Write `model.safetensors`, without metadata: equal weights are equal files. Raises: JobError."""
+    content = safetensors.torch.save(weights(network))
+    with directory.writing(path):
+        directory.write_atomic(path, content)
+
+
+def load_weights(network: nn.Module, path: Path, *, flag: str = "--init-from") -> None:
+    """Fill the network from a `model.safetensors`.
+
+    Args:
+        network: Is changed in place.
+        path: The file.
+        flag: What has named the file, for the messages; "": it lies in a run directory.
+
+    Raises:
+        JobError: The file is missing, damaged or not finite, or does not fit the run directory it lies in.
+        UsageError: The file behind a flag does not fit.
+    """
+    named = f"{flag} {path}".strip()
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise JobError(f"{named} does not exist.") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise JobError(f"{named} is not a whole safetensors file: {error}") from error
+    try:
+        _fill(network, tensors)
+    except ValueError as error:
+        if flag:
+            raise UsageError(f"{named} does not fit this network: {error}. Do the --widths agree?") from error
+        raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it: {error}.") from error
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
+        raise JobError(f"{named} holds weights that are not finite; use another file.")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The weights that a run directory holds, and what they belong to."""
+
+    config: TrainConfig
+    network: CNN
+    source: Path
+    """The file or checkpoint that they are from."""
+    step: int | None
+    """None where nothing says which."""
+    summary: dict[str, Any]
+    """summary.json, where it is about these weights; else empty."""
+
+
+def open_saved(run_dir: Path) -> SavedRun:
+    """Return the final weights of a run of our own network, or the newest that verify while it is not finished.
+
+    A `model.safetensors` without its counts in summary.json may be of an earlier stop of a run that has gone on: then
+    the newest checkpoint is ahead of it, or equal.
+
+    Raises:
+        JobError: There are none, or the network is not ours.
+    """
+    config = directory.read_settings(run_dir)
+    if config.has_user_data or directory.read_json(run_dir / directory.CONFIG).get("network"):
+        raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
+    summary = directory.read_json(run_dir / directory.SUMMARY)
+    scored = summary.get("test_count") is not None
+    network, path = CNN(widths=config.widths), run_dir / directory.WEIGHTS
+    if not (scored and path.exists()):
+        for checkpoint in reversed(Checkpoints(run_dir, config.keep_checkpoints).steps()):
+            try:
+                snapshot = read(checkpoint)
+                _fill(network, snapshot.weights)
+            except (OSError, *DAMAGE) as error:
+                log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
+                continue
+            step = snapshot.state.step
+            return SavedRun(config, network, checkpoint, step, summary if scored and summary["steps"] == step else {})
+    if not path.exists():
+        raise JobError(
+            f"{run_dir} holds no weights yet: neither {directory.WEIGHTS} nor a checkpoint that verifies. Wait for its "
+            "first checkpoint, or continue the run."
+        )
+    load_weights(network, path, flag="")
+    return SavedRun(config, network, path, summary.get("steps") if scored else None, summary if scored else {})
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load the tensors. Raises: ValueError naming those that do not fit."""
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if differing:  # of a foreign file there may be hundreds
+        named = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in differing]
+        raise ValueError("; ".join(named[:3]) + (f"; and {len(named) - 3} more" if len(named) > 3 else ""))
+    network.load_state_dict(tensors)

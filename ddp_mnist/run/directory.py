@@ -1,4 +1,4 @@
-"""The run directory: its file names, and writes that are whole or not there."""
+"""The run directory: its file names, its lock, and writes that are whole or not there."""
 
 from __future__ import annotations
 
@@ -35,35 +35,51 @@ PATIENCE = 60.0
 
 
 def create(config: TrainConfig) -> Path:
-    """The run directory, made if it is not there. One rank calls this. Raises: JobError."""
-    if config.output_dir is not None:
-        path = config.output_dir
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".writable-{secrets.token_hex(4)}"
-            probe.touch()
-            probe.unlink()
-        except FileExistsError as error:
-            raise JobError(f"--output-dir {path} is a file; expected a directory. Choose another path.") from error
-        except NotADirectoryError as error:
-            raise JobError(f"--output-dir {path} lies below a file, not a directory. Choose another path.") from error
-        except OSError as error:
-            raise JobError(f"--output-dir {path} cannot be written: {error.strerror}. Choose another path.") from error
-        return path
-    names = _numbered(f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}")
-    while True:
-        path = Path("runs") / next(names)
+    """Return the run directory, and make it if it is not there. One rank calls this.
+
+    Raises:
+        JobError: It cannot be made or written.
+    """
+    if config.output_dir is None:
+        return _new(f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}")
+    path = config.output_dir
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise JobError(f"--output-dir {path} is a file, or lies below a file. Choose another path.") from error
+    except OSError as error:
+        raise JobError(f"--output-dir {path} cannot be written: {error.strerror}. Choose another path.") from error
+    return path
+
+
+def _new(name: str) -> Path:
+    for each in _numbered(name):  # another job may start in the same second
+        path = Path("runs") / each
         try:
             path.mkdir(parents=True)
             return path
         except OSError as error:
-            if not os.path.exists(path):  # else another job has started in the same second
+            if not os.path.exists(path):
                 raise JobError(f"{path} cannot be made: {error.strerror}. Choose a place with --output-dir.") from error
+    raise AssertionError("the names never end")
 
 
 def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None:
-    """Hold the directory for this job; the kernel lets go when the process dies. A predecessor that is still saving
-    gets `patience` seconds. None where the file system has no locks. Raises: JobError."""
+    """Hold the directory for this job until it releases the returned lock or its process dies.
+
+    Args:
+        path: The run directory.
+        patience: Seconds to wait for a predecessor that is still saving.
+
+    Returns:
+        The lock; None, after a warning, where the file system has none.
+
+    Raises:
+        JobError: Another job keeps the directory.
+    """
     # What filelock would fall back to, a file that is there or not, outlives a killed job.
     holder = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
     try:
@@ -85,7 +101,7 @@ def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None
 
 
 def start_over(path: Path) -> None:
-    """Set aside what a run has left in the directory; nothing is deleted. Raises: OSError."""
+    """Set aside what a run has left in the directory; delete nothing. Raises: OSError."""
     names = (CHECKPOINTS, METRICS, SUMMARY, WEIGHTS, CONFIG, WANDB, WANDB_STATE)
     present = [path / name for name in names if (path / name).exists()]
     if present:
@@ -96,38 +112,37 @@ def start_over(path: Path) -> None:
 
 
 def set_aside(path: Path, folder: Path, label: str) -> Path:
-    """Rename `path` to a free name in `folder` that begins with `label`; returns it. Raises: OSError."""
-    names = _numbered(f"{label}-{path.name}")
-    target = next(folder / name for name in names if not (folder / name).exists())
+    """Rename `path` to a free name in `folder` that begins with `label`, and return it. Raises: OSError."""
+    target = next(folder / name for name in _numbered(f"{label}-{path.name}") if not (folder / name).exists())
     path.rename(target)
     return target
 
 
 def _numbered(name: str) -> Iterator[str]:
-    """The name, then others for where it is taken."""
     yield name
     yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 def remove(path: Path) -> None:
-    """Raises: JobError."""
-    try:
+    """Delete the file, if it is there. Raises: JobError."""
+    with writing(path):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise JobError(f"{path} cannot be removed: {error.strerror}.") from error
 
 
 def read_settings(path: Path) -> TrainConfig:
-    """The settings of the run in directory `path`; changes nothing. Raises: JobError."""
+    """Return the settings of the run in directory `path`.
+
+    Raises:
+        JobError: There is no run, or its config.json is damaged or of another version.
+    """
     file = path / CONFIG
     try:
         content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        if not path.exists():
-            raise JobError(f"{path} does not exist; expected a run directory, such as a --output-dir.") from error
-        raise JobError(f"{path} is not a run directory of ddp_mnist: there is no {CONFIG} in it.") from error
-    except NotADirectoryError as error:
-        raise JobError(f"{path} is a file; expected a run directory: the one with {CONFIG} in it.") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_dir():
+            raise JobError(f"{path} is not a run directory of ddp_mnist: there is no {CONFIG} in it.") from error
+        found = "is a file" if path.exists() else "does not exist"
+        raise JobError(f"{path} {found}; expected a run directory, such as an --output-dir.") from error
     except OSError as error:
         raise JobError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -137,12 +152,12 @@ def read_settings(path: Path) -> TrainConfig:
         raise JobError(f"{path} is not a run directory of ddp_mnist: its {CONFIG} has no settings.")
     try:
         return TrainConfig.from_dict(settings)
-    except (TypeError, ValueError) as error:  # of another version, or edited by hand
+    except (TypeError, ValueError) as error:
         raise JobError(f"{file} is not what this version writes: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file or it is not whole."""
+    """Return the object in the file; {} where there is no such file or it is not whole."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -160,17 +175,22 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """`path` holds its old content or all of `content`, also after a crash or on a full disk. Raises: OSError."""
+    """Write `path` so that it holds its old content or all of the new one, also after a crash. Raises: OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it. Raises: OSError."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
@@ -186,12 +206,12 @@ def sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Raises: OSError."""
+    """Write the object, a line for each entry. Raises: OSError."""
     write_atomic(path, (_pretty(finite(value)) + "\n").encode())
 
 
 def _pretty(value: Any, indent: str = "  ") -> str:
-    """JSON with a line for each entry of an object, and one for a whole list: a confusion matrix has 100 numbers."""
+    """Return JSON with one line for a whole list: a confusion matrix has 100 numbers."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value)
     lines = (f"{indent}{json.dumps(key)}: {_pretty(entry, indent + '  ')}" for key, entry in value.items())
@@ -199,7 +219,12 @@ def _pretty(value: Any, indent: str = "  ") -> str:
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """null for NaN and infinity, which Python writes as words that are not JSON."""
+    """Return the record with null for NaN and infinity, which Python writes as words that are not JSON."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
+
+
+def format_setting(value: Any) -> str:
+    """Return a setting as a user would type it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)

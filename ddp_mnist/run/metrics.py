@@ -1,4 +1,4 @@
-"""The metrics of a run: console lines, a bar on a terminal, `metrics.jsonl` and its mirror.
+"""The metrics of a run: console lines, a bar on a terminal, and `metrics.jsonl`.
 
 Every rank owns a `Metrics` and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
 """
@@ -16,19 +16,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddp_mnist.distributed.context import Context
 from ddp_mnist.errors import JobError
-from ddp_mnist.evaluate import Score
 from ddp_mnist.run import directory
-from ddp_mnist.run.checkpoint import TrainState
-from ddp_mnist.run.resume import Run
-from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, PATIENCE, Mirror
+
+if TYPE_CHECKING:
+    from ddp_mnist.distributed.context import Context
+    from ddp_mnist.evaluate import Score
+    from ddp_mnist.run.checkpoint import TrainState
+    from ddp_mnist.run.resume import Run
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ class Metrics:
         run: Run,
         context: Context,
         state: TrainState,
-        mirror: Mirror,
         gradient_norm: Callable[[], Tensor],
         epoch_sizes: list[int],
     ) -> None:
@@ -51,7 +51,6 @@ class Metrics:
             run: The run directory, its settings and its checkpoint.
             context: The ranks of the job.
             state: The position, and the totals of the attempts before this one.
-            mirror: W&B's process.
             gradient_norm: Returns the norm of the last step's gradient, a scalar.
             epoch_sizes: Items in each global batch of an epoch.
 
@@ -62,15 +61,14 @@ class Metrics:
         self.epoch_sizes = epoch_sizes
         self.total_steps = len(epoch_sizes) * run.config.epochs
         self._gradient_norm = gradient_norm
+        # Of the steps that have not been read from the device yet.
         self._losses: list[Tensor] = []
         self._correct: list[Tensor] = []
-        """Of the steps that have not been read from the device."""
         self._wall_before = state.wall_seconds
         self._started = self._resumed = time.perf_counter()
         self._last_line = (state.step, state.samples_seen, state.train_seconds)
         self._file: MetricsFile | None = None
         self._bar: Any = None
-        self._mirror = mirror
         if context.is_main:
             keep = run.snapshot.metrics_bytes if run.snapshot else 0
             self._file = MetricsFile(run.path / directory.METRICS, keep=keep)
@@ -81,8 +79,6 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end(preempted=False, exit_code=1)  # a bug, if nobody has said how it ended
-        self.wait(HASTY_PATIENCE)
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
@@ -91,7 +87,7 @@ class Metrics:
     # --- Steps and scores ---
 
     def resume_timer(self) -> None:
-        """Count time as training time from now on: scores, lines and checkpoints are none."""
+        """Count time as training time from now on; scores, lines and checkpoints are not part of it."""
         self._resumed = time.perf_counter()
 
     def record(self, state: TrainState, rate: float, loss: Tensor, correct: Tensor) -> None:
@@ -124,7 +120,7 @@ class Metrics:
 
     @property
     def has_unread(self) -> bool:
-        """Steps whose figures are still on the device."""
+        """Whether losses have not been read from the device yet."""
         return bool(self._losses)
 
     def sync(self, state: TrainState) -> None:
@@ -236,36 +232,12 @@ class Metrics:
             accuracy, test_loss = 100 * record["test/accuracy"], record["test/loss"]
             self.say(f"{epoch} done: train loss {loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %")
 
-    # --- The mirror ---
-
-    def start_mirror(self) -> None:
-        """Let W&B follow the run, once config.json is written, which the mirror reads."""
-        self._mirror.follow(self.run_dir)
-        if greeting := self._mirror.greeting():
-            if self._mirror.mode.surprising:
-                log.warning("W&B is %s", greeting)
-            else:
-                self.say(f"  W&B     {greeting}")
-
-    def end(self, *, preempted: bool, exit_code: int) -> None:
-        """Tell the mirror that the summary is written and nothing more comes; `wait` then waits for it."""
-        self._mirror.end(preempted=preempted, exit_code=exit_code)
-
-    def wait(self, patience: float = PATIENCE) -> None:
-        """Wait until the mirror has sent everything, at most `patience` seconds."""
-        if news := self._mirror.wait(patience):
-            self.say(news)
-
-    def wandb_mode(self) -> str:
-        """Return online, offline or disabled, as it turned out."""
-        return self._mirror.actual()
-
 
 class MetricsFile:
-    """metrics.jsonl: whole lines only. What a full disk refuses is kept and tried again with the next line."""
+    """Appends whole lines to metrics.jsonl. What a full disk refuses is kept and tried again with the next line."""
 
     def __init__(self, path: Path, keep: int) -> None:
-        """Cuts the file to its first `keep` bytes. Raises: JobError."""
+        """Open the file and cut it to its first `keep` bytes. Raises: JobError."""
         self.path = path
         self._waiting = b""
         try:
@@ -278,6 +250,7 @@ class MetricsFile:
             log.warning("%s has %d bytes, expected %d: earlier lines are missing.", path, self._end, keep)
 
     def append(self, record: dict[str, Any]) -> None:
+        """Write one line; warn where the disk is full."""
         self._waiting += (json.dumps(directory.finite(record)) + "\n").encode()
         try:
             self._flush()
@@ -285,12 +258,13 @@ class MetricsFile:
             log.warning("%s: %s; its lines are kept in memory and tried again.", self.path, error.strerror)
 
     def sync(self) -> int:
-        """Flush to disk; returns the length. Raises: OSError."""
+        """Flush to disk, and return the length. Raises: OSError."""
         self._flush()
         os.fsync(self._file.fileno())
         return self._end
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _flush(self) -> None:

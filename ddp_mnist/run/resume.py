@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ddp_mnist.config import RESUME_FIELDS, USER_DATA_PREFIX, TrainConfig
 from ddp_mnist.data import sources
-from ddp_mnist.data.batches import Split
-from ddp_mnist.distributed.context import Context
 from ddp_mnist.distributed.launcher import local_world_size_from_environment
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.report.runs import words
 from ddp_mnist.run import directory
-from ddp_mnist.run.checkpoint import Checkpoints, Snapshot
+from ddp_mnist.run.checkpoint import MODEL, Checkpoints, Snapshot, TrainState
+
+if TYPE_CHECKING:
+    from ddp_mnist.distributed.context import Context
+    from ddp_mnist.program import Program
 
 log = logging.getLogger(__name__)
 
@@ -39,27 +38,19 @@ class Run:
     finished: dict[str, Any]
     """The summary of a run with nothing left to do; else empty."""
 
-
-@dataclass(frozen=True)
-class Program:
-    """What was started: our own command, or a script with a network, data or settings of its own."""
-
-    model: Callable[[], nn.Module] | None = None
-    """Makes the script's network; None: ours."""
-    data: tuple[Split, Split] | None = None
-    """The script's training set and test set; None: those of `config.dataset`."""
-    config: TrainConfig | None = None
-    """The settings in the script's source; None: the program takes our flags."""
-
-    @property
-    def is_script(self) -> bool:
-        """Whether it is not our own command."""
-        return (self.model, self.data, self.config) != (None, None, None)
+    def state(self) -> TrainState:
+        """Return position and totals to go on from."""
+        return self.snapshot.state if self.snapshot else TrainState()
 
 
 @contextmanager
 def open_run(config: TrainConfig, context: Context) -> Iterator[Run]:
-    """Rank 0 finds the run and holds its directory for this job; the others hear of it. Raises: JobError."""
+    """Find the run and hold its directory for this job, on rank 0; yield the same on all ranks. Collective.
+
+    Raises:
+        JobError: The directory cannot be used, or another job keeps it.
+        UsageError: It holds a run of other settings.
+    """
     holder = None
     try:
         found = None
@@ -119,9 +110,9 @@ def _find(config: TrainConfig, path: Path) -> Run:
 
 def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
     """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
-    now, default = config.to_dict(), TrainConfig(mixed_precision="no").to_dict()
+    now = config.to_dict()
     for name in RESUME_FIELDS:
-        was, is_ = saved.get(name, default[name]), now[name]  # a run may be older than the setting
+        was, is_ = saved.get(name), now[name]
         more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
         if was != is_ and not more_epochs:
             flag = f"--{name.replace('_', '-')}"
@@ -131,27 +122,12 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
                     "or splits them, choose another output_dir, or start over with fresh=True."
                 )
             hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
-            old = f"no {flag}" if was is None else f"{flag} {words(was)}"
-            new = "has none" if is_ is None else f"says {words(is_)}"
+            old = f"no {flag}" if was is None else f"{flag} {directory.format_setting(was)}"
+            new = "has none" if is_ is None else f"says {directory.format_setting(is_)}"
             raise UsageError(
                 f"{config.output_dir} holds a run with {old}; this command {new}{hint}. "
                 f"Continue it with {old}, choose another --output-dir, or start over with --fresh."
             )
-
-
-def check_same_data(name: str, context: Context) -> None:
-    """Compare the data that the ranks were given, by their names, which have a hash. Collective.
-
-    Raises:
-        UsageError: A rank was given other data than rank 0; on all ranks.
-    """
-    first = context.broadcast(name)
-
-    def compare() -> None:
-        if name != first:
-            raise UsageError("it was given other data than rank 0. Seed whatever draws or splits them.")
-
-    context.run_on_all_ranks(compare)
 
 
 def continue_command(config: TrainConfig, context: Context, program: Program) -> str:
@@ -170,8 +146,21 @@ def continue_command(config: TrainConfig, context: Context, program: Program) ->
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 
 
+def advise(
+    error: JobError, config: TrainConfig, checkpoints: Checkpoints, command: Callable[[TrainConfig], str]
+) -> None:
+    """Add to the error what to type next; `command` returns how to start a run with these settings."""
+    kept = checkpoints.steps()
+    if error.stop_reason == "nan":
+        again = config.replace(output_dir=None, lr=float(f"{config.lr / 3:.2g}"))
+        again = again.replace(init_from=kept[-1] / MODEL) if kept else again
+        error.add(f"A lower rate may help:\n  {command(again)}")
+    elif kept:
+        error.add(f"Continue from step {checkpoints.last_step()} with\n  {command(config)}")
+
+
 def _launcher(context: Context, module: str, *, precision: bool) -> str:
-    """`precision`: no flag of the program says it, so `accelerate launch` has to be told again."""
+    """Return how to start `module` again. `precision`: pass it to `accelerate launch`, as no flag does."""
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = local_world_size_from_environment()

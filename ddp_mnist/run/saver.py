@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
-from ddp_mnist.config import TrainConfig
-from ddp_mnist.distributed.context import Context
 from ddp_mnist.errors import JobError
 from ddp_mnist.optimizer import load_state, save_state
-from ddp_mnist.run.checkpoint import Checkpoints, Snapshot, TrainState, weights
-from ddp_mnist.run.metrics import Metrics
-from ddp_mnist.step import TrainStep
+from ddp_mnist.run import directory
+from ddp_mnist.run.checkpoint import Checkpoints, Snapshot, TrainState, publish_weights, weights
+
+if TYPE_CHECKING:
+    from ddp_mnist.distributed.context import Context
+    from ddp_mnist.run.metrics import Metrics
+    from ddp_mnist.run.resume import Run
+    from ddp_mnist.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +45,14 @@ class Saver:
 
     def __init__(
         self,
-        config: TrainConfig,
+        run: Run,
         context: Context,
-        checkpoints: Checkpoints,
         step: TrainStep,
         state: TrainState,
         metrics: Metrics,
     ) -> None:
-        self.config, self.context, self.checkpoints = config, context, checkpoints
+        self.config, self.context = run.config, context
+        self.checkpoints, self.run_dir = Checkpoints(run.path, run.config.keep_checkpoints), run.path
         self.step, self.state, self.metrics = step, state, metrics
         self.clock = SaveClock()
 
@@ -57,14 +61,14 @@ class Saver:
 
         Training goes on when it fails, after a warning: the last checkpoint is kept.
         """
+        if self.state.step_in_epoch == len(self.metrics.epoch_sizes):
+            return  # the last step of an epoch is saved after scoring
         if self.config.checkpoint_every:
-            # At the end of an epoch not before its score is there.
-            between = epoch_end or self.state.step_in_epoch < len(self.metrics.epoch_sizes)
-            due = between and self.state.step % self.config.checkpoint_every == 0
+            due = self.state.step % self.config.checkpoint_every == 0
             if due:
                 self.metrics.sync(self.state)
         else:
-            # Rank 0 decides alone, at a step where there is nothing to read from the other ranks.
+            # Rank 0 alone reads the clock, and only where no loss is pending: reading them is collective.
             due = self.context.is_main and not self.metrics.has_unread and self.clock.due(epoch_end=epoch_end)
         if due:
             self._save()
@@ -79,6 +83,11 @@ class Saver:
         self.metrics.sync(self.state)
         if failure := self.context.broadcast(self._save()):
             raise failure
+
+    def publish_weights(self) -> None:
+        """Write the final weights, `model.safetensors`. Collective. Raises: JobError, on all ranks."""
+        path = self.run_dir / directory.WEIGHTS
+        self.context.run_on_main(lambda: publish_weights(self.step.network, path))
 
     def _save(self) -> JobError | None:
         """Publish a checkpoint, on rank 0. Return what went wrong, after a warning."""

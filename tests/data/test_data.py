@@ -163,17 +163,12 @@ def test_a_batch_larger_than_the_data_set_is_the_data_set() -> None:
     assert (sorted(batch.labels.tolist()), batch.global_size) == (list(range(10)), 10)
 
 
-def test_batches_refuse_a_world_size_that_does_not_divide_them() -> None:
-    with pytest.raises(ValueError, match="64 does not divide by world_size 3"):
-        Batches(numbered(10), batch_size=64, rank=0, world_size=3, seed=0)
-
-
 @pytest.mark.parametrize("length", [10_007, 5, 3000])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_an_evaluation_sees_every_image_exactly_once(world_size: int, length: int) -> None:
     seen: Counter[int] = Counter()
     for rank in range(world_size):
-        for images, labels in evaluation_batches(numbered(length), rank=rank, world_size=world_size):
+        for images, labels in evaluation_batches(numbered(length), rank=rank, world_size=world_size, size=250):
             assert len(images) == len(labels) <= 1000
             seen.update(labels.tolist())
     assert seen == Counter(range(length))

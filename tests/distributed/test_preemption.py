@@ -20,6 +20,7 @@ from conftest import STEPS
 
 from ddp_mnist import trainer
 from ddp_mnist.distributed import preemption
+from ddp_mnist.distributed.launcher import command
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.step import TrainStep
 
@@ -45,9 +46,8 @@ def test_the_first_signal_is_the_reason_and_changes_nothing_else(name: str) -> N
 
 
 def test_on_the_way_out_every_signal_is_ignored(process_of_a_job: None) -> None:
-    stop = StopSignal()
-    stop.__enter__()
-    stop.ignore_from_now_on()
+    with StopSignal(ignore_afterwards=True) as stop:
+        pass
     for name in SIGNALS:
         send(name)
     assert stop.agreed(ALONE, 0) is None
@@ -67,21 +67,22 @@ def test_the_time_limit_counts_from_when_it_is_set(monkeypatch: pytest.MonkeyPat
     assert unlimited.agreed(ALONE, 1) is None
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"])
-def test_a_worker_stops_when_the_launcher_is_no_longer_its_parent(
-    monkeypatch: pytest.MonkeyPatch, variable: str
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        *(({"WORLD_SIZE": "1"}, "launcher_died"), ({"ACCELERATE_MIXED_PRECISION": "no"}, "launcher_died")),
+        ({}, None),  # nohup python -m ... & exit
+    ],
+)
+def test_a_parent_that_is_gone_ends_the_run_only_if_it_was_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], reason: str | None
 ) -> None:
-    monkeypatch.setenv(variable, "1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     stop = StopSignal()
     assert stop.agreed(ALONE, 0) is None
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert stop.agreed(ALONE, 1) == "launcher_died"
-
-
-def test_without_a_launcher_a_parent_may_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = StopSignal()  # nohup python -m ... & exit
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert stop.agreed(ALONE, 0) is None
+    assert stop.agreed(ALONE, 1) == reason
 
 
 @pytest.mark.parametrize("first", SIGNALS)
@@ -90,21 +91,24 @@ def test_ctrl_c_twice_leaves_at_once_whatever_began_the_stop(first: str) -> None
     script = f"""
 import os, signal
 from ddp_mnist.distributed.preemption import StopSignal
-from ddp_mnist.step import TrainStep
 with StopSignal():
-    os.kill(os.getpid(), signal.{first})
-    os.kill(os.getpid(), signal.SIGINT)
+    for number in {{signal.{first}, signal.SIGINT}}:
+        os.kill(os.getpid(), number)
     print("still here", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
-    {"os.kill(os.getpid(), signal.SIGINT)" if first != "SIGINT" else ""}
     print("unreachable", flush=True)
 """
-    if first == "SIGINT":
-        script = script.replace("    os.kill(os.getpid(), signal.SIGINT)\n    print", "    print", 1)
     ended = jobs.run([sys.executable, "-c", script])
-    assert ended.code == 130
-    assert ended.out == "still here\n"
+    assert (ended.code, ended.out) == (130, "still here\n")
     assert ended.err.count("Ctrl-C again") == 1
+
+
+def test_ctrl_c_before_training_ends_a_command_without_a_traceback() -> None:
+    @command
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    assert main() == 130
 
 
 def test_ctrl_c_is_taken_also_where_it_has_ended_the_reader_of_stderr() -> None:

@@ -15,22 +15,14 @@ from jobs import is_launch_variable
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), ROOT / ".ci" / "run"])
 JOBS = [ROOT / "slurm" / "train.sh", ROOT / "slurm" / "sweep.sh"]
-
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-each_job = pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)
+OUTSIDE = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
 
 
-def directives(job: Path) -> list[str]:
-    return [line for line in job.read_text().splitlines() if line.startswith("#SBATCH")]
-
-
-@each_script
-def test_bash_can_read_it(script: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True)
-
-
-@each_script
-def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_it_can_be_run_and_stops_at_the_first_failure_and_shellcheck_has_nothing_to_say(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in script.read_text()
     if shutil.which("shellcheck") is None:
         if "slurm" in os.environ.get("DDP_MNIST_REQUIRE", ""):
             pytest.fail("DDP_MNIST_REQUIRE demands shellcheck")
@@ -40,59 +32,21 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-@each_script
-def test_it_can_be_run_and_stops_at_the_first_failure(script: Path) -> None:
-    assert os.access(script, os.X_OK)
-    assert script.read_text().startswith("#!/usr/bin/env bash\n")
-    assert "\nset -euo pipefail\n" in script.read_text()
-
-
-@each_job
-def test_no_directive_is_inert(job: Path) -> None:
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)
+def test_no_directive_is_inert_and_each_has_a_comment(job: Path) -> None:
     """SLURM reads lines that begin with exactly #SBATCH, up to the first command, and passes over the others."""
     lines = job.read_text().splitlines()
-    meant = [line for line in lines if re.match(r"\s*#+\s*SBATCH", line)]
-    assert meant == directives(job)
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
-    assert all(lines.index(line) < first_command for line in meant)
-    assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", line) for line in meant)
-
-
-@each_job
-def test_each_directive_has_a_comment(job: Path) -> None:
-    lines = job.read_text().splitlines()
     for number, line in enumerate(lines):
-        if line.startswith("#SBATCH"):
+        if re.match(r"\s*#+\s*SBATCH", line):
+            assert re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", line) and number < first_command, line
             assert re.match(r"# [A-Z]", lines[number - 1]), line
 
 
 def test_a_sweep_has_the_directives_of_a_job() -> None:
-    train, sweep = map(directives, JOBS)
+    train, sweep = ([line for line in job.read_text().splitlines() if line.startswith("#SBATCH")] for job in JOBS)
     assert train == sweep
     assert {"#SBATCH --signal=USR2@120", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(train)
-
-
-@pytest.mark.parametrize(
-    ("tasks_per_node", "node", "expected"),
-    [("1", 0, 1), ("8", 0, 8), ("2(x3)", 2, 2), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("4,2(x10),1", 10, 2)],
-)
-def test_a_rank_gets_torchs_variables(tasks_per_node: str, node: int, expected: int) -> None:
-    variables = {
-        "SLURM_STEP_ID": "0",
-        "SLURM_PROCID": "5",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_NUM_TASKS": "7",
-        "SLURM_NTASKS": "99",  # as a shell inside salloc leaves it
-        "SLURM_NODEID": str(node),
-        "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
-        "MASTER_ADDR": "10.1.0.5",
-        "MASTER_PORT": "20931",
-    }
-    command = [ROOT / "slurm" / "rank.sh", "bash", "-c", "echo $$ $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"]
-    with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True) as rank:
-        words = rank.communicate()[0].split()
-    # The command has the wrapper's process id: signals reach it.
-    assert words == [str(rank.pid), "5", "1", "7", str(expected)]
 
 
 SCONTROL = """#!/bin/sh
@@ -104,26 +58,42 @@ esac
 """
 
 
-def where_a_rank_meets(folder: Path, **variables: str) -> str:
-    """What rank.sh makes of a step on n4 and n5 of a larger job; `folder` is for a stand-in for scontrol."""
+def rank_says(folder: Path, words: str, **variables: str) -> list[str]:
+    """What a rank of a step on n4 and n5 of a larger job echoes; `folder` is for a stand-in for scontrol."""
     (folder / "scontrol").write_text(SCONTROL)
     (folder / "scontrol").chmod(0o755)
-    kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
     step = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[0-9]", "SLURM_STEP_NODELIST": "n[4-5]"}
-    step |= {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    env = kept | step | {"PATH": f"{folder}:{os.environ['PATH']}"} | variables
-    command = [ROOT / "slurm" / "rank.sh", "bash", "-c", "echo $MASTER_ADDR:$MASTER_PORT"]
-    return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    step |= {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+    step |= {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    step |= {"SLURM_NTASKS": "99"}  # as a shell inside salloc leaves it
+    env = OUTSIDE | step | {"PATH": f"{folder}:{os.environ['PATH']}"} | variables
+    command = [ROOT / "slurm" / "rank.sh", "bash", "-c", f"echo $$ {words}"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as rank:
+        pid, *said = rank.communicate()[0].split()
+    assert int(pid) == rank.pid, "the command has the wrapper's process id: signals reach it"
+    return said
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "expected"),
+    [("1", 0, 1), ("8", 0, 8), ("2(x3)", 2, 2), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("4,2(x10),1", 10, 2)],
+)
+def test_a_rank_gets_torchs_variables(tmp_path: Path, tasks_per_node: str, node: int, expected: int) -> None:
+    step = {"SLURM_NODEID": str(node), "SLURM_STEP_TASKS_PER_NODE": tasks_per_node}
+    said = rank_says(tmp_path, "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE", **step)
+    assert said == ["5", "1", "7", str(expected)]
 
 
 def test_the_ranks_of_a_step_meet_on_its_first_node(tmp_path: Path) -> None:
-    first = where_a_rank_meets(tmp_path)
+    def meeting(**variables: str) -> str:
+        return rank_says(tmp_path, "$MASTER_ADDR:$MASTER_PORT", **variables)[0]
+
+    first = meeting()
     assert re.fullmatch(r"10\.1\.0\.4:[123]\d{4}", first)
-    assert where_a_rank_meets(tmp_path, SLURM_PROCID="1", SLURM_NODEID="1") == first
+    assert meeting(SLURM_PROCID="1", SLURM_NODEID="1") == first
     others = [{"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "2"}, {"SLURM_JOB_ID": "4712"}]
-    assert len({first, *(where_a_rank_meets(tmp_path, **other) for other in others)}) == 4
-    assert where_a_rank_meets(tmp_path, MASTER_ADDR="10.9.9.9", MASTER_PORT="12345") == "10.9.9.9:12345"
+    assert len({first, *(meeting(**other) for other in others)}) == 4
+    assert meeting(MASTER_ADDR="10.9.9.9", MASTER_PORT="12345") == "10.9.9.9:12345"
 
 
 @pytest.mark.parametrize("place", [{}, {"SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "2"}], ids=["login node", "task"])
@@ -135,9 +105,8 @@ def test_a_sweep_refuses_a_line_with_an_unmatched_quote(tmp_path: Path, place: d
     (tmp_path / "rates.txt").write_text(f"--lr 1e-3\n{line}\n")
     (tmp_path / "sbatch").write_text("#!/bin/sh\ntouch submitted\n")
     (tmp_path / "sbatch").chmod(0o755)
-    kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = kept | {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path)} | place
+    env = OUTSIDE | {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path)} | place
     command = ["slurm/sweep.sh", "rates.txt", "--", "--dataset=synthetic"]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
@@ -145,10 +114,14 @@ def test_a_sweep_refuses_a_line_with_an_unmatched_quote(tmp_path: Path, place: d
     assert not (tmp_path / "submitted").exists()
 
 
-@pytest.mark.parametrize("script", ["train.sh", "rank.sh", "meet.sh", "sweep.sh"])
-def test_outside_of_slurm_it_says_what_to_type(script: str) -> None:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    ended = subprocess.run([ROOT / "slurm" / script], env=env, capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        *(("train.sh", "sbatch slurm/train.sh"), ("rank.sh", "srun slurm/rank.sh python")),
+        *(("meet.sh", "usage: slurm/meet.sh"), ("sweep.sh", "usage: slurm/sweep.sh")),
+    ],
+)
+def test_outside_of_slurm_it_says_what_to_type(script: str, says: str) -> None:
+    ended = subprocess.run([ROOT / "slurm" / script], env=OUTSIDE, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode != 0
-    says = {"train.sh": "sbatch slurm/train.sh", "rank.sh": "srun slurm/rank.sh python"}
-    assert says.get(script, f"usage: slurm/{script}") in ended.stderr
+    assert says in ended.stderr

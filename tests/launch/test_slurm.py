@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import documents
+import jobs
 import pytest
 import slurm_cluster
 from conftest import write_digits
@@ -47,15 +47,11 @@ class Site:
 
 
 def result(job: Job) -> dict[str, Any]:
-    return json.loads((job.run_dir / "summary.json").read_text())
+    return jobs.read_json(job.run_dir / "summary.json")
 
 
 def weights(job: Job) -> bytes:
     return (job.run_dir / "model.safetensors").read_bytes()
-
-
-def steps_seen(job: Job) -> list[int]:
-    return [json.loads(line)["step"] for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def own_program() -> str:
@@ -128,14 +124,35 @@ def uninterrupted(site: Site, ranks: int) -> bytes:
         return _uninterrupted(site, ranks)
 
 
-def assert_continued(site: Site, job: Job, ranks: int, *, steps: int = 640) -> None:
+def assert_continued(site: Site, job: Job, ranks: int) -> None:
     """The job was stopped on its way and ended as if it had not been."""
     summary = result(job)
     assert summary["finished"] and summary["world_size"] == ranks
-    assert 0 < summary["resumed_from"] < steps == summary["steps"]
+    assert 0 < summary["resumed_from"] < 640 == summary["steps"]
     assert summary["samples_seen"] == 40 * 1000
-    assert steps_seen(job) == sorted(set(steps_seen(job)))
+    steps = [line["step"] for line in jobs.read_metrics(job.run_dir)]
+    assert steps == sorted(set(steps))
     assert weights(job) == uninterrupted(site, ranks)
+
+
+def assert_cancelled(job: Job) -> None:
+    """The job has ended for good, but its ranks have saved."""
+    job.wait("CANCELLED")
+    wait_for(lambda: not job.ranks(), "the ranks to leave")
+    assert (job.state, job.show()["Restarts"]) == ("CANCELLED", "0")
+    assert list(job.run_dir.glob("checkpoints/step-*"))
+
+
+def typed(site: Site, job: Job, pattern: str) -> Job:
+    """What the log says to type, typed."""
+    again = re.search(pattern, job.log, re.MULTILINE)
+    assert again, job.log
+    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
+    answer = site.cluster.run("bash", "-c", again[1], cwd=site.checkout, env=env)
+    second = Job(site.cluster, answer.split()[-1], site.checkout)
+    second.run_dir = job.run_dir
+    second.wait("COMPLETED")
+    return second
 
 
 # The longest first: they mostly wait.
@@ -146,7 +163,7 @@ def test_a_dead_node_requeues_the_job_and_the_run_continues_on_another(site: Sit
     with Cluster(dead_after=20) as cluster:  # of its own: the other tests need their nodes alive
         doomed = make_site(cluster, site.checkout.parent / "doomed-1")
         job = doomed.sbatch("slurm/train.sh", *LONG, "--checkpoint-every=10")
-        job.train_until(lambda: list(job.run_dir.glob("checkpoints/step-*")))
+        job.train_until_saved()
         first = job.show()["BatchHost"]
         cluster.kill_node(first)
         job.wait_restarted()
@@ -161,7 +178,7 @@ def test_a_dead_node_of_two_requeues_the_job(site: Site) -> None:
     with Cluster(dead_after=20) as cluster:
         doomed = make_site(cluster, site.checkout.parent / "doomed-2")
         job = doomed.sbatch("--nodes=2", "slurm/train.sh", *LONG, "--checkpoint-every=10")
-        job.train_until(lambda: list(job.run_dir.glob("checkpoints/step-*")))
+        job.train_until_saved()
         assert job.show()["BatchHost"] == "n0"
         cluster.kill_node("n1")
         job.wait_restarted()
@@ -175,13 +192,7 @@ def test_a_dead_node_of_two_requeues_the_job(site: Site) -> None:
 def test_time_limit_near(site: Site) -> None:
     """USR2 → checkpoint → requeue → the very same result, on two nodes."""
     job = site.sbatch("--nodes=2", "slurm/train.sh", *LONG)
-    frozen = job.freeze()
-    assert len(frozen) == 2
-    site.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=2")  # USR2@120: due at once
-    thaw(frozen, after=signal.SIGUSR2)
-    job.wait_restarted()
-    site.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
-    job.wait("COMPLETED")
+    job.requeue(signal.SIGUSR2, "scontrol", "update", f"JobId={job.id}", "TimeLimit=2")  # USR2@120: due at once
     assert "0: stopped by SIGUSR2" in job.log, "the requeue has emptied the log"
     assert job.log.count("back into the queue (requeue 1 of at most 20)") == 1
     assert len(set(re.findall(r"meeting at \S+:(\d+)", job.log))) == 2, "the restart took the same port"
@@ -189,21 +200,30 @@ def test_time_limit_near(site: Site) -> None:
 
 
 @side_by_side
+def test_term_requeues_and_fresh_is_for_the_first_start(site: Site) -> None:
+    job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG, "--fresh")
+    job.requeue(signal.SIGTERM, "scancel", "--signal=TERM", job.id)
+    assert "0: stopped by SIGTERM" in job.log
+    assert_continued(site, job, 2)
+
+
+@side_by_side
+def test_scontrol_requeue_while_running(site: Site) -> None:
+    job = site.sbatch("slurm/train.sh", *LONG)
+    job.requeue(signal.SIGTERM, "scontrol", "requeue", job.id)  # SLURM sends TERM and waits for half a minute
+    assert_continued(site, job, 1)
+
+
+@side_by_side
 def test_submitit_requeues_after_all_ranks_have_saved(site: Site) -> None:
-    command = ["launch.submit", "--nodes=2", "--partition=debug", "--time-min=30", "--follow", "--", *LONG]
-    submission = start(site, *command)
+    options = ["--nodes=2", "--partition=debug", "--time-min=30"]
+    submission = start(site, "launch.submit", *options, "--follow", "--", *LONG)
     job = submitted(site, submission)
-    frozen = job.freeze()
-    assert len(frozen) == 2
-    site.cluster.run("scancel", "--signal=USR2", job.id)
-    thaw(frozen, after=signal.SIGUSR2)
-    job.wait_restarted()
-    job.wait("COMPLETED")
+    job.requeue(signal.SIGUSR2, "scancel", "--signal=USR2", job.id)
     output = submission.communicate()[0]
     assert submission.returncode == 0, output
     assert "stopped by SIGUSR2" in output and "resumed at step" in output, "the log was not followed to its end"
-    continue_with = f"python -m launch.submit {shlex.join(command[1:4])} -- --dataset fashion-mnist"
-    assert continue_with in output
+    assert f"python -m launch.submit {shlex.join(options)} -- --dataset fashion-mnist" in output
     assert_continued(site, job, 2)
 
 
@@ -211,30 +231,26 @@ def test_submitit_requeues_after_all_ranks_have_saved(site: Site) -> None:
 def test_submitit_does_not_bring_a_cancelled_job_back(site: Site) -> None:
     submission = start(site, "launch.submit", "--follow", "--", *LONG)
     job = submitted(site, submission)
-    frozen = job.freeze()
-    site.cluster.run("scancel", job.id)
-    thaw(frozen, after=signal.SIGTERM)
+    job.interrupt(signal.SIGTERM, "scancel", job.id)
     output = submission.communicate()[0]
     assert submission.returncode != 0 and "CANCELLED" in output
-    wait_for(lambda: not job.ranks(), "the ranks to leave")
-    assert (job.state, job.show()["Restarts"]) == ("CANCELLED", "0")
-    assert list(job.run_dir.glob("checkpoints/step-*"))
+    assert_cancelled(job)
+
+
+@side_by_side
+def test_scancel_is_the_end(site: Site) -> None:
+    job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG)
+    job.interrupt(signal.SIGTERM, "scancel", job.id)
+    assert_cancelled(job)
 
 
 @side_by_side
 def test_one_killed_rank_fails_the_job_and_a_resubmission_continues(site: Site) -> None:
     job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG, "--checkpoint-every=10")
-    job.train_until(lambda: list(job.run_dir.glob("checkpoints/step-*")))
+    job.train_until_saved()
     os.kill(job.ranks()[0], signal.SIGKILL)  # which would have said how to go on
-    found = job.wait("FAILED", patience=60)
-    assert found["ExitCode"] == "137:0"
-    # What the log says to type, typed.
-    again = re.search(r"^ *sbatch (--ntasks=2 slurm/train.sh .*)$", job.log, re.MULTILINE)
-    assert again, job.log
-    second = site.sbatch(*shlex.split(again[1]))
-    second.run_dir = job.run_dir
-    second.wait("COMPLETED")
-    assert_continued(site, second, 2)
+    assert job.wait("FAILED")["ExitCode"] == "137:0"
+    assert_continued(site, typed(site, job, r"^ *(sbatch --ntasks=2 slurm/train.sh .*)$"), 2)
 
 
 @side_by_side
@@ -247,29 +263,6 @@ def test_a_rank_that_hangs_does_not_keep_a_failed_job_alive(site: Site) -> None:
 
 
 @side_by_side
-def test_term_requeues_and_fresh_is_for_the_first_start(site: Site) -> None:
-    job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG, "--fresh")
-    frozen = job.freeze()
-    site.cluster.run("scancel", "--signal=TERM", job.id)
-    thaw(frozen, after=signal.SIGTERM)
-    job.wait_restarted()
-    job.wait("COMPLETED")
-    assert "0: stopped by SIGTERM" in job.log
-    assert_continued(site, job, 2)
-
-
-@side_by_side
-def test_scontrol_requeue_while_running(site: Site) -> None:
-    job = site.sbatch("slurm/train.sh", *LONG)
-    frozen = job.freeze()
-    site.cluster.run("scontrol", "requeue", job.id)
-    thaw(frozen, after=signal.SIGTERM)  # SLURM sends TERM and waits for half a minute
-    job.wait_restarted()
-    job.wait("COMPLETED")
-    assert_continued(site, job, 1)
-
-
-@side_by_side
 def test_a_sweep_with_one_task_requeued_alone(site: Site) -> None:
     lines = site.checkout / "lines.txt"
     lines.write_text("# rates\n\n--lr 1e-3\n  --lr 1e-2 --wandb 'disabled'\n--lr 3e-3\n")
@@ -279,30 +272,25 @@ def test_a_sweep_with_one_task_requeued_alone(site: Site) -> None:
     answer = site.cluster.run("slurm/sweep.sh", "lines.txt", "--time=30", "--", *LONG, cwd=site.checkout, env=env)
     lines.write_text("--lr 7")  # too late to matter
     array = re.findall(r"batch job (\d+): 3 runs", answer)[0]
-    jobs = [Job(site.cluster, f"{array}_{number}", site.checkout) for number in (1, 2, 3)]
-    frozen = jobs[2].freeze()
+    tasks = [Job(site.cluster, f"{array}_{number}", site.checkout) for number in (1, 2, 3)]
     # One task has the array's own number: requeued by that, all of them would start again.
-    assert jobs[2].show()["JobId"] == array
-    site.cluster.run("scancel", "--signal=TERM", jobs[2].id)
-    thaw(frozen, after=signal.SIGTERM)
-    jobs[2].wait_restarted()
-    for job in jobs:
-        job.wait("COMPLETED")
-        assert result(job)["steps"] == 640
-    assert [job.show()["Restarts"] for job in jobs] == ["0", "0", "1"]
-    assert result(jobs[2])["resumed_from"] > 0
+    tasks[2].interrupt(signal.SIGTERM, "scancel", "--signal=TERM", tasks[2].id)
+    assert tasks[2].show()["JobId"] == array
+    tasks[2].wait_restarted()
+    for task in tasks:
+        task.wait("COMPLETED")
+        assert result(task)["steps"] == 640
+    assert [task.show()["Restarts"] for task in tasks] == ["0", "0", "1"]
+    assert result(tasks[2])["resumed_from"] > 0
 
     command = re.findall(r"^table  (.*)$", answer, re.MULTILINE)[0]
-    table = site.cluster.run("bash", "-c", command, cwd=site.checkout).splitlines()
-    assert table[0].split() == ["run", "test", "accuracy", "test", "loss", "steps", "lr", "state"]
-    rows = [line.split() for line in table[1:]]
-    by_accuracy = sorted(jobs, key=lambda job: -result(job)["test_accuracy"])
-    accuracies = [float(row[1].rstrip("%")) for row in rows]
-    assert accuracies == sorted(accuracies, reverse=True) and len(set(accuracies)) > 1
-    assert {row[0]: row[4] for row in rows} == {
-        job.run_dir.name: rate for job, rate in zip(jobs, ("0.001", "0.01", "0.003"), strict=True)
-    }
-    assert rows[0][1] == f"{result(by_accuracy[0])['test_accuracy']:.2%}"
+    table = site.cluster.run("bash", "-c", command, cwd=site.checkout)
+    rates = {task.run_dir.name: rate for task, rate in zip(tasks, ("0.001", "0.01", "0.003"), strict=True)}
+    best = sorted(tasks, key=lambda task: -result(task)["test_accuracy"])
+    found = [(task.run_dir.name, rates[task.run_dir.name]) for task in best]
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert [row[0] for row in rows] == [name for name, _ in found]
+    assert all(rate in row for row, (_, rate) in zip(rows, found, strict=True)), table
 
 
 @side_by_side
@@ -318,7 +306,7 @@ def test_a_line_of_a_sweep_once_more(site: Site) -> None:
     for number, expected in runs.items():
         job = Job(site.cluster, number, site.checkout)
         job.wait("COMPLETED")
-        settings = json.loads((job.run_dir / "config.json").read_text())["settings"]
+        settings = jobs.read_json(job.run_dir / "config.json")["settings"]
         kind = "own" if settings["dataset"].startswith("own-") else settings["dataset"]
         assert (kind, settings["lr"], settings["wandb_name"], result(job)["steps"]) == expected
 
@@ -326,7 +314,7 @@ def test_a_line_of_a_sweep_once_more(site: Site) -> None:
 @side_by_side
 def test_shapes(site: Site) -> None:
     """1x1, 1x2, 2x1 and 2x2: exact counts and the same result."""
-    jobs = {
+    shapes = {
         "1x1": site.sbatch("slurm/train.sh", *SHORT),
         "1x2": site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *SHORT),
         "2x1": site.sbatch("--nodes=2", "--cpus-per-task=2", "slurm/train.sh", *SHORT, "--threads=1"),
@@ -336,54 +324,39 @@ def test_shapes(site: Site) -> None:
     # srun would refuse what it hears from sbatch of the one way to ask, beside what the script says in the other.
     by_gpu = site.sbatch("--gpus-per-node=2", "--ntasks-per-gpu=1", "slurm/train.sh", *SHORT)
     losses = {}
-    for shape, job in jobs.items():
+    for shape, job in shapes.items():
         job.wait("COMPLETED")
         nodes, per_node = map(int, shape.split("x"))
         summary = result(job)
         assert (summary["finished"], summary["world_size"], summary["threads"]) == (True, nodes * per_node, 1), shape
         counts = [summary[name] for name in ("samples_seen", "train_count", "test_count", "steps")]
         assert counts == [3000, 1000, 301, 48], shape
-        metrics = map(json.loads, (job.run_dir / "metrics.jsonl").read_text().splitlines())
-        losses[shape] = [line["train/loss"] for line in metrics]
+        losses[shape] = [line["train/loss"] for line in jobs.read_metrics(job.run_dir)]
         assert losses[shape] == pytest.approx(losses["1x1"], abs=1e-4), shape
         assert job.show()["NumNodes"] == str(nodes)
         assert re.search(r"^0: ", job.log, re.MULTILINE), "lines are labelled with their rank"
     by_gpu.wait("COMPLETED")
     assert result(by_gpu)["world_size"] == 2
-    assert weights(jobs["1x2"]) == weights(jobs["2x1"])
-    assert "hint: 2 ranks share 1 CPU on each node" in jobs["2x2"].log
+    assert weights(shapes["1x2"]) == weights(shapes["2x1"])
+    assert "hint: 2 ranks share 1 CPU on each node" in shapes["2x2"].log
     # And as on a laptop.
     laptop = site.checkout / "runs" / "laptop"
     env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
     command = [sys.executable, "-m", "ddp_mnist.train", *SHORT, "--threads=1", "--output-dir", str(laptop)]
     site.cluster.run(*command, cwd=site.checkout, env=env)
-    assert (laptop / "model.safetensors").read_bytes() == weights(jobs["1x1"])
+    assert (laptop / "model.safetensors").read_bytes() == weights(shapes["1x1"])
 
 
 @side_by_side
 def test_two_jobs_on_the_same_nodes_at_once(site: Site) -> None:
-    jobs = [site.sbatch("--nodes=2", "slurm/train.sh", *LONG) for _ in range(2)]
-    frozen = [job.freeze() for job in jobs]
-    assert [job.state for job in jobs] == ["RUNNING"] * 2
-    assert [job.show()["NodeList"] for job in jobs] == ["n[0-1]"] * 2
+    both = [site.sbatch("--nodes=2", "slurm/train.sh", *LONG) for _ in range(2)]
+    frozen = [job.freeze() for job in both]
+    assert [(job.state, job.show()["NodeList"]) for job in both] == [("RUNNING", "n[0-1]")] * 2
     for pids in frozen:
         thaw(pids)
-    for job in jobs:
+    for job in both:
         job.wait("COMPLETED")
         assert weights(job) == uninterrupted(site, 2)
-
-
-@side_by_side
-def test_scancel_is_the_end(site: Site) -> None:
-    """The batch script must not requeue a job that its user has cancelled; the ranks have saved nevertheless."""
-    job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG)
-    frozen = job.freeze()
-    site.cluster.run("scancel", job.id)
-    thaw(frozen, after=signal.SIGTERM)
-    job.wait("CANCELLED")
-    wait_for(lambda: not job.ranks(), "the ranks to leave")
-    assert (job.state, job.show()["Restarts"]) == ("CANCELLED", "0")
-    assert list(job.run_dir.glob("checkpoints/step-*"))
 
 
 @side_by_side
@@ -416,23 +389,11 @@ def test_a_program_of_ones_own_is_requeued_to_its_end(site: Site) -> None:
     """MNIST is not staged: its data are its own. And with another --signal than the script's."""
     options, flags = ["--nodes=2", "--time=30", "--signal=USR2@600"], ["--epochs=40", "--log-every=5", "--no-pictures"]
     job = site.sbatch(*options, "slurm/train.sh", *flags, PROGRAM="mine.py")
-    frozen = job.freeze()
-    assert len(frozen) == 2
-    site.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # USR2@600: due at once
-    thaw(frozen, after=signal.SIGUSR2)
-    job.wait_restarted()
-    site.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
-    job.wait("COMPLETED")
+    job.requeue(signal.SIGUSR2, "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # USR2@600: due at once
     summary = result(job)
     assert (summary["finished"], summary["world_size"], summary["steps"]) == (True, 2, 40 * 32)
     assert 0 < summary["resumed_from"] < 40 * 32
-    # What the log says to type, typed.
-    again = re.search(r"^0: *(PROGRAM=mine\.py sbatch --nodes=2 slurm/train\.sh .*)$", job.log, re.MULTILINE)
-    assert again, job.log
-    answer = site.cluster.run("bash", "-c", again[1], cwd=site.checkout, env=site.cluster.env)
-    second = Job(site.cluster, answer.split()[-1], site.checkout)
-    second.wait("COMPLETED")
-    assert "is finished" in second.log
+    assert "is finished" in typed(site, job, r"^0: *(PROGRAM=mine\.py sbatch --nodes=2 slurm/train\.sh .*)$").log
 
 
 @side_by_side
@@ -451,7 +412,7 @@ def test_by_hand_inside_an_allocation(site: Site) -> None:
     assert again
     run_dir = site.checkout / again[1].partition("--output-dir ")[2].split()[0]
     allocated("bash", "-c", again[1])
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = jobs.read_json(run_dir / "summary.json")
     assert (summary["finished"], summary["world_size"], summary["resumed_from"]) == (True, 2, 5)
 
 
@@ -464,7 +425,7 @@ def test_mistakes_fail_before_any_rank_starts(site: Site) -> None:
     bare.mkdir()
     (bare / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
     (bare / "python").chmod(0o755)
-    fetch = "run `python -m ddp_mnist.data fetch` on the login node"
+    fetch = "the mnist files are not staged"
     cases = [
         (["slurm/train.sh", "--epochz", "3"], {}, "2:0", "--epochz"),
         (["--nodes=2", "slurm/train.sh", "--batch-size=63", *SHORT], {}, "2:0", "does not divide by 2 ranks"),
@@ -473,11 +434,11 @@ def test_mistakes_fail_before_any_rank_starts(site: Site) -> None:
         (["slurm/train.sh", *SHORT], {"ENV_SETUP": f"PATH={bare}:$PATH"}, "1:0", "not importable on"),
         (["slurm/train.sh", *SHORT], {"PROGRAM": "nowhere.py"}, "2:0", "PROGRAM is 'nowhere.py'"),
     ]
-    jobs = [
+    sent = [
         site.cluster.submit(*arguments, cwd=site.checkout, **({"DDP_MNIST_DATA": str(site.data)} | env))
         for arguments, env, _, _ in cases
     ]
-    for job, (_, _, code, message) in zip(jobs, cases, strict=True):
+    for job, (_, _, code, message) in zip(sent, cases, strict=True):
         assert job.wait("FAILED")["ExitCode"] == code, job.log
         assert message in job.log
         assert not re.search(r"^\d: ", job.log, re.MULTILINE), "a rank was started"
@@ -487,23 +448,14 @@ def test_mistakes_fail_before_any_rank_starts(site: Site) -> None:
 
 
 @side_by_side
-def test_submitit_passes_on_what_slurm_says(site: Site) -> None:
-    submission = start(site, "launch.submit", "--partition=nope", "--", *SHORT)
-    output = submission.communicate()[0]
-    assert submission.returncode == 1
-    plain = subprocess.run(
-        ["sbatch", "--partition=nope", "--wrap=true"], env=site.cluster.env, capture_output=True, text=True
-    )
-    assert plain.stderr.strip() and plain.stderr.strip() in output
-    assert "Traceback" not in output
-
-
-@side_by_side
-def test_submitit_on_a_node_that_cannot_import_the_package(site: Site) -> None:
-    submission = start(site, "launch.submit", "--setup=cd /", "--follow", "--", *SHORT)
-    output = submission.communicate()[0]
-    assert submission.returncode == 1
-    assert "cannot import this repository in / with" in output
+def test_submitit_passes_on_what_slurm_and_a_node_say(site: Site) -> None:
+    """A partition that is not there, and a node that cannot import the package."""
+    cases = {"--partition=nope": "invalid partition", "--setup=cd /": "cannot import this repository in / with"}
+    for option, message in cases.items():
+        submission = start(site, "launch.submit", option, "--follow", "--", *SHORT)
+        output = submission.communicate()[0]
+        assert submission.returncode == 1
+        assert message in output
 
 
 def start(site: Site, *command: str) -> subprocess.Popen[str]:

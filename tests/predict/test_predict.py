@@ -21,9 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from tutorial import TutorialCNN, read_raw
 
-from ddp_mnist import predict
 from ddp_mnist.data.mnist import class_names
-from ddp_mnist.predict import MAX_PIXELS, PictureError, main, prepare
+from ddp_mnist.predict import PictureError, main, prepare
 
 RunAt = Callable[[int], Path]
 Command = Callable[..., jobs.Ended]
@@ -50,37 +49,12 @@ def transparent(ink: Image.Image, of: str) -> Image.Image:
     return image
 
 
-def card(ink: Image.Image) -> Image.Image:
-    """Dark on a light card, whose corners are cut off."""
-    image = coloured(ink, "white", "navy")
-    image.putalpha(0)
-    whole = Image.new("L", ink.size)
-    ImageDraw.Draw(whole).rounded_rectangle((0, 0, ink.width - 1, ink.height - 1), radius=40, fill=255)
-    image.putalpha(whole)
-    return image
-
-
 def palette(ink: Image.Image) -> Image.Image:
     """Mode P, black; colour 0 of the palette is transparent."""
     image = ink.point(lambda level: level > 127).convert("P")
     image.putpalette([255, 255, 255, 0, 0, 0])
     image.info["transparency"] = 0
     return image
-
-
-def wide(ink: Image.Image, factor: int) -> Image.Image:
-    return Image.fromarray(np.asarray(ink, dtype=np.uint16) * factor)
-
-
-def noisy(ink: Image.Image) -> Image.Image:
-    paper = 220.0 - 0.7 * np.asarray(ink)
-    return Image.fromarray(np.clip(paper + np.random.default_rng(0).normal(0, 8, paper.shape), 0, 255).astype(np.uint8))
-
-
-def shaded(ink: Image.Image) -> Image.Image:
-    """A shadow falls from the left over a wide sheet, darker than half of its light."""
-    light = np.linspace(110, 255, ink.width) * np.ones((ink.height, 1))
-    return Image.fromarray((light * (1 - np.asarray(ink) / 255 * 0.95)).astype(np.uint8))
 
 
 INKS: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -93,12 +67,9 @@ INKS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "LA black": lambda ink: transparent(ink, "black").convert("LA"),
     "RGBA black": lambda ink: transparent(ink, "black"),
     "RGBA white": lambda ink: transparent(ink, "white"),
-    "RGBA card": card,
     "P": palette,
     "P without transparency": lambda ink: coloured(ink, "white", "black").convert("P"),
-    "I;16": lambda ink: wide(ink, 257),
-    "I;16 of bytes": lambda ink: wide(ink, 1),
-    "noisy": noisy,
+    "I;16": lambda ink: Image.fromarray(np.asarray(ink, dtype=np.uint16) * 257),
 }
 FILES = {"CMYK": ("jpg", "CMYK"), "JPEG": ("jpg", "RGB"), "BMP": ("bmp", "RGB"), "GIF": ("gif", "P")}
 
@@ -138,11 +109,6 @@ def assert_alike(image: np.ndarray, expected: np.ndarray, *, limit: float = 4.0)
 # --- What a picture is made into
 
 
-@pytest.mark.parametrize("digit", range(10))
-def test_a_digit_fills_the_box_and_has_its_mass_in_the_middle(save: Callable[..., Path], digit: int) -> None:
-    assert_laid_out(prepare(save(coloured(stroke(digit), 255, 0, "L")), "mnist"))
-
-
 @pytest.mark.parametrize("kind", INKS)
 @pytest.mark.parametrize("digit", [1, 5])
 def test_mode_colour_and_polarity_make_no_difference(save: Callable[..., Path], digit: int, kind: str) -> None:
@@ -162,36 +128,14 @@ def test_the_file_format_makes_no_difference(save: Callable[..., Path], kind: st
 
 
 @pytest.mark.parametrize("light", [False, True])
-@pytest.mark.parametrize("margin", [0.0, 0.05, 1.0, 3.0])
-@pytest.mark.parametrize("size", [24, 60, 300])
+@pytest.mark.parametrize("margin", [0.05, 1.0])
+@pytest.mark.parametrize("size", [24, 60, 300, 1500])
 def test_the_margin_makes_no_difference(save: Callable[..., Path], size: int, margin: float, light: bool) -> None:
-    for digit in range(10):
+    for digit in (0, 1, 4, 8):
         ink = stroke(digit, size=size, margin=margin)
         image = prepare(save(ink if light else coloured(ink, 255, 0, "L")), "mnist")
         assert_laid_out(image)
         assert_alike(image, prepare(save(stroke(digit, size=size)), "mnist"))
-
-
-@pytest.mark.parametrize("size", [400, 1000, 3000])  # of smaller ones the width may round to one pixel more or less
-def test_the_size_makes_no_difference(save: Callable[..., Path], size: int) -> None:
-    for digit in (0, 4, 8):
-        image = prepare(save(stroke(digit, size=size)), "mnist")
-        assert_laid_out(image)
-        assert_alike(image, prepare(save(stroke(digit)), "mnist"), limit=6)
-
-
-def test_a_tight_crop_whose_border_is_mostly_ink_is_not_turned_inside_out(save: Callable[..., Path]) -> None:
-    one = np.zeros((60, 30), dtype=np.uint8)
-    one[:, 20:] = one[:6, 6:] = 255
-    expected = prepare(save(Image.fromarray(np.pad(one, 30))), "mnist")
-    for image in (one, 255 - one):
-        assert_alike(prepare(save(Image.fromarray(image)), "mnist"), expected)
-
-
-def test_noise_of_the_paper_is_no_ink(save: Callable[..., Path]) -> None:
-    for digit in (0, 2, 5):
-        clean, found = (prepare(save(make(stroke(digit))), "mnist") for make in (lambda ink: ink, noisy))
-        assert found[clean == 0].mean() < 1, digit
 
 
 def test_the_margins_need_not_be_equal(save: Callable[..., Path]) -> None:
@@ -199,15 +143,6 @@ def test_the_margins_need_not_be_equal(save: Callable[..., Path]) -> None:
     sheet = Image.new("L", (900, 500))
     sheet.paste(ink, (700, 20))
     assert_alike(prepare(save(sheet), "mnist"), prepare(save(ink), "mnist"))
-
-
-@pytest.mark.slow
-def test_a_shadow_over_the_paper_is_no_ink(save: Callable[..., Path]) -> None:
-    for digit in range(10):
-        ink = stroke(digit, margin=1)
-        image = prepare(save(shaded(ink)), "mnist")
-        assert_laid_out(image)
-        assert_alike(image, prepare(save(ink), "mnist"))
 
 
 def test_a_photo_is_turned_as_its_camera_says(save: Callable[..., Path]) -> None:
@@ -224,16 +159,6 @@ def test_of_several_frames_the_first_counts(save: Callable[..., Path]) -> None:
     assert_alike(prepare(film, "mnist"), prepare(save(frames[0]), "mnist"))
 
 
-@pytest.mark.parametrize("light", [False, True])
-@pytest.mark.parametrize("times", [1, 2, 3, 10])
-def test_an_image_of_the_data_set_comes_back_exactly(save: Callable[..., Path], times: int, light: bool) -> None:
-    for digit in range(10):
-        original = prepare(save(stroke(digit)), "mnist")
-        image = original if light else 255 - original
-        enlarged = save(Image.fromarray(image.repeat(times, 0).repeat(times, 1)))
-        assert (prepare(enlarged, "mnist") == original).all()
-
-
 def test_clothing_is_neither_cropped_nor_moved(save: Callable[..., Path]) -> None:
     shoe = np.zeros((28, 28), dtype=np.uint8)
     shoe[12:20] = np.random.default_rng(0).integers(1, 256, (8, 28))
@@ -244,17 +169,6 @@ def test_clothing_is_neither_cropped_nor_moved(save: Callable[..., Path]) -> Non
     wide = save(Image.fromarray(shoe[10:22].repeat(5, 0).repeat(5, 1)))
     found = prepare(wide, "fashion-mnist")
     assert (found[8:20] == shoe[10:22]).all() and not found[:8].any() and not found[20:].any()
-
-
-@pytest.mark.parametrize("light", [False, True])
-def test_a_frame_that_shades_off_is_not_taken_for_the_paper(save: Callable[..., Path], light: bool) -> None:
-    sheet = np.zeros((28, 28), dtype=np.uint8)
-    sheet[12:20, 4:24] = 255
-    frame = np.ones((28, 28), dtype=bool)
-    frame[1:-1, 1:-1] = False
-    sheet[frame] = np.linspace(80, 255, frame.sum())  # nowhere the colour of the paper
-    picture = save(Image.fromarray(sheet if light else 255 - sheet))
-    assert (prepare(picture, "fashion-mnist") == sheet).all()
 
 
 # --- What cannot be used
@@ -273,21 +187,12 @@ def truncated_png(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def truncated_jpeg(path: Path) -> None:
-    coloured(stroke(7), "white", "black").save(path, "jpeg")
-    path.write_bytes(path.read_bytes()[:700])
-
-
 def directory(path: Path) -> None:
     path.mkdir()
 
 
 def missing(path: Path) -> None:
     pass
-
-
-def too_large(path: Path) -> None:
-    Image.new("1", (MAX_PIXELS // 8000 + 1, 8000)).save(path, "png")
 
 
 def bomb(path: Path) -> None:
@@ -303,27 +208,18 @@ def one_colour(path: Path) -> None:
     Image.new("RGB", (60, 60), "teal").save(path, "png")
 
 
-def nearly_one_colour(path: Path) -> None:
-    """An empty sheet, scanned."""
-    sheet = np.random.default_rng(0).normal(240, 2, (100, 100))
-    Image.fromarray(np.clip(sheet, 0, 255).astype(np.uint8)).save(path, "png")
-
-
 def all_transparent(path: Path) -> None:
     transparent(Image.new("L", (60, 60)), "red").save(path, "png")
 
 
 BAD: dict[Callable[[Path], None], str] = {
     text_file: "is not a picture in one of the formats PNG, JPEG, BMP",
-    empty_file: "is empty",
+    empty_file: "is not a picture",
     truncated_png: "cannot be read",
-    truncated_jpeg: "cannot be read",
-    directory: "is a directory",
-    missing: "does not exist",
-    too_large: "has more than 64,000,000 pixels",
-    bomb: "has more than 64,000,000 pixels",
+    directory: "cannot be read: Is a directory",
+    missing: "cannot be read: No such file or directory",
+    bomb: "pixels, the limit",
     one_colour: "is of one colour",
-    nearly_one_colour: "is of one colour",
     all_transparent: "is of one colour",
 }
 
@@ -353,22 +249,6 @@ def test_whatever_a_damaged_file_holds_is_told_or_prepared(tmp_path: Path) -> No
                 assert prepare(path, "mnist").shape == (28, 28)
             except PictureError as error:
                 assert str(path) in str(error)
-
-
-@pytest.mark.slow
-def test_whatever_the_pixels_are_they_are_told_or_prepared(save: Callable[..., Path]) -> None:
-    generator = np.random.default_rng(0)
-    for attempt in range(300):
-        height, width = generator.integers(1, (4, 12, 40)[attempt % 3], 2)
-        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        if attempt % 2:
-            pixels = (pixels // 128 * 127).astype(np.uint8)
-        for dataset in ("mnist", "fashion-mnist"):
-            try:
-                image = prepare(save(Image.fromarray(pixels)), dataset)
-            except PictureError:
-                continue
-            assert image.shape == (28, 28) and image.max() == 255
 
 
 # --- python -m ddp_mnist.predict RUN_DIR IMAGE...
@@ -478,7 +358,7 @@ assert not {{"torch", "accelerate", "wandb"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], env=jobs.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == f"error: {tmp_path / 'missing.png'} does not exist; expected a picture.\n"
+    assert done.stderr == f"error: {tmp_path / 'missing.png'} cannot be read: No such file or directory.\n"
 
 
 # --- On the real MNIST
@@ -493,15 +373,9 @@ def mnist_run(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def labels(command: Command, run_dir: Path, pictures: list[Path]) -> list[int]:
-    ended = command(run_dir, *pictures, "--json")
-    assert ended.code == 0
-    return [item["label"] for item in json.loads(ended.out)]
-
-
 @pytest.mark.mnist
 @pytest.mark.parametrize("resample", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
-def test_test_images_saved_at_any_size_keep_their_label(
+def test_test_images_resized_inverted_and_padded_keep_their_label(
     command: Command, mnist_run: Path, mnist: Path, save: Callable[..., Path], resample: Image.Resampling
 ) -> None:
     images, _ = read_raw(mnist / "MNIST" / "raw", "t10k")
@@ -512,27 +386,19 @@ def test_test_images_saved_at_any_size_keep_their_label(
     generator = random.Random(0)
     pictures = []
     for row, image in enumerate(images[:100, 0].mul(255).to(torch.uint8).numpy()):
-        size = generator.randint(28, 280)
-        picture = Image.fromarray(255 - image if row % 2 else image).resize((size, size), resample)
-        pictures.append(save(picture, f"{row}.png"))
-    found = labels(command, mnist_run, pictures)
+        ground, size = 255 * (row % 2), generator.randint(28, 280)
+        sheet = Image.new("L", (size + generator.randint(0, size), size + generator.randint(0, size)), ground)
+        digit = Image.fromarray(255 - image if row % 2 else image).resize((size, size), resample)
+        sheet.paste(digit, (generator.randint(0, sheet.width - size), generator.randint(0, sheet.height - size)))
+        pictures.append(save(sheet, f"{row}.png"))
+    ended = command(mnist_run, *pictures, "--json")
+    assert ended.code == 0
+    found = [item["label"] for item in json.loads(ended.out)]
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 97
-
-
-@pytest.mark.mnist
-def test_drawn_digits_are_recognised(command: Command, mnist_run: Path, save: Callable[..., Path]) -> None:
-    pictures = []
-    for digit in (0, 2, 3, 4, 5, 8):  # of pillow's font, whose 1, 6, 7 and 9 are not as they are written
-        for name, make in {**INKS, "shaded": shaded}.items():
-            ink = stroke(digit, margin=1 if name == "shaded" else 0.3)
-            pictures.append(save(make(ink), f"{digit}-{name}.png"))
-    found = labels(command, mnist_run, pictures)
-    right = sum(int(picture.name[0]) == label for picture, label in zip(pictures, found, strict=True))
-    assert right >= 0.95 * len(pictures)
 
 
 def test_help_says_what_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        predict.main(["--help"])
+        main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "one digit, upright" in text and f"{MAX_PIXELS:,} pixels" in text and "For a run on fashion" in text
+    assert "one digit, upright" in text and "For a run on fashion" in text

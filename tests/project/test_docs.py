@@ -68,7 +68,7 @@ SWEEP = "tests/launch/test_slurm.py::test_a_sweep_with_one_task_requeued_alone"
 OWN = "tests/launch/test_slurm.py::test_a_program_of_ones_own_is_requeued_to_its_end"
 AGAIN = "tests/launch/test_slurm.py::test_a_line_of_a_sweep_once_more"
 SUBMIT = "tests/launch/test_launch.py::test_the_batch_script_is_the_pinned_one"
-BENCH = "tests/test_benchmarks.py"
+BENCH = "tests/project/test_benchmarks.py"
 
 COMMANDS: dict[str, Here | By | Not] = {
     # make, and what leads to it
@@ -77,14 +77,17 @@ COMMANDS: dict[str, Here | By | Not] = {
         TRAINED, ('ARGS="', 'ARGS="FLAGS --fresh ')
     ),
     "make install": by(".ci/run", "make check"),  # which needs it
-    "make install PYTHON=python3.11": by(".ci/run", "make check"),
     "make install check": by(".ci/run", "make check"),
     "make test": by(".ci/run", "make test"),
     "make check": by(".ci/run", "make check"),
     "make fast": by(".ci/run", "make fast"),
     "make coverage faults": by(".ci/run", "make coverage", "make faults"),
     "make test PYTEST_ARGS=tests/data/test_data.py": by(".ci/run", "make test PYTEST_ARGS=tests/data/test_data.py"),
-    "make bench": by(BENCH, "benchmarks/run.py"),
+    "make bench": by(BENCH, "benchmarks"),
+    'make bench ARGS="--quick"': by(BENCH, "--quick"),
+    'make bench ARGS="--rows step,ranks --json benchmarks/results"': by(BENCH, "--rows", "--json"),
+    "python benchmarks/run.py": by(BENCH, "benchmarks"),
+    "make gpu BIN=/path/to/env/bin": Not("it takes a GPU; each of its parts is run elsewhere"),
     "source .venv/bin/activate": here(""),
     "export DDP_MNIST_DATA=/scratch/data": here(""),
     "pip install .": by(
@@ -100,7 +103,6 @@ COMMANDS: dict[str, Here | By | Not] = {
     "python -m ddp_mnist.train": here(TRAINED, TINY),
     "python -m ddp_mnist.train --help": here("--batch-size"),
     "torchrun --nproc-per-node 2 -m ddp_mnist.train": here(TRAINED, TINY),
-    "accelerate launch -m ddp_mnist.train": here(TRAINED, TINY, PORT),
     "accelerate launch --config_file launch/cpu.yaml -m ddp_mnist.train": here(TRAINED, TINY, PORT),
     "accelerate launch --multi_gpu --num_processes 4 -m ddp_mnist.train": here(TRAINED, TINY, PORT),
     "accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank 0 --main_process_ip 10.0.0.1 "
@@ -115,7 +117,6 @@ COMMANDS: dict[str, Here | By | Not] = {
     "torchrun --nproc-per-node 2 mine.py": here("wrote runs/mine"),
     "accelerate launch": Not(A_NAME),
     "accelerate launch --config_file": Not(A_NAME),
-    "python -m": Not(A_NAME),
     # data
     "python -m ddp_mnist.data fetch": here("ok ", DIGITS),
     "python -m ddp_mnist.data verify": here("ok ", CHECK),
@@ -165,10 +166,10 @@ COMMANDS: dict[str, Here | By | Not] = {
     "tail -f slurm-<job>.out": by(SETS_UP, '"tail", "-f", job.log_path.name'),
     "scontrol show job <job>": by("tests/support/slurm_cluster.py::Job", '"scontrol"', '"show", "job"'),
     "scontrol requeue <job>": by(
-        "tests/launch/test_slurm.py::test_scontrol_requeue_while_running", '"scontrol", "requeue", job.id'
+        "tests/launch/test_slurm.py::test_scontrol_requeue_while_running", '"scontrol requeue {}"'
     ),
     "scancel --signal=TERM <job>": by(SETS_UP, '"scancel", "--signal=TERM", job.id'),
-    "scancel <job>": by("tests/launch/test_slurm.py::test_scancel_is_the_end", '"scancel", job.id'),
+    "scancel <job>": by("tests/launch/test_slurm.py::test_scancel_is_the_end", '"scancel {}"'),
     "export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=me": here(""),
     "export GLOO_SOCKET_IFNAME=... NCCL_SOCKET_IFNAME=...": here(
         TRAINED,
@@ -180,7 +181,6 @@ COMMANDS: dict[str, Here | By | Not] = {
     "sbatch --array=2 --gpus-per-node=1 slurm/sweep.sh rates.txt -- --epochs 3": by(
         AGAIN, 'site.sbatch("--array=2", "slurm/sweep.sh"', '"--"'
     ),
-    "python -m launch.submit": by(SUBMIT, "launch.submit"),
     "python -m launch.submit --help": here("--sbatch"),
     "python -m launch.submit --sbatch NAME=VALUE": by(SUBMIT, "launch.submit", "--sbatch=constraint=a100"),
     "python -m launch.submit --nodes 2 --gpus-per-node 8 --cpus-per-task 4 --partition gpu --follow "
@@ -368,7 +368,7 @@ def test_the_python_in_watching_md_loads_a_trained_model(checkout: Callable[...,
 PROGRAMS = {
     **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("train", "data", "report", "evaluate")},
     **{f"ddp_mnist.{name}": ("-m", f"ddp_mnist.{name}") for name in ("predict", "doctor")},
-    **{f"launch.{name}": ("-m", f"launch.{name}") for name in ("submit", "check", "table")},
+    **{f"launch.{name}": ("-m", f"launch.{name}") for name in ("submit", "check")},
     "benchmarks/run.py": ("benchmarks/run.py",),
 }
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
@@ -464,7 +464,7 @@ def test_each_claim_names_the_test_that_proves_it() -> None:
     claims = documents.rows(documents.section(README, "Why you can trust it"))
     assert len(claims) > 5
     for claim, proof in claims:
-        tests = re.findall(r"`(tests/test_\w+\.py)(?:::(test_\w+))?`", proof)
+        tests = re.findall(r"`(tests/\w+/test_\w+\.py)(?:::(test_\w+))?`", proof)
         assert tests, claim
         for file, test in tests:
             assert not test or test in top_level(ROOT / file), f"{file} has no {test}"

@@ -51,7 +51,10 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
         names = {name for name in archive.namelist() if not name.endswith("/")}
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "ddp_mnist").rglob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == ours | {"ddp_mnist/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == ours | {
+        "ddp_mnist/py.typed",
+        "ddp_mnist/report/page.html.j2",
+    }
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     said = email.message_from_string(metadata)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -19,8 +19,8 @@ from ddp_mnist.config import TrainConfig
 from ddp_mnist.data.batches import Batch
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.model import CNN
-from ddp_mnist.network import build_network
 from ddp_mnist.optimizer import save_state
+from ddp_mnist.program import Program
 from ddp_mnist.run import checkpoint, saver
 from ddp_mnist.run import directory as rundir
 from ddp_mnist.run.checkpoint import Checkpoints, Snapshot, TrainState, weights
@@ -82,7 +82,7 @@ def test_a_step_restored_from_its_snapshot_is_the_same_step(
     scaler = torch.amp.GradScaler("cpu", growth_interval=2, enabled=precision == "fp16")
 
     def step_of(found: Snapshot | None) -> TrainStep:
-        step = TrainStep(config, context, build_network(config, context, None, found))
+        step = TrainStep(config, context, Program().build_network(config, context, found))
         if found is not None:
             restore(step, found)
         return step

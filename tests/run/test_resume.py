@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from ddp_mnist import trainer
 from ddp_mnist.config import RESUME_FIELDS, TrainConfig
 from ddp_mnist.data import sources
-from ddp_mnist.errors import UsageError
 from ddp_mnist.model import CNN
-from ddp_mnist.run.resume import Program, check_identity, continue_command
+from ddp_mnist.program import Program
+from ddp_mnist.run.resume import continue_command
 from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
@@ -154,14 +154,6 @@ def test_another_run_in_its_place_is_refused_by_field_and_values(train: Train, s
         assert f"this command says {now}" in message or name == "init_from", message
         assert now in message and str(stopped) in message and "--fresh" in message, message
         assert everything(stopped) == before
-
-
-def test_a_run_that_is_older_than_a_setting_had_its_default(tmp_path: Path) -> None:
-    config = TrainConfig(output_dir=tmp_path)
-    older = {name: value for name, value in config.to_dict().items() if name != "beta2"}
-    check_identity(older, config)
-    with pytest.raises(UsageError, match=r"holds a run with --beta2 0\.999; this command says 0\.98"):
-        check_identity(older, config.replace(beta2=0.98))
 
 
 def test_a_run_from_given_weights_is_not_continued_without_them(train: Train, tmp_path: Path, expected: Path) -> None:

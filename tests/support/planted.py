@@ -37,13 +37,13 @@ class Fault:
 FAULTS = (
     Fault(
         "scoring goes past hooks",
-        "logits = net(to_float(images.clone()))",
-        "logits = type(net).forward(net, to_float(images.clone()))",
+        "logits = network(to_float(images.clone()))",
+        "logits = type(network).forward(network, to_float(images.clone()))",
         ("tests/training/test_evaluate.py::test_a_run_scores_the_module_that_it_trains[with_a_pre_hook-no]",),
     ),
     Fault(
         "scoring is autocast",
-        "accelerator.prepare(_Wrapper(network), device_placement=[False])",
+        "accelerator.prepare(AutocastWrapper(network), device_placement=[False])",
         "accelerator.prepare(network, device_placement=[False])",
         ("tests/training/test_evaluate.py::test_a_run_scores_the_module_that_it_trains[with_a_pre_hook-bf16]",),
     ),
@@ -61,8 +61,8 @@ FAULTS = (
     ),
     Fault(
         "scoring writes over the data",
-        "logits = net(to_float(images.clone()))",
-        "logits = net(to_float(images))",
+        "logits = network(to_float(images.clone()))",
+        "logits = network(to_float(images))",
         ("tests/training/test_evaluate.py::test_a_network_that_writes_over_its_input_changes_no_data",),
     ),
     Fault(
@@ -117,8 +117,8 @@ FAULTS = (
     ),
     Fault(
         "a checkpoint is not flushed to the disk",
-        "file.write(content)\n                    file.flush()\n                    os.fsync(file.fileno())",
-        "file.write(content)",
+        "directory.write_synced(temporary / name, content)",
+        "(temporary / name).write_bytes(content)",
         ("tests/run/test_checkpoint.py::test_everything_is_on_the_disk_before_its_name_and_old_ones_go_after_it",),
     ),
     Fault(
@@ -141,8 +141,8 @@ FAULTS = (
     ),
     Fault(
         "a failure of wandb is not caught",
-        "self._tell(self._child, options)\n        except OSError as error:",
-        "self._tell(self._child, options)\n        except ZeroDivisionError as error:",
+        "self._process = self._start()\n        except OSError as error:",
+        "self._process = self._start()\n        except ZeroDivisionError as error:",
         (
             "tests/wandb_mirror/test_mirror.py::test_a_run_directory_without_room_for_the_mirror_is_trained_in[a file in the way]",
         ),
@@ -188,7 +188,7 @@ FAULTS = (
     ),
     Fault(
         "each rank scores with buffers of its own",
-        "context.broadcast_tensors(net.buffers())",
+        "context.broadcast_tensors(network.buffers())",
         "pass",
         ("tests/training/test_own.py::test_all_ranks_score_with_rank_0s_buffers",),
     ),

@@ -32,7 +32,7 @@ from ddp_mnist.distributed.launcher import hard_exit
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import evaluate
 from ddp_mnist.model import CNN
-from ddp_mnist.network import build_network
+from ddp_mnist.program import Program
 from ddp_mnist.step import TrainStep
 
 BATCH = 24
@@ -70,7 +70,7 @@ def drawing_network() -> nn.Module:
 def make_step(context: Context, model: Callable[[], nn.Module] | None = None, **settings: Any) -> TrainStep:
     settings = {"mixed_precision": context.accelerator.mixed_precision, **settings}
     config = TrainConfig(batch_size=BATCH, threads=1, **settings)
-    return TrainStep(config, context, build_network(config, context, model, None))
+    return TrainStep(config, context, Program(model).build_network(config, context, None))
 
 
 def make_batches(context: Context, images: Tensor, labels: Tensor, name: str) -> Batches:

@@ -26,6 +26,8 @@ from jobs import is_launch_variable
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 REAPER = Path(__file__).with_name("reaper.py")
+PROGRAMS = {b"ddp_mnist.train", b"mine.py", b"submitit.core._submit"}
+GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 PATIENCE = 120.0
 """Seconds: a bound against hangs, never a measure. Idle machines need 5, crowded ones many more."""
 
@@ -78,20 +80,20 @@ GRES = "NodeName=n[0-1] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\
 
 
 def missing() -> str:
-    """Why SLURM cannot be started here; empty if it can."""
+    """Return why SLURM cannot be started here; empty if it can."""
     absent = [tool for tool in TOOLS if shutil.which(tool, path=_path()) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: apt-get install slurm-wlm munge)"
     return "" if os.getuid() == 0 else "slurmd has to be started by root"
 
 
-def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE, interval: float = 0.2) -> Any:
-    """The first true value of `condition()`."""
+def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Return the first true value of `condition()`."""
     deadline = time.monotonic() + patience
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {patience:.0f} s for {what}")
-        time.sleep(interval)
+        time.sleep(0.2)
     return value
 
 
@@ -163,13 +165,13 @@ class Cluster:
         self._start(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """slurmd and everything under it, at once."""
+        """Kill slurmd and everything under it, at once."""
         daemon = self.daemons.pop(name)
         daemon.send_signal(signal.SIGUSR1)
         daemon.wait()
 
     def run(self, *command: str, **options: Any) -> str:
-        """Output of a client command."""
+        """Return the output of a client command."""
         options = {"env": self.env, "check": True, "text": True, "timeout": PATIENCE} | options
         try:
             return subprocess.run(command, capture_output=True, **options).stdout
@@ -178,7 +180,7 @@ class Cluster:
             raise
 
     def submit(self, *arguments: str, cwd: Path, **env: str) -> Job:
-        """`sbatch` in a checkout."""
+        """Run `sbatch` in a checkout."""
         answer = self.run("sbatch", *arguments, cwd=cwd, env=self.env | env)
         found = re.search(r"Submitted batch job (\d+)", answer)
         assert found, answer
@@ -217,7 +219,7 @@ class Job:
         self.log_path = cwd / f"slurm-{id}.out"
 
     def show(self) -> dict[str, str]:
-        """What `scontrol show job` says, field by field."""
+        """Return what `scontrol show job` says, field by field."""
         text = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
         return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0]))
 
@@ -229,79 +231,69 @@ class Job:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def wait(self, *states: str, patience: float = 300) -> dict[str, str]:
-        """Until the job is in one of these states."""
-        unhappy = {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "COMPLETED"}
+    def until(self, condition: Callable[[dict[str, str]], Any], what: str) -> dict[str, str]:
+        """Wait while the job goes on, and return what SLURM says of it when the condition holds."""
 
         def look() -> dict[str, str] | None:
             found = self.show()
-            if found["JobState"] in states:
+            if condition(found):
                 return found
-            if found["JobState"] in unhappy:
-                raise AssertionError(f"job {self.id} is {found['JobState']}, not {states}:\n{self.log}")
+            assert found["JobState"] in GOES_ON, f"job {self.id} is {found['JobState']}, not {what}:\n{self.log}"
             return None
 
         try:
-            return wait_for(look, f"job {self.id} to be {' or '.join(states)}", patience)
+            return wait_for(look, f"job {self.id} to be {what}", 300)
         except TimeoutError as error:
             error.add_note(f"{self.show()}\n{self.log}\n{self.cluster.logs()}")
             raise
 
-    def wait_restarted(self, times: int = 1) -> None:
-        def look() -> bool:
-            found = self.show()
-            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
-                f"job {self.id} is {found['JobState']}:\n{self.log}"
-            )
-            return int(found["Restarts"]) >= times
+    def wait(self, state: str) -> dict[str, str]:
+        return self.until(lambda found: found["JobState"] == state, state)
 
-        try:
-            wait_for(look, f"restart {times} of job {self.id}", 300)
-        except TimeoutError as error:
-            error.add_note(f"{self.show()}\n{self.log}\n{self.cluster.logs()}")
-            raise
+    def wait_restarted(self) -> None:
+        self.until(lambda found: int(found["Restarts"]) >= 1, "restarted")
+
+    def train_until_saved(self) -> None:
+        self.until(lambda _: list(self.run_dir.glob("checkpoints/step-*")), "training")
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that are running on this machine, by rank."""
+        """Return the process ids of the ranks that are running on this machine, by rank."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if not {b"ddp_mnist.train", b"mine.py", b"submitit.core._submit"} & set(words) or words[0].endswith(
-                    b"srun"
-                ):
+                if not PROGRAMS & set(words) or words[0].endswith(b"srun"):
                     continue
-                env = dict(
-                    pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair
-                )
-                array = [env.get(name, b"").decode() for name in (b"SLURM_ARRAY_JOB_ID", b"SLURM_ARRAY_TASK_ID")]
-                mine = self.id == ("_".join(array) if array[0] else env.get(b"SLURM_JOB_ID", b"").decode())
-                if mine and env.get(b"SLURM_CONF", b"").decode() == self.cluster.env["SLURM_CONF"]:
-                    found[int(env[b"SLURM_PROCID"])] = int(entry.name)
+                pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+                array = [env.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")]
+                mine = self.id == ("_".join(array) if array[0] else env.get("SLURM_JOB_ID"))
+                if mine and env.get("SLURM_CONF") == self.cluster.env["SLURM_CONF"]:
+                    found[int(env["SLURM_PROCID"])] = int(entry.name)
         return [found[rank] for rank in sorted(found)]
-
-    def train_until(self, condition: Callable[[], Any]) -> None:
-        """Wait for `condition()` while the job trains."""
-
-        def look() -> bool:
-            if condition():
-                return True
-            assert self.state in ("PENDING", "RUNNING", "CONFIGURING"), f"job {self.id} is {self.state}:\n{self.log}"
-            return False
-
-        wait_for(look, f"job {self.id} to train", 300)
 
     def freeze(self) -> list[int]:
         """Stop all ranks in the middle of training, so that what comes next does not race with its end."""
-        self.train_until(lambda: (self.run_dir / "metrics.jsonl").exists() and self._lines())
+        metrics = self.run_dir / "metrics.jsonl"
+        self.until(lambda _: metrics.exists() and metrics.read_text(), "training")
         pids = self.ranks()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         assert pids and not (self.run_dir / "summary.json").exists(), "the run is too short for this test"
         return pids
 
-    def _lines(self) -> int:
-        return len((self.run_dir / "metrics.jsonl").read_text().splitlines())
+    def interrupt(self, arrives: signal.Signals, *command: str) -> None:
+        """Run a command while the ranks are frozen, and thaw them when its signal has reached them all."""
+        frozen = self.freeze()
+        self.cluster.run(*command)
+        thaw(frozen, after=arrives)
+
+    def requeue(self, arrives: signal.Signals, *command: str) -> None:
+        """Interrupt the job by a command that makes it requeue itself, and wait until it is completed."""
+        self.interrupt(arrives, *command)
+        self.wait_restarted()
+        self.cluster.run("scontrol", "update", f"JobId={self.id}", "TimeLimit=60")
+        self.wait("COMPLETED")
 
 
 def thaw(pids: list[int], *, after: signal.Signals | None = None) -> None:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ddp_mnist import TrainConfig, cuda_graph
-from ddp_mnist.cuda_graph import CUDAGraph
+from ddp_mnist.cuda_graph import CUDAGraph, can_capture
 from ddp_mnist.data.batches import Batch, Batches, Split
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.errors import JobError
-from ddp_mnist.network import build_network
 from ddp_mnist.optimizer import save_state
+from ddp_mnist.program import Program
 from ddp_mnist.run.checkpoint import Snapshot, TrainState, weights
 from ddp_mnist.run.saver import restore
-from ddp_mnist.step import TrainStep, can_capture
+from ddp_mnist.step import TrainStep
 
 RATE = 2**-10  # exact in fp32, as which a graph reads it
 CONFIG = TrainConfig(threads=1, wandb="disabled", mixed_precision="no")
@@ -90,7 +90,7 @@ def make_step(
     model: Callable[[], nn.Module] | None = None,
     snapshot: Snapshot | None = None,
 ) -> TrainStep:
-    step = TrainStep(config, context, build_network(config, context, model, snapshot), capture=capture)
+    step = TrainStep(config, context, Program(model).build_network(config, context, snapshot), capture=capture)
     if snapshot is not None:
         restore(step, snapshot)
     step.warm_up(batches)
@@ -154,7 +154,7 @@ def test_a_capture_changes_nothing(batches: Batches, trained: bool) -> None:
             plain = make_step(context, batches, capture=False, model=Restless)
             take(plain, three_epochs(batches)[:3])
             snapshot = snapshot_of(plain)
-        network = build_network(CONFIG, context, Restless, snapshot)
+        network = Program(Restless).build_network(CONFIG, context, snapshot)
         step = TrainStep(CONFIG, context, network, capture=True)
         if snapshot is not None:
             restore(step, snapshot)

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddp_mnist import TrainConfig
+from ddp_mnist.cuda_graph import can_capture
 from ddp_mnist.data.batches import Batch, Batches, Split
 from ddp_mnist.data.sources import load
 from ddp_mnist.distributed.context import Context
-from ddp_mnist.network import build_network
 from ddp_mnist.optimizer import save_state
+from ddp_mnist.program import Program
 from ddp_mnist.run.checkpoint import weights
-from ddp_mnist.step import TrainStep, can_capture
+from ddp_mnist.step import TrainStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -124,7 +125,7 @@ def test_fifty_captured_steps_are_the_plain_ones(tiny: Path) -> None:
             assert context.device.type == "cuda"
             train, _ = load(config.dataset, config.data_dir)
             batches = Batches(train.to(context.device), batch_size=60, rank=0, world_size=1, seed=0)
-            step = TrainStep(config, context, build_network(config, context, None, None), capture=captured)
+            step = TrainStep(config, context, Program().build_network(config, context, None), capture=captured)
             before = weights(step.network)
             step.warm_up(batches)
             assert all(torch.equal(value, before[name]) for name, value in weights(step.network).items())

@@ -21,9 +21,8 @@ from torch.utils.data import TensorDataset
 from ddp_mnist import Result, TrainConfig, fit, optimizer, train
 from ddp_mnist.distributed import context
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.report.runs import read_run
 from ddp_mnist.run.checkpoint import open_saved
-from ddp_mnist.run.provenance import without_secrets
+from ddp_mnist.run.summary import without_secrets
 
 README = Path(__file__).parents[2] / "README.md"
 STEPS = 3 * 32
@@ -160,6 +159,7 @@ from ddp_mnist.distributed.launcher import hard_exit
 
 Accelerator = context.Accelerator
 def failing(**_):
+    torch.distributed.barrier()  # both are there: a group that only one has made cannot be made again
     raise RuntimeError("no such device")
 errors = []
 for number in range(30):
@@ -325,7 +325,7 @@ def test_a_continued_run_goes_on_with_fp16s_scale(
 
 
 def test_a_run_is_drawn_over_epochs_of_its_own_size_from_its_first_line(fit_here: Callable[..., Result]) -> None:
-    assert read_run(fit_here(max_steps=2).run_dir).steps_per_epoch == 6
+    assert jobs.read_json(fit_here(max_steps=2).run_dir / "config.json")["steps_per_epoch"] == 6
 
 
 def test_buffers_go_on_where_they_were(fit_here: Callable[..., Result]) -> None:

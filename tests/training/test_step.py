@@ -25,7 +25,7 @@ from ddp_mnist import CNN, TrainConfig, fit
 from ddp_mnist.data.batches import Batch, Batches, Split
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.evaluate import evaluate
-from ddp_mnist.network import build_network
+from ddp_mnist.program import Program
 from ddp_mnist.step import TrainStep
 
 CONFIG = TrainConfig(threads=1, wandb="disabled", mixed_precision="no")
@@ -52,7 +52,7 @@ def batches(split: Split) -> list[Batch]:
 
 
 def make_step(context: Context, config: TrainConfig = CONFIG, **options: Any) -> TrainStep:
-    return TrainStep(config, context, build_network(config, context, None, None), **options)
+    return TrainStep(config, context, Program().build_network(config, context, None), **options)
 
 
 def state_of(step: TrainStep) -> dict[str, Tensor]:

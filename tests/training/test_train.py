@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
+import gzip
 import json
 import math
 import os
@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +37,7 @@ from ddp_mnist.distributed.launcher import install_excepthook
 from ddp_mnist.errors import JobError
 from ddp_mnist.report import page as report
 from ddp_mnist.run import directory as rundir
-from ddp_mnist.run import provenance
+from ddp_mnist.run import summary as provenance
 from ddp_mnist.run.checkpoint import Checkpoints, TrainState
 from ddp_mnist.run.metrics import Metrics, MetricsFile
 from ddp_mnist.run.saver import SaveClock
@@ -642,7 +643,7 @@ IMAGES = "train-images-idx3-ubyte"
 
 
 def damaged(tmp_path: Path, kind: str) -> tuple[str, str]:
-    """A data set whose training images are bad and have no .gz; returns (--data-dir, words of the message)."""
+    """A data set whose training images are bad and have no good .gz; returns (--data-dir, words of the message)."""
     folder = write_digits(tmp_path / "data", 100, 50)
     path = folder / IMAGES
     content = path.read_bytes()
@@ -653,11 +654,10 @@ def damaged(tmp_path: Path, kind: str) -> tuple[str, str]:
         path.write_bytes(b"\0\0\x08\x01" + content[4:])
         return str(tmp_path / "data"), "magic number 2049, expected 2051"
     if kind == "hash":
-        expected = hashlib.md5(content).hexdigest()
-        (folder / "MD5SUMS").write_text(f"{expected}  {IMAGES}\n")
+        (folder / f"{IMAGES}.gz").write_bytes(gzip.compress(content))  # not torchvision's, but it holds a CRC
         changed = content[:-1] + bytes([content[-1] ^ 1])
         path.write_bytes(changed)
-        return str(tmp_path / "data"), f"MD5 {hashlib.md5(changed).hexdigest()}, expected {expected}"
+        return str(tmp_path / "data"), f"CRC {zlib.crc32(changed):08x}, expected {zlib.crc32(content):08x}"
     shutil.rmtree(folder)
     return str(tmp_path / "data"), "missing"
 
@@ -720,7 +720,7 @@ def test_a_rank_that_is_lost_before_anything_is_built_leaves_a_summary(
     def load(*_: object) -> None:
         raise RuntimeError(GLOO)
 
-    monkeypatch.setattr("ddp_mnist.trainer.load", load)
+    monkeypatch.setattr("ddp_mnist.program.load", load)
     message = jobs.the_message([train("--output-dir", tmp_path)], 1)
     assert "lost contact with another rank" in message and "(Connection closed by peer" in message
     summary = jobs.read_json(tmp_path / "summary.json")
@@ -834,6 +834,19 @@ def test_a_checkpoint_comes_with_all_lines_up_to_its_step(
     for step, checkpoint in [(10, "step-00000010"), (10, "step-00000013")]:
         state = jobs.read_json(tmp_path / "checkpoints" / checkpoint / "state.json")
         assert json.loads(written[: state["metrics_bytes"]].splitlines()[-1])["step"] == step
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpoint-every", "13"]], ids=["clock", "steps"])
+def test_an_epoch_is_saved_after_its_score(
+    train: Train, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint between its last step and its score could not be continued."""
+    monkeypatch.setattr(SaveClock, "SECONDS", 0.0)
+    assert train("--log-every", 13, *more, "--output-dir", tmp_path).code == 0
+    state = jobs.read_json(tmp_path / "checkpoints" / f"step-{STEPS:08d}" / "state.json")["state"]
+    assert (state["epoch"], state["step_in_epoch"]) == (EPOCHS, 0)
+    ended = train("--log-every", 13, *more, "--output-dir", tmp_path)
+    assert ended.code == 0 and "Nothing to do" in ended.out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,226 @@
+"""Measure the job against the tutorial, Accelerate's example and a published fast recipe, in turn on one machine.
+
+It prints a Markdown table. README.md beside it says what each row means.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import report
+from report import line
+
+from ddp_mnist.config import default_data_dir
+from ddp_mnist.data import mnist
+from ddp_mnist.data.sources import load, resolve
+from ddp_mnist.errors import JobError
+
+HERE, TUTORIAL = Path(__file__).resolve().parent, "the tutorial's loop"
+Lines = list[dict[str, Any]]
+# How much is measured: images of the training set, steps of a turn, turns of what takes seconds and of what takes a
+# minute, epochs of a whole command. A setup has these, `dataset`, `data_dir`, a `scratch` folder, a row's `stack`.
+FULL = {"images": 60_000, "steps": 300, "turns": 10, "slow_turns": 2, "epochs": 5}
+QUICK = {"images": 6_000, "steps": 50, "turns": 2, "slow_turns": 1, "epochs": 1}
+
+
+class Worker:
+    """Processes of `worker.py` for one side, until its row ends. `number`: threads, 0: all; or runs of `overhead`."""
+
+    def __init__(self, setup: Any, side: str, number: int = 0, ranks: int = 0) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+        words = [str(HERE / "worker.py"), side, setup.dataset, str(setup.data_dir), str(number)]
+        # Ranks are compared on the CPU, also where there is a GPU, which two of them could only share.
+        variables = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if ranks else {})
+        self.side, self.errors = side, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
+        options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
+        options |= {"env": variables, "cwd": setup.scratch, "start_new_session": True}  # Ctrl-C is not for them
+        self.process: Any = subprocess.Popen([sys.executable, *launcher, *words], **options)
+
+        setup.stack.callback(self.close)
+
+    def close(self) -> None:
+        self.process.terminate()
+        with suppress(BrokenPipeError), self.process, self.errors:
+            self.process.wait()
+
+    def ask(self, seed: int | None = None, **request: Any) -> dict[str, Any]:
+        """Let it take a turn, as `worker.take_turn` says, and return the figures. Raises: RuntimeError, it failed."""
+        with suppress(BrokenPipeError):
+            print(json.dumps({"seed": seed, **request}), file=self.process.stdin, flush=True)
+        if text := self.process.stdout.readline():
+            return json.loads(text)
+        self.errors.seek(0)
+        said = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*[Ee]rror: .+)", self.errors.read(), re.MULTILINE)
+        raise RuntimeError(f"{self.side} failed: {said[-1] if said else 'it said nothing'}")
+
+    def speed(self, steps: int, seed: int, **settings: Any) -> float:
+        """Return the images/s of so many steps of a new network, after a few that are not timed."""
+        self.ask(seed, limit=5, settings=settings)
+        found = self.ask(limit=steps)
+        return found["images"] / found["seconds"]
+
+
+def start(*workers: Worker) -> tuple[Worker, ...]:
+    """Wait until all are ready and have taken their first steps, which choose kernels."""
+    for worker in workers:
+        worker.ask(0, limit=5)
+    return workers
+
+
+def in_turn(turns: int, *actions: Callable[[int], Any]) -> list[list[Any]]:
+    """Call each action so often, with the number of the turn; another one begins each turn."""
+    found: list[list[Any]] = [[] for _ in actions]
+    for turn in range(turns):
+        for place in range(turn, turn + len(actions)):
+            found[place % len(actions)].append(actions[place % len(actions)](turn))
+    return found
+
+
+def step(setup: Any) -> Lines:
+    sides = start(*(Worker(setup, side) for side in ("ours", "tutorial", "accelerate")))
+    found = in_turn(setup.turns, *(partial(side.speed, setup.steps) for side in sides))
+    measured = "training, batch 64, Adam 1e-3", "images/s", found[0]
+    return [line(*measured, TUTORIAL, found[1], ">= 2.5"), line(*measured, "Accelerate's example", found[2], ">= 2.3")]
+
+
+def epoch(setup: Any) -> Lines:
+    sides = start(Worker(setup, "ours"), Worker(setup, "tutorial"))
+    found = in_turn(setup.slow_turns, *(lambda turn, side=side: side.ask(turn)["seconds"] for side in sides))
+    return [line("one epoch of training", "s", found[0], TUTORIAL, found[1])]
+
+
+def until(target: float, recipe: str, epochs: int, side: str, baseline: str, most: int, setup: Any) -> Lines:
+    """Compare the seconds of training to the first epoch's end that scores `target`, over the seeds that reach it."""
+    sides = start(Worker(setup, "ours"), Worker(setup, side))
+    ours = partial(sides[0].ask, epochs=epochs, target=target, settings={"recipe": recipe, "epochs": epochs})
+    theirs = partial(sides[1].ask, epochs=most, target=target)
+    found = in_turn(setup.turns // 2 if side == "tutorial" else setup.turns, ours, theirs)
+    reached = [[run["seconds"] for run in runs if run["accuracy"] >= target] for runs in found]
+    notes = []
+    for name, runs, seconds in zip(("ours", "baseline"), found, reached, strict=True):
+        values = [100 * run["accuracy"] for run in runs]
+        accuracy = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f}) %"
+        notes.append(f"{name}: {len(seconds)} of {len(runs)} seeds, {accuracy}")
+    what = f"training until {target:.0%}: `--recipe {recipe} --epochs {epochs}`"
+    return [line(what, "s", reached[0], baseline, reached[1], note="; ".join(notes)) | {"seeds": found}]
+
+
+def command(setup: Any) -> Lines:
+    def seconds(*words: Any) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    data = "--dataset", setup.dataset, "--data-dir", setup.data_dir, "--epochs", setup.epochs
+    job = "-m", "ddp_mnist.train", *data, "--wandb", "disabled", "--output-dir"
+    script = HERE / "baselines.py", setup.dataset, setup.data_dir, setup.epochs
+    found = in_turn(setup.slow_turns, lambda turn: seconds(*job, setup.scratch / str(turn)), lambda _: seconds(*script))
+    what = f"`python -m ddp_mnist.train`, epochs {setup.epochs}, scores, pictures"
+    return [line(what, "s", found[0], "the tutorial's script", found[1], "<= 0.42")]
+
+
+def ranks(setup: Any) -> Lines | str:
+    if len(os.sched_getaffinity(0)) < 2:
+        return "it takes 2 cores"
+    sides, lines = start(Worker(setup, "ours", 1, ranks=2), Worker(setup, "ours", 2, ranks=1)), []
+    for batch, steps, target in ((64, setup.steps, ""), (512, setup.steps // 5, ">= 0.8")):
+        ours, theirs = in_turn(2 * setup.turns, *(partial(side.speed, steps, batch_size=batch) for side in sides))
+        what = f"CPU, batch {batch}: 2 ranks x 1 thread"
+        lines.append(line(what, "images/s", ours, "1 rank x 2 threads", theirs, target))
+    return lines
+
+
+def overhead(setup: Any) -> Lines:
+    lines = []
+    for count in (1, 2):
+        worker = Worker(setup, "overhead", setup.slow_turns, ranks=count)
+        shares = [100 * worker.ask()["share"] for _ in range(setup.slow_turns)]
+        what = f"CPU: tracking, checkpoints, stop agreement; ranks: {count}"
+        lines.append(line(what, "% of the loop", shares, target="<= 3"))
+    return lines
+
+
+ROWS: dict[str, Callable[[Any], Lines | str]] = {
+    "step": step,
+    "epoch": epoch,
+    "to-98": partial(until, 0.98, "fast", 1, "tutorial", TUTORIAL, 5),
+    "to-99": partial(until, 0.99, "record", 2, "published", "the published fast recipe", 1),
+    "command": command,
+    "ranks": ranks,
+    "overhead": overhead,
+}
+
+
+def stage(name: str, data_dir: Path, images: int, scratch: Path) -> tuple[str, Path]:
+    """Return the name and folder of the first `images` digits to train with, and a sixth as many to test with.
+
+    All but whole MNIST get the file names of Fashion-MNIST, whose raw files neither side checks by hash.
+    """
+    splits = load(name, data_dir)
+    if name == "mnist" and images == len(splits[0]):
+        return name, data_dir.resolve()
+    folder = scratch / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for prefix, split, count in zip(("train", "t10k"), splits, (images, images // 6), strict=True):
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(mnist.pack(split.images[:count, 0].numpy()))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(mnist.pack(split.labels[:count].byte().numpy()))
+    return "fashion-mnist", scratch
+
+
+def main() -> int:
+    """Return 0: measured, 1: a row failed, 2: a wrong flag, 130: interrupted. What was measured is printed and kept."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rows", default=",".join(ROWS), metavar="A,B", help="of %(default)s")
+    parser.add_argument("--quick", action="store_true", help="2 minutes, to see that everything works")
+    parser.add_argument("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help="as for train")
+    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="default: $DDP_MNIST_DATA, else data")
+    parser.add_argument("--json", type=Path, help="keep figures and table there; in a folder, by device and time")
+    options = parser.parse_args()
+    if unknown := [row for row in options.rows.split(",") if row not in ROWS]:
+        print(f"error: there is no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}.", file=sys.stderr)
+        return 2
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found: dict[str, Any] = {"machine": report.machine(), "quick": options.quick, "rows": {}, "skipped": {}}
+    code = 0
+    with tempfile.TemporaryDirectory(prefix="ddp-mnist-bench-") as folder:
+        try:
+            setup = SimpleNamespace(**QUICK if options.quick else FULL, scratch=Path(folder))
+            name = resolve(options.dataset, options.data_dir)
+            found |= {"dataset": name, "images": setup.images}
+            setup.dataset, setup.data_dir = stage(name, options.data_dir, setup.images, setup.scratch)
+            for row in options.rows.split(","):
+                started = time.monotonic()
+                try:
+                    with ExitStack() as setup.stack:
+                        lines = ROWS[row](setup)
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    lines, code = str(error), 1
+                found["skipped" if isinstance(lines, str) else "rows"][row] = lines
+                if options.json is not None:
+                    report.write(options.json, found)
+                print(f"{row}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+        except (JobError, KeyboardInterrupt) as error:
+            print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+            code = error.exit_code if isinstance(error, JobError) else 130
+    if found["rows"] or found["skipped"]:
+        print(report.table(found))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

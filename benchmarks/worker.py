@@ -1,0 +1,143 @@
+"""One side of a comparison in processes of its own: it takes a turn when it is asked to, and is idle in between.
+
+`run.py` starts it, several ranks by torchrun, as `worker.py SIDE DATASET DIR THREADS`, or `overhead DATASET DIR RUNS`.
+A line of JSON on stdin has the arguments of `take_turn`; rank 0 answers with another line.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import baselines
+import torch
+
+from ddp_mnist import trainer
+from ddp_mnist.config import RECIPES, TrainConfig
+from ddp_mnist.cuda_graph import can_capture
+from ddp_mnist.data.batches import Batch, Batches, Split
+from ddp_mnist.data.sources import load
+from ddp_mnist.distributed.context import Context
+from ddp_mnist.evaluate import evaluate
+from ddp_mnist.program import Program
+from ddp_mnist.step import TrainStep, learning_rate
+
+
+class Ours:
+    """The job's own batches and step as its trainer drives them: losses are collected and read in intervals."""
+
+    def __init__(self, context: Context, train: Split, test: Split) -> None:
+        self.context, self.train, self.test = context, train.to(context.device), test.to(context.device)
+        self.step: Any = None
+
+    def begin(self, seed: int, recipe: str = "tutorial", **settings: Any) -> None:
+        if self.step is not None:
+            self.step.close()
+        context, rank, size = self.context, self.context.rank, self.context.size
+        config = self.config = TrainConfig(**RECIPES[recipe] | {"recipe": recipe, "seed": seed} | settings)
+        self.batches = Batches(self.train, batch_size=config.batch_size, rank=rank, world_size=size, seed=seed)
+        self.network = Program().build_network(config, context, None)
+        self.step = TrainStep(config, context, self.network, capture=can_capture(config, context, ours=True))
+        self.step.warm_up(self.batches)
+        self.steps_done = self.epochs_done = 0
+
+    def epoch(self, limit: int | None = None) -> int:
+        total, count, results = len(self.batches) * self.config.epochs, 0, []
+        for batch in islice(self.batches.epoch(self.epochs_done), limit):
+            results.append(self.step(batch, learning_rate(self.config, self.steps_done, total)))
+            self.steps_done += 1
+            count += batch.global_size
+            if self.steps_done % self.config.log_every == 0:
+                losses, correct = (torch.stack(values).float() for values in zip(*results, strict=True))
+                self.context.sum(torch.stack([losses, correct])).tolist()
+                results = []
+        self.epochs_done += 1
+        return count
+
+    def accuracy(self) -> float:
+        return evaluate(self.network, self.test, self.context).accuracy
+
+
+def take_turn(side: Any, seed: Any, limit: Any = None, epochs: int = 1, target: float = 0, settings: Any = None) -> Any:
+    """Train, and return the seconds of that alone: making a network and scoring it are not timed.
+
+    `seed`: of a new network; None: the last one goes on. `limit`: steps of an epoch. `target`: score each epoch, and
+    end with the first whose test accuracy, 0-1, is as high; 0: do not score.
+    """
+    if seed is not None:
+        side.begin(seed, **(settings or {}))
+    seconds, images, accuracy = 0.0, 0, None
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(epochs):
+        wait()
+        started = time.perf_counter()
+        images += side.epoch(limit)
+        wait()
+        seconds += time.perf_counter() - started
+        if target and (accuracy := side.accuracy()) >= target:
+            break
+    return {"seed": seed, "seconds": seconds, "images": images, "accuracy": accuracy}
+
+
+def overhead(config: TrainConfig, runs: int) -> Iterator[float]:
+    """Yield the part of each run, 0-1, that is neither steps nor scores, by this rank's clock. Collective.
+
+    A run lasts from its first line to its last checkpoint. For CPUs: on a GPU a step is only launched.
+    """
+    spent: list[float] = []
+
+    def clock(action: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = action()
+        spent.append(time.perf_counter() - started)
+        return result
+
+    class TimedStep(TrainStep):
+        def __call__(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+            return clock(lambda: TrainStep.__call__(self, batch, rate))
+
+    class TimedBatches(Batches):
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+            batches = super().epoch(epoch, start)
+            return iter(lambda: clock(lambda: next(batches, None)), None)
+
+    trainer.TrainStep, trainer.Batches = TimedStep, TimedBatches  # type: ignore[misc]
+    for seed in range(runs):
+        spent.clear()
+        summary = trainer.fit(config.replace(seed=seed, output_dir=Path(f"overhead-{os.getppid()}-{seed}"))).summary
+        if summary["exit_code"]:
+            raise SystemExit("the run was stopped")
+        yield 1 - sum(spent) / (summary["wall_seconds"] - summary["eval_seconds"])
+
+
+def main(side: str, dataset: Any, root: Path, number: int) -> None:
+    """Take turns until stdin ends, or measure the overhead."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    out = sys.stdout if is_main else open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stdout = sys.stderr  # a run prints its log
+
+    def serve(side: Any, broadcast: Callable[[str], str] = str) -> None:
+        while line := broadcast(sys.stdin.readline() if is_main else ""):
+            print(json.dumps(take_turn(side, **json.loads(line))), file=out, flush=True)
+
+    # A rank waits for the next request while the other side has its turn.
+    config = TrainConfig(dataset=dataset, data_dir=root, timeout_minutes=120.0, wandb="disabled", pictures=False)
+    if side == "ours":
+        context = Context(config.replace(threads=number))
+        serve(Ours(context, *load(dataset, root)), context.broadcast)
+    elif side == "overhead":
+        for share in overhead(config, number):
+            print(json.dumps({"share": share}), file=out, flush=True)
+    elif side == "published":
+        serve(baselines.Published(*((split.images, split.labels) for split in load(dataset, root))))
+    else:
+        serve((baselines.Tutorial if side == "tutorial" else baselines.AccelerateExample)(dataset, str(root)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    os._exit(0)  # gloo's threads do not survive Python's shutdown
