@@ -23,9 +23,9 @@ from ddp_mnist.data import sources
 from ddp_mnist.data.batches import Split, evaluation_batches, to_float
 from ddp_mnist.distributed.context import Context, translate_collective_errors
 from ddp_mnist.distributed.launcher import (
+    command,
     hard_exit,
     rank_from_environment,
-    report_error,
     show_warnings,
     suppress_output,
 )
@@ -182,24 +182,20 @@ def rescore(run_dir: Path, context: Context, data_dir: Path | None = None) -> tu
     return saved, train_score, test_score
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0: scored, 1: the counts are not the run's own or something cannot be read, 2: a flag."""
-    try:
-        is_main = rank_from_environment() == 0
-        show_warnings(main=is_main)
-        with contextlib.nullcontext() if is_main else suppress_output():  # one message for a wrong flag
-            options = _parser().parse_args(argv)
-        with Context(TrainConfig(threads=options.threads, mixed_precision="no")) as context:
-            with translate_collective_errors(context):
-                saved, train, test = rescore(options.run_dir, context, options.data_dir)
-            if context.is_main:
-                _print(saved, train, test, context, options)
-        _compare(saved, train, test, context)
-        return 0
-    except JobError as error:
-        return report_error(error)
-    except KeyboardInterrupt:
-        return 130
+    is_main = rank_from_environment() == 0
+    show_warnings(main=is_main)
+    with contextlib.nullcontext() if is_main else suppress_output():  # one message for a wrong flag
+        options = _parser().parse_args(argv)
+    with Context(TrainConfig(threads=options.threads, mixed_precision="no")) as context:
+        with translate_collective_errors(context):
+            saved, train, test = rescore(options.run_dir, context, options.data_dir)
+        if context.is_main:
+            _print(saved, train, test, context, options)
+    _compare(saved, train, test, context)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -104,7 +104,7 @@ def test_a_stop_saves_says_how_to_go_on_and_leaves_no_process(stopped: dict[Case
     assert (summary["stop_reason"], summary["exit_code"], summary["finished"]) == (reason, 75, False)
     assert summary["world_size"] == WAYS[case[0]][0]
     newest = found.run_dir / "checkpoints" / f"step-{summary['steps']:08d}"
-    assert checkpoint._read(newest).state.step == summary["steps"]
+    assert checkpoint.read(newest).state.step == summary["steps"]
     assert found.code == code, found.told
     assert found.told.count(f"stopped by {reason} after step {summary['steps']} of ") == 1
     assert "ddp_mnist.train" in faults.printed_command(found.told)

@@ -118,8 +118,8 @@ COMMANDS: dict[str, Here | By | Not] = {
     "accelerate launch": Not(A_NAME),
     "accelerate launch --config_file": Not(A_NAME),
     # data
-    "python -m ddp_mnist.data fetch": here("ok ", DIGITS),
-    "python -m ddp_mnist.data verify": here("ok ", CHECK),
+    "python -m ddp_mnist.data fetch": here("ok", DIGITS),
+    "python -m ddp_mnist.data verify": here("ok", CHECK),
     # runs
     "python -m ddp_mnist.report runs/fast": here("runs/fast/report.html"),
     "python -m ddp_mnist.report runs/*-fast --output compare": here("compare/report.html"),
@@ -166,10 +166,10 @@ COMMANDS: dict[str, Here | By | Not] = {
     "tail -f slurm-<job>.out": by(SETS_UP, '"tail", "-f", job.log_path.name'),
     "scontrol show job <job>": by("tests/support/slurm_cluster.py::Job", '"scontrol"', '"show", "job"'),
     "scontrol requeue <job>": by(
-        "tests/launch/test_slurm.py::test_scontrol_requeue_while_running", '"scontrol requeue {}"'
+        "tests/launch/test_slurm.py::test_scontrol_requeue_while_running", '"scontrol", "requeue", job.id'
     ),
     "scancel --signal=TERM <job>": by(SETS_UP, '"scancel", "--signal=TERM", job.id'),
-    "scancel <job>": by("tests/launch/test_slurm.py::test_scancel_is_the_end", '"scancel {}"'),
+    "scancel <job>": by("tests/launch/test_slurm.py::test_scancel_is_the_end", '"scancel", job.id'),
     "export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=me": here(""),
     "export GLOO_SOCKET_IFNAME=... NCCL_SOCKET_IFNAME=...": here(
         TRAINED,

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -44,8 +43,9 @@ AT_ONCE += "mirror.BEGIN_SECONDS = 0.0; sys.exit(train.main())"
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A machine that has never seen W&B, whose server is a closed port of the loopback."""
+    """A machine that has never seen W&B, whose server is a closed port of the loopback. Mirrors begin at once."""
     home = tmp_path_factory.mktemp("home")
+    monkeypatch.setattr(mirror, "BEGIN_SECONDS", 0.0)
     monkeypatch.delenv("WANDB_MODE")
     for name, value in account(home).items():
         monkeypatch.setenv(name, value)
@@ -64,12 +64,6 @@ def account(home: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mirror begins with its run, where a test does not want it otherwise."""
-    monkeypatch.setattr(mirror, "BEGIN_SECONDS", 0.0)
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[wandb_server.Server]:
     """A working W&B, and a key for it."""
@@ -77,16 +71,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[wandb_server.Server]:
         monkeypatch.setenv("WANDB_BASE_URL", found.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         yield found
-
-
-@pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A server that takes connections and never answers, and a key for it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        monkeypatch.setattr(mirror, "PROBE_SECONDS", 0.5)
-        yield
 
 
 @dataclass(frozen=True)
@@ -118,15 +102,8 @@ def read(path: Path) -> Attempt:
     for part in of("summary"):
         summary |= part.get("update", {})
     (code,) = [part.get("exit_code", 0) for part in of("exit")] or [None]
-    return Attempt(
-        path,
-        told,
-        (of("run") or [{}])[0],
-        [part["item"] for part in of("history")],
-        summary,
-        code,
-        bool(of("preempting")),
-    )
+    run, history = (of("run") or [{}])[0], [part["item"] for part in of("history")]
+    return Attempt(path, told, run, history, summary, code, bool(of("preempting")))
 
 
 def steps(found: list[Attempt]) -> list[int]:
@@ -370,15 +347,9 @@ def flat(record: dict[str, Any], name: str) -> Any:
 @pytest.mark.slow
 def test_a_run_arrives_with_its_names_config_and_summary(offline: Offline, mirrored: Attempt) -> None:
     run = mirrored.run
-    found = {name: run.get(name) for name in ("project", "entity", "run_group", "display_name", "tags", "run_id")}
-    assert found == {
-        "project": "p",
-        "entity": "e",
-        "run_group": "g",
-        "display_name": "n",
-        "tags": ["a", "b"],
-        "run_id": state(offline.run_dir)["id"],
-    }
+    names = ("project", "entity", "run_group", "display_name", "tags", "run_id")
+    expected = ["p", "e", "g", "n", ["a", "b"], state(offline.run_dir)["id"]]
+    assert [run.get(name) for name in names] == expected
     config = jobs.read_json(offline.run_dir / "config.json")
     sent = run["config"]["update"]
     assert {name: sent[name] for name in config} == config
@@ -431,18 +402,8 @@ def test_a_continued_run_has_one_id_and_every_step_once_until_a_fresh_start(trai
 
 
 def offline_job(run_dir: Path, *arguments: Any, flags: list[str]) -> faults.Job:
-    command = [
-        sys.executable,
-        "-c",
-        AT_ONCE,
-        *flags,
-        *ENDLESS,
-        "--wandb",
-        "offline",
-        "--output-dir",
-        run_dir,
-        *arguments,
-    ]
+    words = [*flags, *ENDLESS, "--wandb", "offline", "--output-dir", run_dir, *arguments]
+    command = [sys.executable, "-c", AT_ONCE, *words]
     return faults.Job([list(map(str, command))], [jobs.environment(account(run_dir.parent))])
 
 
@@ -514,12 +475,13 @@ def test_a_server_that_cannot_be_had_means_offline_and_is_said_once(
     trouble: str,
 ) -> None:
     monkeypatch.setattr(mirror, "INIT_SECONDS", 2.0)
+    moods = {"silent server": {"GET": "hang"}, "hanging server": {"POST": "hang"}, "failing server": {"POST": "500"}}
+    if trouble in moods:
+        request.getfixturevalue("server").moods |= moods[trouble]
+    if trouble == "silent server":
+        monkeypatch.setattr(mirror, "PROBE_SECONDS", 0.5)
     if trouble == "dead server":
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-    elif trouble == "silent server":
-        request.getfixturevalue("silent")
-    elif trouble != "no key":  # it answers, but does not take the run
-        request.getfixturevalue("server").moods["POST"] = "hang" if trouble == "hanging server" else "500"
     ended = train("--wandb", "online", "--output-dir", tmp_path)
     assert_unhurt(ended, tmp_path, run_at(1), "offline")
     command = f"wandb sync {tmp_path}/wandb/offline-run-*-{state(tmp_path)['id']}*"
