@@ -110,7 +110,7 @@ def kill_one_rank(job: Job, run_dir: Path, rank: int, seconds: float) -> bool:
 
 def assert_checkpoints_are_whole(run_dir: Path) -> None:
     for path in (run_dir / "checkpoints").glob("step-*"):
-        checkpoint._read(path)
+        checkpoint.read(path)
 
 
 @pytest.mark.timeout(3600)

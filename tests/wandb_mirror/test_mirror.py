@@ -576,6 +576,7 @@ def test_a_short_run_is_mirrored_at_its_end(monkeypatch: pytest.MonkeyPatch, tmp
     assert steps(attempts(run_dir)) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_without_a_word_takes_its_mirror_along(tmp_path: Path) -> None:
     with contextlib.suppress(ZeroDivisionError), start(hand_made(tmp_path), "offline") as found:
         processes = family(found)
@@ -766,17 +767,24 @@ def test_an_attempt_right_after_another_waits_for_its_mirror(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_mirror_of_a_run_that_was_started_over_leaves_the_new_one_alone(tmp_path: Path) -> None:
-    run_dir = hand_made(tmp_path)
-    old = start(run_dir, "offline")
-    wait_for_step(run_dir, "offline", 5)
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_mirror_of_a_run_that_was_started_over_leaves_the_new_one_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begun: bool
+) -> None:
+    run_dir, record = hand_made(tmp_path), tmp_path / "wandb" / mirror.LOG
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "BEGIN_SECONDS", 0.0 if begun else jobs.FOREVER)
+        old = start(run_dir, "offline")
+    faults.wait_for(lambda: "at the end of the run" in record.read_text(), "the old mirror")
+    if begun:
+        wait_for_step(run_dir, "offline", 5)
     directory.start_over(run_dir)
     new = start(hand_made(run_dir, last=9), "offline")
     old.end(preempted=False, exit_code=1)
     assert old.wait()
     assert new.id != old.id
     finished(new)
-    (attempt,) = attempts(run_dir)
+    (attempt,) = [attempt for attempt in attempts(run_dir) if attempt.history]
     assert (attempt.run["run_id"], steps([attempt])) == (new.id, list(range(1, 10)))
 
 
