@@ -23,6 +23,7 @@ from ddp_mnist.config import RESUME_FIELDS, TrainConfig
 from ddp_mnist.data import sources
 from ddp_mnist.model import CNN
 from ddp_mnist.program import Program
+from ddp_mnist.run import saver
 from ddp_mnist.run.resume import continue_command
 from ddp_mnist.step import TrainStep
 
@@ -257,7 +258,7 @@ def test_no_summary_of_an_earlier_attempt_speaks_for_one_that_died(
     assert train("--epochs", 1, "--output-dir", tmp_path).code == 0
     with monkeypatch.context() as patch:
         # Gone between its last checkpoint and its weights: those of one epoch still lie there.
-        patch.setattr(trainer, "publish_weights", _die)
+        patch.setattr(saver, "publish_weights", _die)
         with pytest.raises(ZeroDivisionError):
             train("--output-dir", tmp_path)
     assert faults.checkpoint_steps(tmp_path)[-1] == STEPS

@@ -45,7 +45,7 @@ FAULTS = (
         "scoring is autocast",
         "accelerator.prepare(AutocastWrapper(network), device_placement=[False])",
         "accelerator.prepare(network, device_placement=[False])",
-        ("tests/training/test_evaluate.py::test_a_run_scores_the_module_that_it_trains[with_a_pre_hook-bf16]",),
+        ("tests/training/test_evaluate.py::test_scores_are_in_fp32_after_a_training_in_bf16",),
     ),
     Fault(
         "another loss is not heard",

@@ -248,6 +248,18 @@ def test_a_run_scores_the_module_that_it_trains(
     assert all(torch.equal(saved[name], value) for name, value in result.model.state_dict().items())
 
 
+def test_scores_are_in_fp32_after_a_training_in_bf16(process_of_a_job: None, tiny: Path, tmp_path: Path) -> None:
+    """They are those of a new network with the saved weights, which nothing has been wrapped around."""
+    config = TrainConfig(dataset="fashion-mnist", data_dir=tiny, output_dir=tmp_path, threads=1, wandb="disabled")
+    result = fit(config.replace(mixed_precision="bf16", epochs=1, batch_size=60, pictures=False))
+    network = CNN()
+    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    images, labels = read_raw(tiny / "FashionMNIST" / "raw", "t10k")
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(network(images), labels)
+    assert result.summary["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
 # --- python -m ddp_mnist.evaluate RUN_DIR
 
 RunAt = Callable[[int], Path]
