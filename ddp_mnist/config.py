@@ -30,7 +30,7 @@ RESUME_FIELDS = (
 )  # fmt: skip
 """Fields that must match to resume a run."""
 
-# A new schedule also needs a branch in `learning_rate`, and in the check on resume if it allows more epochs later.
+# A new schedule also needs a branch in `learning_rate`, and in `check_identity` if it allows more epochs later.
 Schedule = Literal["constant", "onecycle", "linear"]
 
 _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v)
@@ -128,7 +128,7 @@ class TrainConfig:
     """Autocast in training; evaluation is always fp32. fp16 needs a GPU."""
     threads: Annotated[Int, Field(ge=0, le=4096)] = 0
     """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
-    # `constructor=bool`: a pair of flags; None is what neither of them gives.
+    # `constructor=bool` makes the pair --x/--no-x; with neither given the value stays None.
     cuda_graphs: Annotated[bool | None, arg(constructor=bool), _hint("on one GPU, for our own network")] = None
     """Record a step's kernels on the GPU once and replay them with one call.
     --cuda-graphs: also for a network of your own, where it can be captured. Never in fp16."""

@@ -31,8 +31,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 class AutocastWrapper(nn.Module):
     """Forward to the network.
 
-    Accelerate replaces `forward` of the module that it prepares by one that autocasts. It replaces this one's, so that
-    scoring calls the network as its author wrote it.
+    Accelerate patches `forward` of the module that it prepares, to autocast. It patches this wrapper, so that the
+    network itself stays as its author wrote it and is scored in fp32.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -72,7 +72,7 @@ class TrainStep:
         # Already on the device; asking whether they may be moved imports torch's DTensor, and with it sympy.
         self.model: Any = accelerator.prepare(AutocastWrapper(network), device_placement=[False])
         if accelerator.scaler is not None:
-            # Only for fp16: the step of a prepared optimizer searches sys.path each time, 15 % of a step on a CPU.
+            # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
             self.optimizer = accelerator.prepare(self.optimizer, device_placement=[False])
         if config.compile:
             torch.compiler.reset()  # earlier compilations of this process count towards a limit
@@ -154,8 +154,8 @@ class TrainStep:
     def warm_up(self, batches: Batches) -> None:
         """Let DDP order its buckets, and capture the CUDA graphs. Leave weights, buffers and random state. Collective.
 
-        DDP reorders its buckets after the first backward, which changes the order of sums at 3 and more ranks: without
-        two passes that do not count, a resumed run would differ from one that was not interrupted.
+        DDP reorders its buckets in the forward after the first backward, which changes the order of sums at 3 and more
+        ranks. Two passes put that before step 1, so that a new run and a resumed one sum in the same order.
         """
         device = self.context.device
         buffers = [buffer.clone() for buffer in self.network.buffers()]
@@ -197,8 +197,8 @@ class TrainStep:
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """Return the rate of optimizer step `step` (from 0). It follows from the step alone: resuming needs no state.
 
-    onecycle is torch's OneCycleLR with a linear warm-up over the first quarter and a cosine down; linear is its linear
-    form, with a warm-up over the first tenth. Both start at 1/25 of the peak and end at nearly zero.
+    onecycle has the rates of torch's OneCycleLR, with a linear warm-up over the first quarter and a cosine down; linear
+    is its linear form, with a warm-up over the first tenth. Both start at 1/25 of the peak and end at nearly zero.
     """
     if config.schedule == "constant":
         return config.lr

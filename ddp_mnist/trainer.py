@@ -72,8 +72,8 @@ def fit(config: TrainConfig, *, model: Callable[[], nn.Module] | None = None, da
     Args:
         config: All settings.
         model: Makes a network of your own, images (n, ...) → logits (n, classes); default: the tutorial's CNN.
-        data: A (training, test) pair of your own tensors; default: `config.dataset`. uint8 images are scaled to 0-1,
-            others taken as they are.
+        data: A (training, test) pair of your own tensors; default: `config.dataset`. uint8 images are divided by
+            255, other types become fp32 with the same values.
 
     Raises:
         JobError: The same on all ranks, with the exit code it deserves.

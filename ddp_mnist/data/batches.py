@@ -45,8 +45,8 @@ class Batch:
     labels: Tensor
     """int64 (n,)."""
     count: int
-    """Items that count: n. A rank with no item in an epoch's last, smaller batch runs a dummy item and has 0 here:
-    many networks cannot take an empty batch."""
+    """Leading rows that are real: all, or 0 where this rank has no item in an epoch's last batch and row 0 is a dummy,
+    since many networks cannot take an empty batch."""
     global_size: int
     """Items in the global batch, over all ranks."""
     seed: int

@@ -128,8 +128,11 @@ def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
     """
     if context.size == 1:
         return
-    server = socket.create_server(("", 0)) if context.is_main else None
-    port = context.broadcast(server.getsockname()[1] if server else 0)
+    server = None
+    with contextlib.suppress(OSError):
+        server = socket.create_server(("", 0)) if context.is_main else None
+    if not (port := context.broadcast(server.getsockname()[1] if server else 0)):
+        return
     with contextlib.suppress(OSError):  # a firewall, or the timeout
         if server is None:
             address = os.environ.get("MASTER_ADDR", "127.0.0.1"), port
@@ -149,7 +152,7 @@ def hard_exit(code: int) -> NoReturn:
     pytorch#179291, #190489: exit code 134 after a good run, in 7 of 25 runs of 4 ranks on a busy machine.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # None: closed before Python started
+        with contextlib.suppress(OSError, AttributeError, ValueError):  # None: closed before Python started
             stream.flush()
     os._exit(code)
 

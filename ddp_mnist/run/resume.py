@@ -132,15 +132,15 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
 
 def continue_command(config: TrainConfig, context: Context, program: Program) -> str:
     """Return what to type to go on: the launcher that this attempt was started with, the program and its flags."""
-    asked = program.config
+    config, asked = replace(config, fresh=False), program.config
     name = shlex.quote(sys.argv[0]) if program.is_script else "-m ddp_mnist.train"
-    flags = replace(config, fresh=False).flags() if asked is None else sys.argv[1:]
+    flags = config.flags() if asked is None else sys.argv[1:]
     command = f"{_launcher(context, name, precision=asked is not None)} {shlex.join(flags)}".strip()
     if asked is None:
         return command
     changes = [
         f"{name}={str(value) if isinstance(value, Path) else value!r}"
-        for name in ("output_dir", "lr", "init_from", "max_steps")
+        for name in ("fresh", "output_dir", "lr", "init_from", "max_steps")
         if (value := getattr(config, name)) != getattr(asked, name)
     ]
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command

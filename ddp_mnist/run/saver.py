@@ -81,7 +81,7 @@ class Saver:
             JobError: It failed; on all ranks.
         """
         self.metrics.sync(self.state)
-        if failure := self.context.broadcast(self._save()):
+        if failure := self.context.broadcast(self.context.run_on_all_ranks(self._save)):
             raise failure
 
     def publish_weights(self) -> None:
