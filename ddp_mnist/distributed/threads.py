@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what one step frees for the next one.
 
     By default it gives memory back to the system, and the next step waits for new pages, some hundred of them: a step
-    of our network then takes twice as long on a CPU. Other allocators, and what the user has tuned, stay as they are.
+    on a CPU takes much longer for it. Other allocators, and what the user has tuned, stay as they are.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -43,7 +43,7 @@ def batch_scheduling() -> Iterator[None]:
     """Let threads that start inside never interrupt another one when they are woken, by Linux's policy for batch jobs.
 
     gloo's wake each other with a lock in hand. Where ranks keep every CPU busy, the woken thread may take the CPU of
-    the one that holds the lock: a step of two ranks on two CPUs then takes 1.2 to 1.5 times as long.
+    the one that holds the lock, and every step of the ranks waits for it.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, AttributeError):  # a container forbids it, or it is not Linux
