@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
 
 from ddp_mnist.distributed.launcher import check_environment, command, hard_exit, is_first_on_its_machine
 from ddp_mnist.errors import JobError, UsageError
@@ -40,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 3 <= options.timeout <= 86_400:
         raise UsageError(f"--timeout is {options.timeout:g}; expected seconds from 3 to 86400.")
     check_environment()
-    check_import("ddp_mnist.config")
-    from ddp_mnist.config import parse
+    try:
+        from ddp_mnist.config import parse
 
-    config = parse(flags).replace(timeout_minutes=options.timeout / 60)
-    check_import("ddp_mnist.doctor.checks")  # torch and Accelerate take seconds: a mistake in the flags comes first
-    from ddp_mnist.doctor.checks import examine
-
+        config = parse(flags).replace(timeout_minutes=options.timeout / 60)
+        from ddp_mnist.doctor.checks import examine  # takes seconds: a mistake in the flags comes first
+    except (ImportError, OSError) as error:
+        text = f"{sys.executable} cannot import the job: {error}. Type make install, and then python -m pip check."
+        raise JobError(text, local=is_first_on_its_machine()) from error
     findings = examine(config, is_main=is_main())
     if not is_main():
         return 0
@@ -56,18 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(*findings, f"The job would {'not ' if code else ''}start.", sep="\n")
     return code
-
-
-def check_import(module: str) -> None:
-    """Raise JobError if the module, or what it needs, cannot be imported."""
-    try:
-        import_module(module)
-    except Exception as error:  # a broken installation may raise anything
-        raise JobError(
-            f"{module} cannot be imported with {sys.executable}: {' '.join(str(error).split())}. Type make install; if "
-            "it fails again, look at python -m pip check and python -m torch.utils.collect_env.",
-            local=is_first_on_its_machine(),
-        ) from error
 
 
 def is_main() -> bool:

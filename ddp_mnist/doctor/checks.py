@@ -1,4 +1,4 @@
-"""What the doctor checks: the job's flags and launcher, this machine, what the job will reach, the ranks together."""
+"""The doctor's checks: flags and launcher, this machine, what the job will reach, the ranks together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import statistics
 import time
 import urllib.error
 import urllib.request
-import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,9 +31,7 @@ from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.run import directory
 from ddp_mnist.wandb_mirror import mirror
 
-CPU_FACTS = Path("/proc/cpuinfo")
 MIRROR_SECONDS = 3.0  # for a mirror of the data to answer
-LITTLE_SPACE = 200e6  # bytes: unpacked MNIST takes 66 MB, a run less than 1
 REPEATS = 30
 GRADIENTS = 9_098  # parameters of the default network: 36 kB of fp32 are exchanged in each step
 OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
@@ -42,16 +39,14 @@ OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SI
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found, and where it is not ok, what to type."""
+    """A line of the report: what was found, and where it is not ok, what to type."""
 
-    status: Literal["ok", "warning", "problem"]
-    """problem: the job would not start."""
+    status: Literal["ok", "warning", "problem"]  # problem: the job would not start
     topic: str
     text: str
     advice: str = ""
 
     def __str__(self) -> str:
-        """Return the line as it is printed."""
         return f"{self.status:7}  {self.topic}: {self.text}" + (f" -> {self.advice}" if self.advice else "")
 
 
@@ -72,20 +67,21 @@ def examine(config: TrainConfig, *, is_main: bool) -> list[Finding]:
 
 def launch() -> list[Finding]:
     """Say how many ranks there are, and which launcher says so."""
-    size, by_accelerate = launcher.world_size_from_environment(), "ACCELERATE_MIXED_PRECISION" in os.environ
-    if "WORLD_SIZE" not in os.environ:
-        for other, name in OTHER_LAUNCHERS.items():
-            if (started := _integer(name)) > 1:
-                text = f"one of {started} processes of {other}, but WORLD_SIZE is not set: each would train alone"
-                advice = f"srun slurm/rank.sh python -m ..., or torchrun --nproc-per-node {started} -m ..."
-                return [Finding("problem", "launch", text, advice)]
-        text = "accelerate launch, one process" if by_accelerate else "plain python, no launcher has set WORLD_SIZE"
+    for other, variable in OTHER_LAUNCHERS.items():
+        if "WORLD_SIZE" not in os.environ and (started := _integer(variable)) > 1:
+            text = f"one of {started} processes of {other}, but WORLD_SIZE is not set: each would train alone"
+            advice = f"srun slurm/rank.sh python -m ..., or torchrun --nproc-per-node {started} -m ..."
+            return [Finding("problem", "launch", text, advice)]
+    name = "a launcher unknown here, or the shell,"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        name = "accelerate launch"
     elif "TORCHELASTIC_RUN_ID" in os.environ:
-        text = f"{'accelerate launch' if by_accelerate else 'torchrun'} has set WORLD_SIZE={size}"
-    else:
-        name = "slurm/rank.sh" if "SLURM_STEP_ID" in os.environ else "a launcher unknown here, or the shell,"
-        text = f"{name} has set WORLD_SIZE={size}"
-    found = [Finding("ok", "launch", f"{count(size, 'rank')}: {text}")]
+        name = "torchrun"
+    elif "SLURM_STEP_ID" in os.environ:
+        name = "slurm/rank.sh"
+    size = launcher.world_size_from_environment()
+    text = f"{name} has set WORLD_SIZE={size}" if "WORLD_SIZE" in os.environ else "no launcher has set WORLD_SIZE"
+    found = [Finding("ok", "launch", f"{_count(size, 'rank')}: {text}")]
     if (asked := _asked_processes()) > size:
         text = f"accelerate launch was asked for {asked} processes and has started {size}"
         advice = f"accelerate launch --config_file launch/cpu.yaml, or torchrun --nproc-per-node {asked}"
@@ -108,25 +104,22 @@ def batch(config: TrainConfig) -> Finding:
         config.check_world_size(size)
     except UsageError as error:
         return Finding("problem", "batch", str(error))
-    text = f"{count(config.batch_size, 'image')} a step, {config.batch_size // size} of them on each rank"
+    text = f"{_count(config.batch_size, 'image')} a step, {config.batch_size // size} of them on each rank"
     return Finding("ok", "batch", text)
 
 
 def device() -> Finding:
     """Say what the ranks on this machine would compute on, and try this rank's GPU."""
     ranks = launcher.local_world_size_from_environment()
-    with warnings.catch_warnings(record=True) as complaints:
-        warnings.simplefilter("always")
-        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not visible:
-        return _no_gpu(ranks, "; ".join(one_line(each.message) for each in complaints))
-    names = Counter(torch.cuda.get_device_name(index) for index in range(visible))
-    text = "; ".join(f"{count(number, 'GPU')}: {name}" for name, number in names.items())
+        return _no_gpu(ranks)
+    text = f"{_count(visible, 'GPU')}: {torch.cuda.get_device_name(0)}"
     # A GPU for which this torch has no kernels is listed all the same, and fails in the first step.
     try:
         torch.ones(8, device=f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % visible}").sum().item()
     except RuntimeError as error:
-        text += f" cannot compute with torch {torch.__version__}: {one_line(error)}"
+        text += f" cannot compute with torch {torch.__version__}: {_one_line(error)}"
         return Finding("problem", "device", text, "a torch that is built for this GPU, or a newer driver")
     if ranks > visible:
         advice = f"one rank per GPU is faster: --nproc-per-node {visible}"
@@ -134,7 +127,7 @@ def device() -> Finding:
     return Finding("ok", "device", text)
 
 
-def _no_gpu(ranks: int, complaint: str) -> Finding:
+def _no_gpu(ranks: int) -> Finding:
     if torch.backends.mps.is_available() and ranks == 1:
         return Finding("ok", "device", "an Apple GPU (MPS); several ranks would use the CPU")
     if shutil.which("nvidia-smi") is None:
@@ -142,23 +135,16 @@ def _no_gpu(ranks: int, complaint: str) -> Finding:
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return Finding("ok", "device", f"CPU: CUDA_VISIBLE_DEVICES={hidden} hides the GPUs")
     text = f"CPU: there is an NVIDIA driver, but torch {torch.__version__} sees no GPU"
-    advice = "python -m torch.utils.collect_env: is torch built for CUDA, and for this driver?"
-    return Finding("warning", "device", f"{text} ({complaint})" if complaint else text, advice)
+    return Finding("warning", "device", text, "python -m torch.utils.collect_env: which CUDA, which driver?")
 
 
 def precision(asked: str) -> Finding:
     """Say whether the device has the arithmetic for --mixed-precision."""
-    device, bf16 = "GPU", False
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif not torch.backends.mps.is_available():
-        device = "CPU"
-        with suppress(OSError):  # no Linux
-            bf16 = re.search(r"\b(avx512_bf16|amx_bf16)\b", CPU_FACTS.read_text()) is not None
-    if asked == "fp16" and device == "CPU":
+    cuda = torch.cuda.is_available()
+    if asked == "fp16" and not cuda and not torch.backends.mps.is_available():
         return Finding("problem", "precision", "fp16 needs a GPU and there is none", "--mixed-precision no, or bf16")
-    if asked == "bf16" and not bf16:
-        text = f"bf16, but this {device} has no arithmetic for it: slower than fp32 (measured on a CPU: 3 times)"
+    if asked == "bf16" and not (cuda and torch.cuda.is_bf16_supported(including_emulation=False)):
+        text = "bf16, but no GPU here has arithmetic for it: mostly slower than fp32"
         return Finding("warning", "precision", text, "--mixed-precision no")
     return Finding("ok", "precision", "fp32" if asked == "no" else f"{asked} in training, fp32 in evaluation")
 
@@ -174,8 +160,7 @@ def dataset(name: str, root: Path) -> Finding:
     if wanted == "synthetic":
         return Finding("ok", "data", f"synthetic: the job draws the digits into {folder}")
     text = f"{wanted} is not staged, {bad[0]} is {states[bad[0]]}"
-    which = "" if wanted == "mnist" else f" --dataset {wanted}"
-    advice = f"python -m ddp_mnist.data fetch{which} --data-dir {shlex.quote(str(root))}, where there is internet"
+    advice = f"python -m ddp_mnist.data fetch --dataset {wanted} --data-dir {shlex.quote(str(root))} (needs internet)"
     try:
         mirrors, _ = mnist.published(wanted)
         if all(path.with_name(f"{path.name}.gz").exists() for path in bad):
@@ -186,8 +171,9 @@ def dataset(name: str, root: Path) -> Finding:
             urllib.request.urlopen(mirrors[0], timeout=MIRROR_SECONDS).close()
         return Finding("warning", "data", f"{text}: the job would download it at its start", advice)
     except (ImportError, OSError, ValueError, HTTPException) as error:
-        text += f", and cannot be downloaded here ({one_line(error)})"
-    text += ": the job would train on generated digits, which are not MNIST" if name == "auto" else ""
+        text += f", and cannot be downloaded here ({_one_line(error)})"
+    if name == "auto":
+        text += ": the job would train on generated digits, which are not MNIST"
     return Finding("warning" if name == "auto" else "problem", "data", text, advice)
 
 
@@ -204,10 +190,7 @@ def output(path: Path) -> Finding:
     except OSError as error:
         text = f"{path} cannot be written: {error.strerror or error}"
         return Finding("problem", "output", text, "--output-dir DIR, where you may write")
-    text = f"{path} can be written, {free / 1e9:.1f} GB free"
-    if free < LITTLE_SPACE:
-        return Finding("warning", "output", text, "make room, or --output-dir DIR on another disk")
-    return Finding("ok", "output", text)
+    return Finding("ok", "output", f"{path} can be written, {free / 1e9:.1f} GB free")
 
 
 def _existing(path: Path) -> Path:
@@ -229,8 +212,8 @@ def slurm() -> list[Finding]:
     if job is None:
         text = "not in a job; submit with sbatch slurm/train.sh" if shutil.which("sbatch") else "none here"
         return [Finding("ok", "slurm", text)]
-    place = f"step {step} of {count(tasks, 'task')}" if step else "outside any srun step"
-    found = [Finding("ok", "slurm", f"job {job} on {count(_integer('SLURM_JOB_NUM_NODES'), 'node')}, {place}")]
+    place = f"step {step} of {_count(tasks, 'task')}" if step else "outside any srun step"
+    found = [Finding("ok", "slurm", f"job {job} on {_count(_integer('SLURM_JOB_NUM_NODES'), 'node')}, {place}")]
     wanted, allowed = _integer("SLURM_CPUS_PER_TASK"), len(allowed_cpus())
     if _integer("SLURM_NTASKS") > 1 and "WORLD_SIZE" not in os.environ:
         text = f"the allocation has SLURM_NTASKS={_integer('SLURM_NTASKS')}, but what is typed here is one process"
@@ -245,55 +228,48 @@ def slurm() -> list[Finding]:
 
 
 def meet(config: TrainConfig, mine: list[Finding], *, is_main: bool) -> list[Finding]:
-    """Bring the ranks together as the job does and return the findings of all. Collective.
-
-    Raises:
-        JobError: One is missing or was lost, and this is not rank 0.
-    """
+    """Bring the ranks together and return the findings of all. Collective. Raise JobError if that fails elsewhere."""
     try:
         with Context(config) as context, translate_collective_errors(context):
             everyone = gather_object([(socket.gethostname(), mine)])
-            one, gradients = (all_reduce_milliseconds(context, length) for length in (1, GRADIENTS))
+            times = all_reduce_seconds(context)
             backend = context.accelerator.state.backend
     except JobError as error:
-        text = one_line(error).replace("--timeout-minutes", f"--timeout {60 * config.timeout_minutes:g}")
+        text = _one_line(error).replace("--timeout-minutes", f"--timeout {60 * config.timeout_minutes:g}")
         if not is_main:
             raise JobError(text, local=True) from error
         return [*mine, Finding("problem", "ranks", text)]
     if len(everyone) == 1:
-        return [*mine, Finding("ok", "ranks", f"1 rank with {count(context.threads, 'thread')}, nothing to exchange")]
+        return [*mine, Finding("ok", "ranks", f"1 rank with {_count(context.threads, 'thread')}, nothing to exchange")]
     merged = {each.text: each for each in everyone[0][1]}
     for rank, (host, findings) in enumerate(everyone):
         for each in findings:
             if each.status != "ok" and each.text not in merged:
                 merged[each.text] = replace(each, text=f"rank {rank} on {host}: {each.text}")
     hosts = Counter(host for host, _ in everyone)
-    met = f"{len(everyone)} ranks met over {backend}: " + ", ".join(f"{hosts[host]} on {host}" for host in hosts)
-    met += f"; {count(context.threads, 'thread')} each"
-    times = f"all-reduce of 1 number {one:.2f} ms, of the 36 kB of gradients {gradients:.2f} ms (median of {REPEATS})"
-    return [*merged.values(), Finding("ok", "ranks", met), Finding("ok", "ranks", times)]
+    places = ", ".join(f"{hosts[host]} on {host}" for host in hosts)
+    met = f"{len(everyone)} ranks met over {backend}: {places}; {_count(context.threads, 'thread')} each"
+    text = f"all-reduce of the 36 kB of gradients {1000 * statistics.median(times):.2f} ms (median of {REPEATS})"
+    return [*merged.values(), Finding("ok", "ranks", met), Finding("ok", "ranks", text)]
 
 
-def all_reduce_milliseconds(context: Context, length: int) -> float:
-    """Return the median time of summing `length` fp32 numbers over all ranks. Collective."""
-    values = torch.zeros(length, device=context.device)
-    times = []
+def all_reduce_seconds(context: Context) -> list[float]:
+    """Return how long it takes to sum as many fp32 numbers as there are gradients, REPEATS times. Collective."""
+    values, times = torch.zeros(GRADIENTS, device=context.device), []
     for _ in range(3 + REPEATS):
         started = time.perf_counter()
         context.sum(values)[0].item()  # on a GPU: wait until it has happened
         times.append(time.perf_counter() - started)
-    return 1000 * statistics.median(times[3:])
+    return times[3:]
 
 
 def _integer(name: str) -> int:
     return int(os.environ.get(name, 1))
 
 
-def count(number: int, noun: str) -> str:
-    """Return `1 rank`, `2 ranks`."""
+def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def one_line(message: object) -> str:
-    """Return the message without line breaks."""
+def _one_line(message: object) -> str:
     return " ".join(str(message).split())
