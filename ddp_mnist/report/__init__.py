@@ -1,0 +1,1 @@
+"""Pictures, page and comparison of runs."""

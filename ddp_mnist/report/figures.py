@@ -11,17 +11,15 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator
 
 from ddp_mnist.data.mnist import class_names
 from ddp_mnist.report.runs import RunLog, comparison, format_table
 
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "synthetic": "GENERATED DIGITS (NOT MNIST)"}
-# Okabe and Ito's colours, which the colour-blind tell apart, less yellow, which is faint on white. Seven colours and
-# four styles have no common divisor: the first 28 runs look different.
+# Okabe and Ito's colours for the colour-blind. Seven and four have no common divisor: the first 28 runs look different.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
-GREY, ALARM = "#666666", "#B00020"
+STYLES, GREY, ALARM = ("-", "--", "-.", ":"), "#666666", "#B00020"
 
 
 def curves_figure(runs: Sequence[RunLog]) -> Figure:
@@ -30,48 +28,32 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
     figure = _figure(8, 8 + 0.2 * len(table), runs, "loss and accuracy")
     loss, accuracy = figure.subplots(2, sharex=True)
     sizes = [run.config.get("steps_per_epoch", 0) for run in runs]
-    by_step = len({*sizes}) == 1 or 0 in sizes
     for number, run in enumerate(runs):
         for axes, key in (loss, "loss"), (accuracy, "accuracy"):
-            _plot(axes, key, run, number, 1 if by_step else sizes[number])
+            _plot(axes, key, run, number, sizes[number] if all(sizes) else 1)
     if table:
         font = {"family": "monospace", "size": min(8.5, 850 / max(map(len, table)))}  # as wide as the figure
         texts, lines = [line.replace("$", r"\$") for line in table], [Line2D([], [], ls=""), *accuracy.lines[1::2]]
         title = "thin: training, with marks: test"
         figure.legend(lines, texts, loc="outside lower left", handlelength=4, prop=font, title=title, alignment="left")
     else:
-        _write_last(loss, "{:.4f}")
-        _write_last(accuracy, "{:.2%}")
-        loss.legend(loc="upper right")
-        accuracy.legend(loc="lower right")
+        for axes, form in (loss, "{:.4f}"), (accuracy, "{:.2%}"):
+            for point in np.asarray(axes.lines[1].get_xydata())[-1:]:
+                axes.annotate(form.format(point[1]), point, (0, 8), textcoords="offset points", ha="right")
+            axes.legend()
     _scale(loss, accuracy)
-    accuracy.set_xlabel("step" if by_step else "epoch (the runs' steps differ in size)")
-    if by_step and (size := min(sizes)):
-        epochs = loss.secondary_xaxis("top", functions=(lambda x: np.divide(x, size), lambda x: np.multiply(x, size)))
-        epochs.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-        epochs.set_xlabel("epoch")
-    figure.align_ylabels()
+    accuracy.set_xlabel("epoch" if all(sizes) else "step")
     return figure
 
 
 def _plot(axes: Axes, key: str, run: RunLog, number: int, scale: int) -> None:
     """Draw the training and test values of the `number`-th run, with `scale` steps to a unit of x."""
-    colour, style, mark = (each[number % len(each)] for each in (COLOURS, STYLES, MARKERS))
+    colour, style = (each[number % len(each)] for each in (COLOURS, STYLES))
     steps, values = run.series(f"train/{key}")
     dot = "." if len(steps) == 1 else ""  # a line of one point would not be seen
     axes.plot(np.divide(steps, scale), values, color=colour, lw=0.8, alpha=0.6, marker=dot, label="training")
     steps, values = run.series(f"test/{key}")
-    axes.plot(np.divide(steps, scale), values, color=colour, ls=style, lw=2, marker=mark, ms=5, label="test")
-
-
-def _write_last(axes: Axes, form: str) -> None:
-    """Write the last test value of a single run beside its point, and make its training grey."""
-    train, test = axes.lines
-    train.set_color(GREY)
-    for step, value in np.asarray(test.get_xydata())[-1:]:
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-        place: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right", "bbox": box}
-        axes.annotate(form.format(value), (step, value), color=test.get_color(), weight="bold", **place)
+    axes.plot(np.divide(steps, scale), values, color=colour, ls=style, lw=2, marker="o", ms=5, label="test")
 
 
 def _scale(loss: Axes, accuracy: Axes) -> None:
@@ -79,24 +61,18 @@ def _scale(loss: Axes, accuracy: Axes) -> None:
     loss.set(ylabel="loss", yscale="log", xlim=(0, None))
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_minor_locator(LogLocator(subs=()))
+    loss.yaxis.set_major_formatter("{x:g}")
     to_height = (lambda a: -np.log10(np.maximum(1.001 - a, 1e-9)), lambda y: 1.001 - np.power(10.0, -y))  # 100 % too
     accuracy.set_yscale("function", functions=to_height)
-    seen = [0.9, *(value for line in accuracy.lines for value in np.asarray(line.get_ydata()))]
-    limits = 1.001 - (1.001 - min(seen)) * 1.1, 1.001 - (1.001 - max(seen)) / 1.8
-    accuracy.set(ylabel="accuracy", yticks=[0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1], ylim=limits)
-    loss.yaxis.set_major_formatter("{x:g}")
+    lowest = min(0.9, *(value for line in accuracy.lines for value in np.asarray(line.get_ydata())))
+    accuracy.set(ylabel="accuracy", yticks=[0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999], ylim=(lowest, 1.0003))
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    accuracy.xaxis.set_major_formatter("{x:,.10g}")
     for axes in loss, accuracy:
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 def confusion_figure(run: RunLog) -> Figure:
-    """Draw the counts of the newest test score, [label][prediction], with the accuracy of each class on the right.
-
-    Errors are coloured by their share of the label's images, so that a diagonal of thousands does not drown them.
-    """
+    """Draw the counts of the newest test score, [label][prediction], with the accuracy of each class on the right."""
     counts = np.asarray(run.score["test/confusion"])
     total, right, classes = counts.sum(1), counts.diagonal(), range(len(counts))
     caption = f"{(total - right).sum():,} of {total.sum():,} wrong. Colour: the error's share of its true class."
@@ -110,8 +86,7 @@ def confusion_figure(run: RunLog) -> Figure:
         return figure
     for row, column in zip(*counts.nonzero(), strict=True):
         colour = GREY if row == column else "white" if norm(share[row, column]) > 0.65 else "black"
-        look: dict[str, Any] = {"color": colour, "weight": "normal" if row == column else "bold"}
-        axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", **look)
+        axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=colour)
     names = class_names(run.dataset, len(counts))
     axes.set_xticks(classes, names, fontsize=10 if max(map(len, names)) < 4 else 8)
     axes.set_yticks(classes, names)

@@ -4,13 +4,13 @@ import argparse
 import base64
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import escape_unencodable_output, report_error
+from ddp_mnist.distributed.launcher import command
 from ddp_mnist.errors import JobError
 from ddp_mnist.report.runs import RunLog, comparison, format_table, read_runs
 from ddp_mnist.run.directory import format_setting, write_atomic
@@ -21,12 +21,12 @@ CURVES, CONFUSION, MISTAKES, PAGE = "curves.png", "confusion.png", "mistakes.png
 
 
 def try_to_draw(run_dir: Path, data_dir: Path) -> None:
-    """Draw a run that is done and saved; warn where that fails: no picture is worth its exit code."""
+    """Draw a finished run; warn where that fails: no picture is worth its exit code."""
     try:
         draw([run_dir], data_dir=data_dir)
     except Exception as error:
-        command = f"python -m ddp_mnist.report {shlex.quote(str(run_dir))}"
-        log.warning("the pictures could not be drawn (%s: %s); try  %s", type(error).__name__, error, command)
+        again = f"python -m ddp_mnist.report {shlex.quote(str(run_dir))}"
+        log.warning("the pictures could not be drawn (%s: %s); try  %s", type(error).__name__, error, again)
 
 
 def draw(run_dirs: Sequence[Path], *, output: Path | None = None, data_dir: Path | None = None) -> list[str]:
@@ -35,10 +35,15 @@ def draw(run_dirs: Sequence[Path], *, output: Path | None = None, data_dir: Path
     `output` defaults to the one run's directory, else `report`; `data_dir`, for the test images, to the run's. Return
     what could not be drawn, which the page says too, and which files were written. Raises: JobError.
     """
+    import jinja2  # like matplotlib only to draw
+
     runs = read_runs(run_dirs)
     notes = [note for run in runs for note in run.missing()]
     files = _draw_pictures(runs, data_dir, notes)
-    files[PAGE] = _render(runs, files, notes).encode()
+    source = Path(__file__).with_name("page.html.j2").read_text()
+    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    tools = {"base64": base64.b64encode, "setting": format_setting}
+    files[PAGE] = template.render(tools, runs=runs, table=comparison(runs), pictures=files, notes=notes).encode()
     folder = output or (runs[0].path if len(runs) == 1 else Path("report"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,17 +61,18 @@ def _draw_pictures(runs: Sequence[RunLog], data_dir: Path | None, notes: list[st
     """Return the pictures for which there are numbers; add to `notes` where the mistakes have no images."""
     from ddp_mnist.report import figures
 
-    pictures, score = {}, runs[0].score if len(runs) == 1 else {}
-    if measured := [run for run in runs if run.lines]:
-        pictures[CURVES] = figures.png(figures.curves_figure(measured))
+    run, score = runs[0], runs[0].score if len(runs) == 1 else {}
+    drawn = {}
+    if measured := [each for each in runs if each.lines]:
+        drawn[CURVES] = figures.curves_figure(measured)
     if score.get("test/confusion"):
-        pictures[CONFUSION] = figures.png(figures.confusion_figure(runs[0]))
+        drawn[CONFUSION] = figures.confusion_figure(run)
     if score.get("test/mistakes"):
         try:
-            pictures[MISTAKES] = figures.png(figures.mistakes_figure(runs[0], _test_images(runs[0], data_dir)))
+            drawn[MISTAKES] = figures.mistakes_figure(run, _test_images(run, data_dir))
         except JobError as error:
-            notes.append(f"{runs[0].path}: no picture of the mistakes. {error}")
-    return pictures
+            notes.append(f"{run.path}: no picture of the mistakes. {error}")
+    return {name: figures.png(figure) for name, figure in drawn.items()}
 
 
 def _test_images(run: RunLog, data_dir: Path | None) -> Any:
@@ -82,32 +88,19 @@ def _test_images(run: RunLog, data_dir: Path | None) -> Any:
     return images[[*rows]]
 
 
-def _render(runs: Sequence[RunLog], pictures: Mapping[str, bytes], notes: Sequence[str]) -> str:
-    import jinja2
-
-    source = Path(__file__).with_name("page.html.j2").read_text()
-    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    tools = {"base64": base64.b64encode, "setting": format_setting}
-    return template.render(tools, runs=runs, table=comparison(runs), pictures=pictures, notes=notes)
-
-
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    escape_unencodable_output()
-    description = "Draw one run, or compare several; also runs that are still going."
-    parser = argparse.ArgumentParser(prog="python -m ddp_mnist.report", description=description)
+    parser = argparse.ArgumentParser(prog="python -m ddp_mnist.report", description="Draw one run, or compare several.")
     add = parser.add_argument
     add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     add("--output", type=Path, metavar="DIR", help="where to write (default: the one run's directory, else report/)")
     add("--data-dir", type=Path, metavar="DIR", help="test images (default: the run's, else $DDP_MNIST_DATA)")
     add("--table", action="store_true", help="only print a table: one row per run, best test accuracy first")
     options = parser.parse_args(argv)
-    try:
-        if options.table:
-            lines = format_table(comparison(read_runs(options.run_dirs)))
-        else:
-            lines = draw(options.run_dirs, output=options.output, data_dir=options.data_dir)
-    except JobError as error:
-        return report_error(error)
+    if options.table:
+        lines = format_table(comparison(read_runs(options.run_dirs)))
+    else:
+        lines = draw(options.run_dirs, output=options.output, data_dir=options.data_dir)
     print(*lines, sep="\n")
     return 0

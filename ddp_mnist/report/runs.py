@@ -11,8 +11,8 @@ from ddp_mnist.config import RESUME_FIELDS
 from ddp_mnist.errors import JobError
 from ddp_mnist.run.directory import CONFIG, METRICS, SUMMARY, format_setting, read_json
 
+# The settings that a result may follow from; the others say how a run is run.
 CAUSES = (*RESUME_FIELDS, "recipe", "mixed_precision", "compile", "max_steps")
-"""The settings that a result may follow from; the others say how a run is run."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class RunLog:
     settings: dict[str, Any]
     dataset: str
     summary: dict[str, Any]
-    lines: list[dict[str, Any]]
-    """Those of metrics.jsonl, and the last test score where summary.json alone has it."""
+    lines: list[dict[str, Any]]  # of metrics.jsonl, and the last test score where summary.json alone has it
 
     @property
     def step(self) -> int | None:
+        """Return the newest step that is known."""
         return self.summary.get("steps", self.lines[-1]["step"] if self.lines else None)
 
     @property
@@ -39,6 +39,7 @@ class RunLog:
 
     @property
     def state(self) -> str:
+        """Return how the run has ended, or that this is not known."""
         if self.summary:
             return "finished" if self.summary.get("finished") else f"stopped: {self.summary.get('stop_reason')}"
         return "no summary yet" if self.config or self.lines else "not started"
@@ -71,9 +72,9 @@ def _read_run(path: Path) -> RunLog:
     if not path.is_dir():
         raise JobError(f"{path} is no directory; expected a run directory: the --output-dir of a job that has started.")
     config, summary, lines = read_json(path / CONFIG), read_json(path / SUMMARY), _read_metrics(path / METRICS)
-    if not isinstance(config.get("settings"), dict):
-        config = {}  # another program's, or damaged
-    settings = config.get("settings", {})
+    settings = config.get("settings")
+    if not isinstance(settings, dict):  # another program's, or damaged
+        config, settings = {}, {}
     dataset = str(settings.get("dataset") or summary.get("dataset") or "unknown data")
     run = RunLog(path, path.resolve().name, config, settings, dataset, summary, lines)
     if summary.get("test_accuracy") is not None and run.score.get("step") != run.step:  # --max-steps within an epoch
@@ -88,10 +89,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         for row in path.read_bytes().split(b"\n")[:-1]:  # what follows the last line's end is half written
             line = json.loads(row)
             lines.append(line | {"step": int(line["step"])})
-    except FileNotFoundError:
-        pass
     except OSError as error:
-        raise JobError(f"{path} cannot be read: {error.strerror}.") from error
+        if path.exists():
+            raise JobError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise JobError(f"{path} is damaged: line {len(lines) + 1} is not a JSON object with step.") from error
     return lines
