@@ -23,14 +23,22 @@ OURS = "-m ddp_mnist.train"
 def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainConfig:
     """Return the configuration that these training flags give.
 
-    Data files are unpacked if need be, but not downloaded: compute nodes seldom have internet access. `program` is
-    PROGRAM of slurm/train.sh; one of the user's own has data of its own.
+    Data files are verified, not downloaded. A `program` of the user's own has data of its own.
 
     Raises:
         JobError: The job would fail.
         SystemExit: A flag is wrong (2), or it is --help (0).
     """
-    _check_program(program)
+    kind, _, module = program.partition(" ")
+    try:
+        found = find_spec(module) is not None if kind == "-m" else Path(program).is_file()
+    except (ImportError, ValueError):  # the module's package is missing; the name is empty
+        found = False
+    if not found:
+        raise UsageError(
+            f"PROGRAM is {program!r}, which cannot be run in {Path.cwd()}; expected a script that uses ddp_mnist.run, "
+            "such as PROGRAM=mine.py, or PROGRAM='-m package.module'. Its flags stand behind slurm/train.sh."
+        )
     config = parse(flags, quiet=False)
     config.check_world_size(world_size)
     if program == OURS and config.dataset not in ("auto", "synthetic"):  # which can be generated on the spot
@@ -47,35 +55,15 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
     return config
 
 
-def _check_program(program: str) -> None:
-    kind, _, module = program.partition(" ")
-    try:
-        found = find_spec(module.strip()) is not None if kind == "-m" else Path(program).is_file()
-    except (ImportError, ValueError):  # of its package; an empty name
-        found = False
-    if not found:
-        raise UsageError(
-            f"PROGRAM is {program!r}, which cannot be run in {Path.cwd()}; expected a script that uses ddp_mnist.run, "
-            "such as PROGRAM=mine.py, or PROGRAM='-m package.module'. Its flags stand behind slurm/train.sh."
-        )
-
-
-def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words before and after the first `--`."""
-    at = words.index("--") if "--" in words else len(words)
-    return list(words[:at]), list(words[at + 1 :])
-
-
 @command
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the command. Return its exit code."""
-    own, flags = split_flags(sys.argv[1:] if argv is None else argv)
-    usage = "%(prog)s [--world-size N] [--program=PROGRAM] -- TRAINING_FLAGS"
-    parser = argparse.ArgumentParser(prog="python -m launch.check", usage=usage)
+    parser = argparse.ArgumentParser(prog="python -m launch.check", usage="%(prog)s [options] -- TRAINING_FLAGS")
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--program", default="", help=f"as PROGRAM of slurm/train.sh; empty: {OURS}")
-    options = parser.parse_args(own)
-    check(flags, options.world_size, options.program or OURS)
+    parser.add_argument("flags", nargs="*", help="as for python -m ddp_mnist.train")
+    given = parser.parse_args()
+    check(given.flags, given.world_size, given.program or OURS)
     return 0
 
 

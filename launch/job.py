@@ -19,7 +19,7 @@ from pathlib import Path
 import submitit
 from submitit.helpers import TorchDistributedEnvironment
 
-from ddp_mnist.config import TrainConfig, parse
+from ddp_mnist.config import TrainConfig
 from ddp_mnist.distributed.launcher import command, hard_exit, show_warnings
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED
@@ -31,8 +31,8 @@ MEET = Path(__file__).parents[1] / "slurm" / "meet.sh"
 class Job:
     """The pickled job, which submitit calls on every rank of every attempt."""
 
-    flags: tuple[str, ...]
-    """Training flags, checked before submission."""
+    config: TrainConfig
+    """Settings, checked before submission."""
     launcher: str
     """The words in front of the flags in the command that continues the run."""
     attempt: int = 0
@@ -40,7 +40,17 @@ class Job:
     def __call__(self) -> int:
         """Run this rank's part of the job and return its exit code; on a cluster only if it is 0."""
         env = submitit.JobEnvironment()
-        self._join(env)
+        # SLURM has assigned the GPUs; NCCL wants every rank to see those of its neighbours.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if env.cluster == "slurm":
+            meet = [str(MEET), ",".join(env.hostnames), str(self.attempt)]
+            meeting = subprocess.run(meet, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        else:  # as there: not a port that the kernel assigns by itself, and another one for every job and attempt
+            meeting = f"127.0.0.1:{10_000 + (zlib.crc32(env.job_id.encode()) + self.attempt) % 22_000}"
+        os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = meeting.rpartition(":")
+        os.environ["DDP_MNIST_LAUNCHER"] = self.launcher
+        os.environ["DDP_MNIST_JOB_ID"] = env.job_id
+        os.environ["DDP_MNIST_RESTARTS"] = str(self.attempt)
         code = self._train(env)
         if env.cluster != "debug":  # which runs in the user's process
             if code:
@@ -49,11 +59,22 @@ class Job:
             atexit.register(lambda: hard_exit(1 if hasattr(sys, "last_type") else 0))
         return code
 
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Return the next attempt. submitit calls it in its signal handler, on rank 0 alone: no collective, no save."""
+        return submitit.helpers.DelayedSubmission(replace(self, attempt=self.attempt + 1))
+
     @command
     def _train(self, env: submitit.JobEnvironment) -> int:
         show_warnings(main=env.global_rank == 0)
         logging.getLogger("submitit").propagate = False  # it prints by itself
-        config = self.config(env)
+        config = self.config
+        if env.cluster == "slurm" and config.output_dir is None:  # as in slurm/train.sh: the same after a requeue
+            config = config.replace(output_dir=Path("runs") / f"slurm-{env.job_id}")
+        if env.cluster != "debug" and env.global_rank == 0:
+            started = env.paths.folder / f"{env.job_id}_started"
+            if started.exists():  # --fresh is for the first start: a requeued job would throw away what there is
+                config = config.replace(fresh=False)
+            started.touch()
         with StopSignal() as stop:
             from ddp_mnist.trainer import run_attempt  # imports torch
 
@@ -66,43 +87,3 @@ class Job:
             except SystemExit as requeued:  # on rank 0
                 return int(requeued.code or 0) & 0xFF
         return result.exit_code
-
-    def checkpoint(self, *_: object, **__: object) -> submitit.helpers.DelayedSubmission:
-        """Return the next attempt. submitit calls it in its signal handler, on rank 0 alone: no collective, no save."""
-        return submitit.helpers.DelayedSubmission(replace(self, attempt=self.attempt + 1))
-
-    __submitit_checkpoint__ = checkpoint  # submitit asks for one name before a requeue and calls the other
-
-    def _join(self, env: submitit.JobEnvironment) -> None:
-        """Set torch's variables, RANK and so on, and ours."""
-        # SLURM has assigned the GPUs; NCCL wants every rank to see those of its neighbours.
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if env.cluster == "slurm":
-            meet = [str(MEET), ",".join(env.hostnames), str(self.attempt)]
-            answer = subprocess.run(meet, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-            address, _, port = answer.rpartition(":")
-        else:  # as there: not a port that the kernel assigns by itself, and another one for every job and attempt
-            address, port = "127.0.0.1", str(10_000 + (zlib.crc32(env.job_id.encode()) + self.attempt) % 22_000)
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, port
-        os.environ["DDP_MNIST_LAUNCHER"] = self.launcher
-        os.environ["DDP_MNIST_JOB_ID"] = env.job_id
-        os.environ["DDP_MNIST_RESTARTS"] = str(self.attempt)
-
-    def config(self, env: submitit.JobEnvironment) -> TrainConfig:
-        """Return this attempt's configuration. Notes the first start in submitit's folder.
-
-        Raises:
-            UsageError: The flags are wrong, or the ranks do not divide the batch.
-        """
-        config = parse(self.flags)
-        config.check_world_size(env.num_tasks)
-        if env.cluster == "debug":  # a single attempt
-            return config
-        if config.output_dir is None:  # as in slurm/train.sh: the same after a requeue
-            config = config.replace(output_dir=Path("runs") / f"{env.cluster}-{env.job_id}")
-        if env.global_rank == 0:
-            started = env.paths.folder / f"{env.job_id}_started"
-            if started.exists():  # --fresh is for the first start: a requeued job would throw away what there is
-                config = config.replace(fresh=False)
-            started.touch()
-        return config

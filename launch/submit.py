@@ -8,6 +8,7 @@ What follows `--` are training flags. Run it from the repository's root, on a di
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import secrets
@@ -16,41 +17,36 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_load
 
 from ddp_mnist.distributed.launcher import command
 from ddp_mnist.errors import JobError, UsageError
-from launch.check import check, split_flags
+from launch.check import check
 from launch.job import Job
 
-POLL_SECONDS = 2.0
-GOES_ON = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING")
+NOT_ENDED = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING")
 
 
-def options(argv: Sequence[str]) -> argparse.Namespace:
-    """Return what the words in front of `--` ask for. Raises: SystemExit, as argparse."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.submit",
-        usage="%(prog)s [options] -- TRAINING_FLAGS",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def parse_options() -> argparse.Namespace:
+    """Return the options, and as `flags` the words behind `--`. Exit with 2 on a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m launch.submit", usage="%(prog)s [options] -- TRAINING_FLAGS")
 
     def add(flag: str, help: str, default: Any = None, **settings: Any) -> None:
-        parser.add_argument(flag, help=help, default=default, **settings)
+        shown = f"{help} (default: %(default)s)" if default else help
+        parser.add_argument(flag, help=shown, default=default, **settings)
 
     places = "local: this machine, in the background; debug: this process"
     add("--cluster", places, "slurm", choices=["slurm", "local", "debug"])
-    add("--nodes", "machines", 1, type=_positive)
+    add("--nodes", "machines", 1, type=int)
     add("--gpus-per-node", "GPUs, and with them ranks, on each; 0: CPU", 0, type=int)
-    add("--tasks-per-node", "ranks on each (default: one per GPU, else 1)", type=_positive)
-    add("--cpus-per-task", "CPUs of a rank", 1, type=_positive)
+    add("--tasks-per-node", "ranks on each (default: one per GPU, else 1)", type=int)
+    add("--cpus-per-task", "CPUs of a rank", 1, type=int)
     add("--mem-gb", "memory of a node in GB (default: the cluster's)", type=float)
-    add("--time-min", "time limit of an attempt in minutes", 60, type=_positive)
+    add("--time-min", "time limit of an attempt in minutes", 60, type=int)
     add("--partition", "SLURM partition (default: the cluster's)")
     add("--account", "SLURM account (default: yours)")
     add("--sbatch", "any other option of sbatch; repeatable", [], action="append", metavar="NAME=VALUE")
@@ -59,9 +55,13 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     add("--job-name", "what squeue shows", "ddp_mnist")
     add("--folder", "submitit's files and the logs", "runs/submitit/%j")
     add("--follow", "show rank 0's log until the job ends, and exit as it did", False, action="store_true")
-    given = parser.parse_args(argv)
+    add("flags", "as for python -m ddp_mnist.train", nargs="*")
+    given = parser.parse_args()
     given.tasks_per_node = given.tasks_per_node or given.gpus_per_node or 1
     given.ranks = given.nodes * given.tasks_per_node
+    for name in ("nodes", "tasks_per_node", "cpus_per_task", "time_min"):
+        if (value := getattr(given, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected a whole number above 0")
     if given.cluster != "slurm" and given.nodes > 1:
         parser.error(f"--cluster {given.cluster} is this machine alone: --nodes is {given.nodes}, expected 1")
     if given.cluster == "debug" and given.ranks > 1:
@@ -71,10 +71,14 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def _positive(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not a whole number above 0")
-    return int(word)
+def default_flags(given: argparse.Namespace) -> list[str]:
+    """Return training flags that the user's own beat."""
+    flags = ["--dataset", "mnist"]
+    if given.cluster == "slurm":  # it assigns CPUs to ranks; elsewhere the job itself divides them
+        flags += ["--threads", str(given.cpus_per_task)]
+    if given.cluster == "local":  # its job ids are process ids, which come again
+        flags += ["--output-dir", f"runs/local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"]
+    return flags
 
 
 def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
@@ -83,10 +87,10 @@ def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
     executor = submitit.AutoExecutor(folder=given.folder, cluster=given.cluster, **limits)
     # Without this, unpickling the job would end with a traceback per rank. It imports what the job imports first.
     python = shlex.quote(sys.executable)
-    advice = f"cannot import this repository in $PWD with {python}: keep both on a disk that all nodes share"
     import_check = (
         f"{python} -c 'import launch.job, ddp_mnist.config' || "
-        f'{{ echo "error: $(hostname) {advice}, or use --setup" >&2; exit 1; }}'
+        f'{{ echo "error: $(hostname) cannot import this repository in $PWD with {python}: '
+        'keep both on a disk that all nodes share, or use --setup" >&2; exit 1; }'
     )
     # srun does not take the CPUs over from sbatch, and one dead rank must not leave the others waiting.
     srun = [f"--cpus-per-task={given.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"]
@@ -111,7 +115,8 @@ def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
 
 def outcome(job: submitit.Job, cluster: str) -> tuple[str, int] | None:
     """Return SLURM's word for how the job ended and its exit code, as a shell gives it; None while it goes on."""
-    finished = ("COMPLETED", 0) if job.paths.result_pickle.exists() else ("FAILED", 1)
+    pickle = job.paths.result_pickle  # ("success", exit code) or ("error", traceback)
+    finished = ("COMPLETED", 0) if pickle.exists() and pickle_load(pickle)[0] == "success" else ("FAILED", 1)
     if cluster == "local":  # which keeps no exit codes
         return finished if job.done() else None
     # submitit asks the accounting store, which not every cluster has; the controller knows, too.
@@ -120,7 +125,7 @@ def outcome(job: submitit.Job, cluster: str) -> tuple[str, int] | None:
         return finished
     found = dict(re.findall(r"(\S+?)=(\S*)", answer.stdout))
     state = found.get("JobState", "PENDING")  # a busy controller does not answer
-    if state in GOES_ON:
+    if state in NOT_ENDED:
         return None
     code, signal_number = map(int, found["ExitCode"].split(":"))
     return state, 0 if state == "COMPLETED" else code or (128 + signal_number if signal_number else 1)
@@ -128,16 +133,17 @@ def outcome(job: submitit.Job, cluster: str) -> tuple[str, int] | None:
 
 def follow(job: submitit.Job, cluster: str) -> int:
     """Copy rank 0's log to the console until the job has ended. Return its exit code."""
-    at, ended = 0, None
+    print("following the log; Ctrl-C ends that, not the job", flush=True)
+    position, ended = 0, None
     while ended is None:
         ended = outcome(job, cluster)  # before reading, so that the last lines are not missed
         if job.paths.stdout.exists():
-            with open(job.paths.stdout, errors="replace") as file:
-                file.seek(at)
+            with job.paths.stdout.open(errors="replace") as file:
+                file.seek(position)
                 print(file.read(), end="", flush=True)
-                at = file.tell()
+                position = file.tell()
         if ended is None:
-            time.sleep(POLL_SECONDS)
+            time.sleep(2)
     state, code = ended
     if code:
         print(f"error: job {job.job_id} is {state}, exit code {code}", file=sys.stderr)
@@ -145,29 +151,18 @@ def follow(job: submitit.Job, cluster: str) -> int:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the command. Return its exit code."""
-    own, flags = split_flags(sys.argv[1:] if argv is None else argv)
-    given = options(own)
+    given = parse_options()
     if program := os.environ.get("PROGRAM"):
-        raise UsageError(
-            f"PROGRAM is {program!r}, which is for slurm/train.sh and slurm/sweep.sh: a submitit job runs "
-            "ddp_mnist.train. Submit it with sbatch, or `unset PROGRAM`."
-        )
-    defaults = ["--dataset", "mnist"]
-    if given.cluster == "slurm":  # it assigns CPUs to ranks; elsewhere the job itself divides them
-        defaults += ["--threads", str(given.cpus_per_task)]
-    if given.cluster == "local":  # its job ids are process ids, which come again
-        defaults += ["--output-dir", f"runs/local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"]
-    flags = [*defaults, *flags]
-    config = check(flags, given.ranks)
+        raise UsageError(f"PROGRAM is {program!r}, which is for slurm/train.sh: use sbatch, or `unset PROGRAM`.")
+    config = check([*default_flags(given), *given.flags], given.ranks)
     if given.cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UsageError(
-            "there is no sbatch on PATH: submit from a login node of a SLURM cluster, or use --cluster local."
-        )
-    launcher = shlex.join(["python", "-m", "launch.submit", *(word for word in own if word != "--follow"), "--"])
+        raise UsageError("there is no sbatch on PATH: submit from a login node of a cluster, or use --cluster local.")
+    options = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
+    launcher = shlex.join(["python", "-m", "launch.submit", *(word for word in options if word != "--follow"), "--"])
     try:
-        job = make_executor(given).submit(Job(tuple(flags), launcher))
+        job = make_executor(given).submit(Job(config, launcher))
     except FailedJobError:  # submitit has printed what sbatch said
         return 1
     except FailedSubmissionError as error:
@@ -176,18 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return job.result()
     print(f"job {job.job_id} on {given.cluster}: {given.ranks} rank{'s' if given.ranks > 1 else ''}")
     print(f"  run   {config.output_dir or Path('runs') / f'slurm-{job.job_id}'}")
-    others = f" (other ranks: {job.job_id}_<rank>_log.out beside it)" if given.ranks > 1 else ""
-    print(f"  log   {job.paths.stdout}{others}")
-    if given.cluster == "slurm":
-        print(f"  stop  scancel {job.job_id}")
-    sys.stdout.flush()
-    if not given.follow:
-        return 0
-    try:
-        return follow(job, given.cluster)
-    except KeyboardInterrupt:
-        print(f"\nno longer following; job {job.job_id} goes on", file=sys.stderr)
-        return 130
+    print(f"  log   {job.paths.stdout}", flush=True)
+    return follow(job, given.cluster) if given.follow else 0
 
 
 if __name__ == "__main__":

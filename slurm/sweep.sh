@@ -4,27 +4,16 @@
 #   slurm/sweep.sh FILE [sbatch options] [-- training flags for all runs]
 #   slurm/sweep.sh rates.txt --gpus-per-node=1 -- --epochs 3
 #
-# with a FILE of
-#   # empty lines and lines like this do not count
-#   --lr 1e-3
-#   --lr 3e-3 --batch-size 128
-#
-# It checks every line, submits the array, and prints the command for the final table. Each task is slurm/train.sh
-# with its own log, run directory and requeues, and with PROGRAM and the other settings from the environment.
-#
-# The same directives as in slurm/train.sh, which has their reasons:
+# Lines of FILE that are empty or begin with # do not count. It checks every line, submits the array, and prints the
+# command for the final table. Each task is slurm/train.sh with its own log, run directory and requeues, and with
+# PROGRAM and the other settings from the environment.
 
-# The name that squeue shows.
+# The same directives as in slurm/train.sh, which has their reasons.
 #SBATCH --job-name=ddp_mnist
-# One machine per run.
 #SBATCH --nodes=1
-# One hour per run, and again after each requeue.
 #SBATCH --time=01:00:00
-# Two minutes before the time limit all ranks are told to save and exit.
 #SBATCH --signal=USR2@120
-# The run may be started again.
 #SBATCH --requeue
-# A restarted run adds to its log.
 #SBATCH --open-mode=append
 
 set -euo pipefail

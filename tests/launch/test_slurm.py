@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +27,61 @@ WORKERS = 4
 SHORT = ("--dataset", "fashion-mnist", "--epochs", "3", "--log-every", "5", "--no-pictures")
 LONG = ("--dataset", "fashion-mnist", "--epochs", "40", "--log-every", "5", "--no-pictures")
 """640 steps: enough that a job is still training when a test that has seen its first line acts."""
+EXPORT_PATH = f"export PATH={Path(sys.executable).parent}:$PATH"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
-@dataclass(frozen=True)
 class Site:
-    """What a user of the cluster has: the cluster, and a checkout with staged data."""
+    """What a user of the cluster has: a checkout with staged data, in which commands are typed."""
 
-    cluster: Cluster
-    checkout: Path
-    data: Path
+    undisturbed: dict[int, Job]
+    """Runs of LONG by their number of ranks."""
 
-    def sbatch(self, *arguments: str, **env: str) -> Job:
-        return self.cluster.submit(*arguments, cwd=self.checkout, DDP_MNIST_DATA=str(self.data), **env)
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder, self.checkout = cluster, folder, folder / "checkout"
+        self.checkout.mkdir(parents=True)
+        for name in ("slurm", "launch", "ddp_mnist"):
+            (self.checkout / name).symlink_to(ROOT / name)
+        (self.checkout / "mine.py").write_text(own_program())
+        write_digits(folder / "data", 1000, 301)
+        self.env = cluster.env | {"DDP_MNIST_DATA": str(folder / "data")}
+
+    def run(self, *command: str, **options: Any) -> str:
+        return self.cluster.run(*command, **{"cwd": self.checkout, "env": self.env} | options)
+
+    def sbatch(self, *arguments: str, cwd: Path | None = None, **env: str) -> Job:
+        cwd = cwd or self.checkout
+        return Job(self.cluster, self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=self.env | env).strip(), cwd)
+
+    def submitit(self, *arguments: str) -> tuple[subprocess.Popen[str], Job]:
+        """Start `launch.submit --follow`. Return it and the job that it says it has submitted."""
+        submission = subprocess.Popen(
+            [sys.executable, "-m", "launch.submit", "--follow", *arguments],
+            cwd=self.checkout, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert submission.stdout
+        found = re.match(r"job (\d+) on slurm", submission.stdout.readline())
+        assert found, submission.communicate()[0]
+        job = Job(self.cluster, found[1], self.checkout)
+        job.log_path = self.checkout / "runs" / "submitit" / job.id / f"{job.id}_0_log.out"
+        return submission, job
+
+    def typed(self, job: Job, pattern: str) -> Job:
+        """Type what the log of a job says to type."""
+        again = re.search(pattern, job.log, re.MULTILINE)
+        assert again, job.log
+        second = Job(self.cluster, self.run("bash", "-c", again[1]).split()[-1], self.checkout)
+        second.run_dir = job.run_dir
+        second.wait("COMPLETED")
+        return second
+
+
+def own_program() -> str:
+    """Return the README's example with `run` in place of `fit`."""
+    (code,) = [code for language, code in documents.blocks(documents.README) if language == "python"]
+    parts = code.partition("config =")[0].replace("import TrainConfig, fit", "import run")
+    return f"{parts}\nrun(model=network, data=lambda: (stripes(2017, seed=0), stripes(503, seed=1)))\n"
 
 
 def result(job: Job) -> dict[str, Any]:
@@ -54,23 +92,6 @@ def weights(job: Job) -> bytes:
     return (job.run_dir / "model.safetensors").read_bytes()
 
 
-def own_program() -> str:
-    """The README's example with `run` in place of `fit`."""
-    (code,) = [code for language, code in documents.blocks(documents.README) if language == "python"]
-    parts = code.partition("config =")[0].replace("import TrainConfig, fit", "import run")
-    return f"{parts}\nrun(model=network, data=lambda: (stripes(2017, seed=0), stripes(503, seed=1)))\n"
-
-
-def make_site(cluster: Cluster, folder: Path) -> Site:
-    checkout, data = folder / "checkout", folder / "data"
-    checkout.mkdir(parents=True)
-    for name in ("slurm", "launch", "ddp_mnist"):
-        (checkout / name).symlink_to(ROOT / name)
-    (checkout / "mine.py").write_text(own_program())
-    write_digits(data, 1000, 301)
-    return Site(cluster, checkout, data)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if reason := slurm_cluster.missing():
@@ -78,15 +99,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             pytest.fail(f"DDP_MNIST_REQUIRE demands SLURM: {reason}")
         pytest.skip(reason)
     with Cluster() as cluster:
-        yield make_site(cluster, tmp_path_factory.mktemp("slurm"))
+        yield Site(cluster, tmp_path_factory.mktemp("slurm"))
 
 
-Body = Callable[[Site], None]
-BODIES: dict[str, Body] = {}
+BODIES: dict[str, Callable[[Site], None]] = {}
 
 
-def side_by_side(body: Body) -> Callable[[dict[str, Future[None]]], None]:
-    """The test's body runs in a thread that `running` starts for all of them; the test waits for its own."""
+def side_by_side(body: Callable[[Site], None]) -> Callable[[dict[str, Future[None]]], None]:
+    """Run the test's body in a thread that `running` starts for all of them; the test waits for its own."""
     BODIES[body.__name__] = body
 
     def test(running: dict[str, Future[None]]) -> None:
@@ -98,139 +118,98 @@ def side_by_side(body: Body) -> Callable[[dict[str, Future[None]]], None]:
 
 @pytest.fixture(scope="module")
 def running(site: Site, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    site.undisturbed = {ranks: site.sbatch(f"--ntasks-per-node={ranks}", "slurm/train.sh", *LONG) for ranks in (1, 2)}
     chosen = [item.name for item in request.session.items if item.name in BODIES]
     with ThreadPoolExecutor(WORKERS) as pool:
-        futures = {name: pool.submit(BODIES[name], site) for name in chosen}
         try:
-            yield futures
+            yield {name: pool.submit(BODIES[name], site) for name in chosen}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_locks = {ranks: threading.Lock() for ranks in (1, 2)}
-
-
-@functools.cache
-def _uninterrupted(site: Site, ranks: int) -> bytes:
-    job = site.sbatch(f"--ntasks-per-node={ranks}", "slurm/train.sh", *LONG)
-    job.wait("COMPLETED")
-    assert result(job)["resumed_from"] is None
-    return weights(job)
-
-
-def uninterrupted(site: Site, ranks: int) -> bytes:
-    """The final weights of a LONG run that nobody disturbed."""
-    with _locks[ranks]:  # one run for all who ask
-        return _uninterrupted(site, ranks)
-
-
-def assert_continued(site: Site, job: Job, ranks: int) -> None:
-    """The job was stopped on its way and ended as if it had not been."""
-    summary = result(job)
-    assert summary["finished"] and summary["world_size"] == ranks
-    assert 0 < summary["resumed_from"] < 640 == summary["steps"]
-    assert summary["samples_seen"] == 40 * 1000
+def assert_continued(job: Job, undisturbed: Job) -> None:
+    """Assert that a LONG job was stopped on its way and ended as if it had not been."""
+    undisturbed.wait("COMPLETED")
+    summary, expected = result(job), result(undisturbed)
+    assert expected["resumed_from"] is None and 0 < (summary["resumed_from"] or 0) < 640
+    for name in ("finished", "world_size", "steps", "samples_seen"):
+        assert summary[name] == expected[name]
     steps = [line["step"] for line in jobs.read_metrics(job.run_dir)]
     assert steps == sorted(set(steps))
-    assert weights(job) == uninterrupted(site, ranks)
+    assert weights(job) == weights(undisturbed)
 
 
 def assert_cancelled(job: Job) -> None:
-    """The job has ended for good, but its ranks have saved."""
+    """Assert that the job has ended for good, but its ranks have saved."""
     job.wait("CANCELLED")
     wait_for(lambda: not job.ranks(), "the ranks to leave")
-    assert (job.state, job.show()["Restarts"]) == ("CANCELLED", "0")
+    found = job.show()
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
     assert list(job.run_dir.glob("checkpoints/step-*"))
-
-
-def typed(site: Site, job: Job, pattern: str) -> Job:
-    """What the log says to type, typed."""
-    again = re.search(pattern, job.log, re.MULTILINE)
-    assert again, job.log
-    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
-    answer = site.cluster.run("bash", "-c", again[1], cwd=site.checkout, env=env)
-    second = Job(site.cluster, answer.split()[-1], site.checkout)
-    second.run_dir = job.run_dir
-    second.wait("COMPLETED")
-    return second
 
 
 # The longest first: they mostly wait.
 
 
 @side_by_side
-def test_a_dead_node_requeues_the_job_and_the_run_continues_on_another(site: Site) -> None:
+def test_a_dead_node_requeues_its_jobs(site: Site) -> None:
+    """One continues on the other node. The other job has its batch script and rank 0 on the node that lives: their
+    failure must not end it."""
     with Cluster(dead_after=20) as cluster:  # of its own: the other tests need their nodes alive
-        doomed = make_site(cluster, site.checkout.parent / "doomed-1")
-        job = doomed.sbatch("slurm/train.sh", *LONG, "--checkpoint-every=10")
-        job.train_until_saved()
-        first = job.show()["BatchHost"]
-        cluster.kill_node(first)
-        job.wait_restarted()
-        job.wait("COMPLETED")
-        assert job.show()["BatchHost"] != first
-        assert_continued(site, job, 1)
-
-
-@side_by_side
-def test_a_dead_node_of_two_requeues_the_job(site: Site) -> None:
-    """The batch script and rank 0 are on the other one, which lives: their failure must not end the job."""
-    with Cluster(dead_after=20) as cluster:
-        doomed = make_site(cluster, site.checkout.parent / "doomed-2")
-        job = doomed.sbatch("--nodes=2", "slurm/train.sh", *LONG, "--checkpoint-every=10")
-        job.train_until_saved()
-        assert job.show()["BatchHost"] == "n0"
+        doomed = Site(cluster, site.folder / "doomed")
+        cluster.run("scontrol", "update", "NodeName=n0", "State=DRAIN", "Reason=test")
+        alone = doomed.sbatch("slurm/train.sh", *LONG, "--checkpoint-every=10")
+        assert alone.wait("RUNNING")["BatchHost"] == "n1"
+        cluster.run("scontrol", "update", "NodeName=n0", "State=RESUME")
+        spread = doomed.sbatch("--nodes=2", "slurm/train.sh", *LONG, "--checkpoint-every=10")
+        alone.train_until_saved()
+        alone.freeze()  # or it would be done before the other job has begun
+        spread.train_until_saved()
+        assert spread.show()["BatchHost"] == "n0"
         cluster.kill_node("n1")
-        job.wait_restarted()
-        assert "lost contact with another rank" in job.log
+        alone.wait_restarted()
+        assert alone.wait("COMPLETED")["BatchHost"] == "n0"
+        assert_continued(alone, site.undisturbed[1])
+        spread.wait_restarted()
+        assert "lost contact with another rank" in spread.log
         cluster.start_node("n1")
-        job.wait("COMPLETED")
-        assert_continued(site, job, 2)
+        spread.wait("COMPLETED")
+        assert_continued(spread, site.undisturbed[2])
 
 
 @side_by_side
 def test_time_limit_near(site: Site) -> None:
-    """USR2 → checkpoint → requeue → the very same result, on two nodes."""
-    job = site.sbatch("--nodes=2", "slurm/train.sh", *LONG)
+    """USR2 → checkpoint → requeue → the very same result, on two nodes. --fresh is for the first start."""
+    job = site.sbatch("--nodes=2", "slurm/train.sh", *LONG, "--fresh")
     job.requeue(signal.SIGUSR2, "scontrol", "update", f"JobId={job.id}", "TimeLimit=2")  # USR2@120: due at once
     assert "0: stopped by SIGUSR2" in job.log, "the requeue has emptied the log"
     assert job.log.count("back into the queue (requeue 1 of at most 20)") == 1
     assert len(set(re.findall(r"meeting at \S+:(\d+)", job.log))) == 2, "the restart took the same port"
-    assert_continued(site, job, 2)
-
-
-@side_by_side
-def test_term_requeues_and_fresh_is_for_the_first_start(site: Site) -> None:
-    job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG, "--fresh")
-    job.requeue(signal.SIGTERM, "scancel", "--signal=TERM", job.id)
-    assert "0: stopped by SIGTERM" in job.log
-    assert_continued(site, job, 2)
+    assert_continued(job, site.undisturbed[2])
 
 
 @side_by_side
 def test_scontrol_requeue_while_running(site: Site) -> None:
     job = site.sbatch("slurm/train.sh", *LONG)
     job.requeue(signal.SIGTERM, "scontrol", "requeue", job.id)  # SLURM sends TERM and waits for half a minute
-    assert_continued(site, job, 1)
+    assert_continued(job, site.undisturbed[1])
 
 
 @side_by_side
 def test_submitit_requeues_after_all_ranks_have_saved(site: Site) -> None:
     options = ["--nodes=2", "--partition=debug", "--time-min=30"]
-    submission = start(site, "launch.submit", *options, "--follow", "--", *LONG)
-    job = submitted(site, submission)
+    submission, job = site.submitit(*options, "--", *LONG)
     job.requeue(signal.SIGUSR2, "scancel", "--signal=USR2", job.id)
     output = submission.communicate()[0]
     assert submission.returncode == 0, output
     assert "stopped by SIGUSR2" in output and "resumed at step" in output, "the log was not followed to its end"
     assert f"python -m launch.submit {shlex.join(options)} -- --dataset fashion-mnist" in output
-    assert_continued(site, job, 2)
+    assert_continued(job, site.undisturbed[2])
 
 
 @side_by_side
 def test_submitit_does_not_bring_a_cancelled_job_back(site: Site) -> None:
-    submission = start(site, "launch.submit", "--follow", "--", *LONG)
-    job = submitted(site, submission)
+    submission, job = site.submitit("--", *LONG)
     job.interrupt(signal.SIGTERM, "scancel", job.id)
     output = submission.communicate()[0]
     assert submission.returncode != 0 and "CANCELLED" in output
@@ -239,58 +218,55 @@ def test_submitit_does_not_bring_a_cancelled_job_back(site: Site) -> None:
 
 @side_by_side
 def test_scancel_is_the_end(site: Site) -> None:
-    job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG)
+    """Another job on the same nodes at the same time is not disturbed."""
+    job, other = (site.sbatch("--nodes=2", "slurm/train.sh", *LONG) for _ in range(2))
+    frozen = other.freeze()
     job.interrupt(signal.SIGTERM, "scancel", job.id)
     assert_cancelled(job)
+    assert job.show()["NodeList"] == other.show()["NodeList"] == "n[0-1]"
+    thaw(frozen)
+    other.wait("COMPLETED")
+    site.undisturbed[2].wait("COMPLETED")
+    assert weights(other) == weights(site.undisturbed[2])
 
 
 @side_by_side
-def test_one_killed_rank_fails_the_job_and_a_resubmission_continues(site: Site) -> None:
+def test_a_killed_rank_fails_the_job_and_a_resubmission_continues(site: Site) -> None:
+    """Rank 0, which would have noticed and said how to go on, hangs: that does not keep the job alive."""
     job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG, "--checkpoint-every=10")
     job.train_until_saved()
-    os.kill(job.ranks()[0], signal.SIGKILL)  # which would have said how to go on
-    assert job.wait("FAILED")["ExitCode"] == "137:0"
-    assert_continued(site, typed(site, job, r"^ *(sbatch --ntasks=2 slurm/train.sh .*)$"), 2)
-
-
-@side_by_side
-def test_a_rank_that_hangs_does_not_keep_a_failed_job_alive(site: Site) -> None:
-    job = site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *LONG)
-    frozen = job.freeze()  # rank 0 notices nothing
-    os.kill(frozen[1], signal.SIGKILL)
+    os.kill(job.freeze()[1], signal.SIGKILL)
     assert job.wait("FAILED")["ExitCode"] == "137:0"
     wait_for(lambda: not job.ranks(), "the ranks to be killed")
+    site.typed(job, r"^ *(sbatch --ntasks=2 slurm/train.sh .*)$")
+    assert_continued(job, site.undisturbed[2])
 
 
 @side_by_side
 def test_a_sweep_with_one_task_requeued_alone(site: Site) -> None:
     lines = site.checkout / "lines.txt"
-    lines.write_text("# rates\n\n--lr 1e-3\n  --lr 1e-2 --wandb 'disabled'\n--lr 3e-3\n")
-    python = Path(sys.executable).parent  # where ENV_SETUP alone finds it
-    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data), "PATH": "/usr/bin:/bin", "VIRTUAL_ENV": ""}
-    env["ENV_SETUP"] = f"export PATH={python}:$PATH"
-    answer = site.cluster.run("slurm/sweep.sh", "lines.txt", "--time=30", "--", *LONG, cwd=site.checkout, env=env)
+    lines.write_text("# rates\n\n--lr 1e-3\n  --lr 1e-2 --wandb 'disabled'\n")
+    # Python is where ENV_SETUP alone finds it.
+    env = site.env | {"PATH": "/usr/bin:/bin", "VIRTUAL_ENV": "", "ENV_SETUP": EXPORT_PATH}
+    answer = site.run("slurm/sweep.sh", "lines.txt", "--time=30", "--", *LONG, env=env)
     lines.write_text("--lr 7")  # too late to matter
-    array = re.findall(r"batch job (\d+): 3 runs", answer)[0]
-    tasks = [Job(site.cluster, f"{array}_{number}", site.checkout) for number in (1, 2, 3)]
+    array = re.findall(r"batch job (\d+): 2 runs", answer)[0]
+    tasks = [Job(site.cluster, f"{array}_{number}", site.checkout) for number in (1, 2)]
     # One task has the array's own number: requeued by that, all of them would start again.
-    tasks[2].interrupt(signal.SIGTERM, "scancel", "--signal=TERM", tasks[2].id)
-    assert tasks[2].show()["JobId"] == array
-    tasks[2].wait_restarted()
-    for task in tasks:
-        task.wait("COMPLETED")
+    tasks[1].interrupt(signal.SIGTERM, "scancel", "--signal=TERM", tasks[1].id)
+    assert tasks[1].show()["JobId"] == array
+    tasks[1].wait_restarted()
+    for task, restarts in zip(tasks, ("0", "1"), strict=True):
+        assert task.wait("COMPLETED")["Restarts"] == restarts
         assert result(task)["steps"] == 640
-    assert [task.show()["Restarts"] for task in tasks] == ["0", "0", "1"]
-    assert result(tasks[2])["resumed_from"] > 0
+    assert result(tasks[1])["resumed_from"] > 0
 
-    command = re.findall(r"^table  (.*)$", answer, re.MULTILINE)[0]
-    table = site.cluster.run("bash", "-c", command, cwd=site.checkout)
-    rates = {task.run_dir.name: rate for task, rate in zip(tasks, ("0.001", "0.01", "0.003"), strict=True)}
-    best = sorted(tasks, key=lambda task: -result(task)["test_accuracy"])
-    found = [(task.run_dir.name, rates[task.run_dir.name]) for task in best]
+    table = site.run("bash", "-c", re.findall(r"^table  (.*)$", answer, re.MULTILINE)[0])
+    rates = dict(zip((task.run_dir.name for task in tasks), ("0.001", "0.01"), strict=True))
     rows = [line.split() for line in table.splitlines()[1:]]
-    assert [row[0] for row in rows] == [name for name, _ in found]
-    assert all(rate in row for row, (_, rate) in zip(rows, found, strict=True)), table
+    best = sorted(tasks, key=lambda task: -result(task)["test_accuracy"])
+    assert [row[0] for row in rows] == [task.run_dir.name for task in best]
+    assert all(rates[row[0]] in row for row in rows), table
 
 
 @side_by_side
@@ -299,8 +275,7 @@ def test_a_line_of_a_sweep_once_more(site: Site) -> None:
     (site.checkout / "rates.txt").write_text("--lr 1e-3\n# lower\n--lr 3e-3 --wandb-name 'the second'\n")
     again = site.sbatch("--array=2", "slurm/sweep.sh", "rates.txt", "--", *SHORT)
     (site.checkout / "own.txt").write_text("--lr 2e-3\n")
-    env = site.cluster.env | {"PROGRAM": "mine.py"}
-    answer = site.cluster.run("slurm/sweep.sh", "own.txt", "--", "--epochs=1", cwd=site.checkout, env=env)
+    answer = site.run("slurm/sweep.sh", "own.txt", "--", "--epochs=1", env=site.env | {"PROGRAM": "mine.py"})
     array = re.findall(r"batch job (\d+): 1 runs", answer)[0]
     runs = {f"{again.id}_2": ("fashion-mnist", 0.003, "the second", 48), f"{array}_1": ("own", 0.002, None, 32)}
     for number, expected in runs.items():
@@ -317,12 +292,14 @@ def test_shapes(site: Site) -> None:
     shapes = {
         "1x1": site.sbatch("slurm/train.sh", *SHORT),
         "1x2": site.sbatch("--ntasks-per-node=2", "slurm/train.sh", *SHORT),
-        "2x1": site.sbatch("--nodes=2", "--cpus-per-task=2", "slurm/train.sh", *SHORT, "--threads=1"),
+        # srun would refuse what it hears from sbatch of the one way to ask, beside what the script says in the other.
+        "2x1": site.sbatch(
+            "--nodes=2", "--gpus-per-node=1", "--ntasks-per-gpu=1", "--cpus-per-task=2", "slurm/train.sh", *SHORT,
+            "--threads=1",
+        ),
         # One task per GPU; these share a CPU.
         "2x2": site.sbatch("--nodes=2", "--gpus-per-node=2", "slurm/train.sh", *SHORT),
-    }
-    # srun would refuse what it hears from sbatch of the one way to ask, beside what the script says in the other.
-    by_gpu = site.sbatch("--gpus-per-node=2", "--ntasks-per-gpu=1", "slurm/train.sh", *SHORT)
+    }  # fmt: skip
     losses = {}
     for shape, job in shapes.items():
         job.wait("COMPLETED")
@@ -335,46 +312,28 @@ def test_shapes(site: Site) -> None:
         assert losses[shape] == pytest.approx(losses["1x1"], abs=1e-4), shape
         assert job.show()["NumNodes"] == str(nodes)
         assert re.search(r"^0: ", job.log, re.MULTILINE), "lines are labelled with their rank"
-    by_gpu.wait("COMPLETED")
-    assert result(by_gpu)["world_size"] == 2
     assert weights(shapes["1x2"]) == weights(shapes["2x1"])
     assert "hint: 2 ranks share 1 CPU on each node" in shapes["2x2"].log
     # And as on a laptop.
-    laptop = site.checkout / "runs" / "laptop"
-    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
-    command = [sys.executable, "-m", "ddp_mnist.train", *SHORT, "--threads=1", "--output-dir", str(laptop)]
-    site.cluster.run(*command, cwd=site.checkout, env=env)
-    assert (laptop / "model.safetensors").read_bytes() == weights(shapes["1x1"])
-
-
-@side_by_side
-def test_two_jobs_on_the_same_nodes_at_once(site: Site) -> None:
-    both = [site.sbatch("--nodes=2", "slurm/train.sh", *LONG) for _ in range(2)]
-    frozen = [job.freeze() for job in both]
-    assert [(job.state, job.show()["NodeList"]) for job in both] == [("RUNNING", "n[0-1]")] * 2
-    for pids in frozen:
-        thaw(pids)
-    for job in both:
-        job.wait("COMPLETED")
-        assert weights(job) == uninterrupted(site, 2)
+    site.run(sys.executable, "-m", "ddp_mnist.train", *SHORT, "--threads=1", "--output-dir=runs/laptop")
+    assert (site.checkout / "runs" / "laptop" / "model.safetensors").read_bytes() == weights(shapes["1x1"])
 
 
 @side_by_side
 def test_requeues_are_counted(site: Site) -> None:
     """And ENV_SETUP makes Python available where nothing else does, --cpus-per-task sets the threads, and a rank has
     the job's environment where srun would hand over next to none."""
-    kept = ",".join([*site.cluster.env.keys() & {"SLURM_CONF", "HOME", "USER"}, "PATH", "ENV_SETUP", "MAX_REQUEUES"])
+    kept = ",".join([*site.env.keys() & {"SLURM_CONF", "HOME", "USER"}, "PATH", "ENV_SETUP", "MAX_REQUEUES"])
     job = site.sbatch(
-        "--cpus-per-task=2", f"--export={kept},DDP_MNIST_DATA", "slurm/train.sh", *LONG,
-        MAX_REQUEUES="0", VIRTUAL_ENV="", PATH="/usr/bin:/bin",
-        ENV_SETUP=f"cat $NO_SUCH_VARIABLE; false; export PATH={Path(sys.executable).parent}:$PATH",
+        "--cpus-per-task=2", f"--export={kept},DDP_MNIST_DATA", "slurm/train.sh", *LONG, MAX_REQUEUES="0",
+        VIRTUAL_ENV="", PATH="/usr/bin:/bin", ENV_SETUP=f"cat $NO_SUCH_VARIABLE; false; {EXPORT_PATH}",
     )  # fmt: skip
     frozen = job.freeze()
-    assert re.search(rf"{job.id} .* R ", site.cluster.run("squeue", "--me"))
-    assert re.search(r"^debug\* gpu:\d+ \d+$", site.cluster.run("sinfo", "-o", "%P %G %c"), re.MULTILINE)
+    assert re.search(rf"{job.id} .* R ", site.run("squeue", "--me"))
+    assert re.search(r"^debug\* gpu:\d+ \d+$", site.run("sinfo", "-o", "%P %G %c"), re.MULTILINE)
     with subprocess.Popen(["tail", "-f", job.log_path.name], cwd=job.cwd, stdout=subprocess.PIPE, text=True) as tail:
         try:
-            site.cluster.run("scancel", "--signal=TERM", job.id)
+            site.run("scancel", "--signal=TERM", job.id)
             thaw(frozen, after=signal.SIGTERM)
             assert job.wait("FAILED")["ExitCode"] == "75:0"
             assert tail.stdout and any("not requeued: MAX_REQUEUES=0 is reached" in line for line in tail.stdout)
@@ -387,22 +346,21 @@ def test_requeues_are_counted(site: Site) -> None:
 @side_by_side
 def test_a_program_of_ones_own_is_requeued_to_its_end(site: Site) -> None:
     """MNIST is not staged: its data are its own. And with another --signal than the script's."""
-    options, flags = ["--nodes=2", "--time=30", "--signal=USR2@600"], ["--epochs=40", "--log-every=5", "--no-pictures"]
+    options, flags = ["--time=30", "--signal=USR2@600"], ["--epochs=40", "--log-every=5", "--no-pictures"]
     job = site.sbatch(*options, "slurm/train.sh", *flags, PROGRAM="mine.py")
     job.requeue(signal.SIGUSR2, "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # USR2@600: due at once
     summary = result(job)
-    assert (summary["finished"], summary["world_size"], summary["steps"]) == (True, 2, 40 * 32)
+    assert (summary["finished"], summary["steps"]) == (True, 40 * 32)
     assert 0 < summary["resumed_from"] < 40 * 32
-    assert "is finished" in typed(site, job, r"^0: *(PROGRAM=mine\.py sbatch --nodes=2 slurm/train\.sh .*)$").log
+    assert "is finished" in site.typed(job, r"^0: *(PROGRAM=mine\.py sbatch slurm/train\.sh .*)$").log
 
 
 @side_by_side
 def test_by_hand_inside_an_allocation(site: Site) -> None:
     """The doctor's ranks meet, and then those of a job, whose printed command is typed."""
-    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
 
     def allocated(*command: str) -> str:
-        return site.cluster.run("salloc", "--nodes=2", *command, cwd=site.checkout, env=env, timeout=300)
+        return site.run("salloc", "--nodes=2", *command, timeout=300)
 
     found = allocated("srun", "slurm/rank.sh", "python", "-m", "ddp_mnist.doctor")
     assert "2 ranks: slurm/rank.sh has set WORLD_SIZE=2" in found
@@ -419,59 +377,29 @@ def test_by_hand_inside_an_allocation(site: Site) -> None:
 @side_by_side
 def test_mistakes_fail_before_any_rank_starts(site: Site) -> None:
     """Each with its code and its message in the log."""
-    empty = site.checkout.parent / "empty"
-    empty.mkdir()
-    bare = site.checkout.parent / "bare"
+    bare = site.folder / "bare"
     bare.mkdir()
     (bare / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
     (bare / "python").chmod(0o755)
-    fetch = "the mnist files are not staged"
     cases = [
         (["slurm/train.sh", "--epochz", "3"], {}, "2:0", "--epochz"),
         (["--nodes=2", "slurm/train.sh", "--batch-size=63", *SHORT], {}, "2:0", "does not divide by 2 ranks"),
         (["--nodes=2", "--gpus=3", "slurm/train.sh", *SHORT], {}, "2:0", "ask with --gpus-per-node"),
-        (["slurm/train.sh"], {"DDP_MNIST_DATA": str(empty)}, "1:0", fetch),
+        (["slurm/train.sh"], {"DDP_MNIST_DATA": "nowhere"}, "1:0", "the mnist files are not staged"),
         (["slurm/train.sh", *SHORT], {"ENV_SETUP": f"PATH={bare}:$PATH"}, "1:0", "not importable on"),
         (["slurm/train.sh", *SHORT], {"PROGRAM": "nowhere.py"}, "2:0", "PROGRAM is 'nowhere.py'"),
     ]
-    sent = [
-        site.cluster.submit(*arguments, cwd=site.checkout, **({"DDP_MNIST_DATA": str(site.data)} | env))
-        for arguments, env, _, _ in cases
-    ]
-    for job, (_, _, code, message) in zip(sent, cases, strict=True):
+    sent = [(site.sbatch(*arguments, **env), code, message) for arguments, env, code, message in cases]
+    elsewhere = site.sbatch(str(site.checkout / "slurm" / "train.sh"), cwd=bare)
+    for job, code, message in [*sent, (elsewhere, "2:0", "submit from there")]:
         assert job.wait("FAILED")["ExitCode"] == code, job.log
         assert message in job.log
         assert not re.search(r"^\d: ", job.log, re.MULTILINE), "a rank was started"
-    elsewhere = site.cluster.submit(str(site.checkout / "slurm" / "train.sh"), cwd=bare)
-    assert elsewhere.wait("FAILED")["ExitCode"] == "2:0"
-    assert "submit from there" in elsewhere.log
 
 
 @side_by_side
-def test_submitit_passes_on_what_slurm_and_a_node_say(site: Site) -> None:
-    """A partition that is not there, and a node that cannot import the package."""
-    cases = {"--partition=nope": "invalid partition", "--setup=cd /": "cannot import this repository in / with"}
-    for option, message in cases.items():
-        submission = start(site, "launch.submit", option, "--follow", "--", *SHORT)
-        output = submission.communicate()[0]
-        assert submission.returncode == 1
-        assert message in output
-
-
-def start(site: Site, *command: str) -> subprocess.Popen[str]:
-    env = site.cluster.env | {"DDP_MNIST_DATA": str(site.data)}
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=site.checkout, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def submitted(site: Site, submission: subprocess.Popen[str]) -> Job:
-    """The job that `launch.submit` says it has submitted."""
-    assert submission.stdout
-    line = submission.stdout.readline()
-    found = re.match(r"job (\d+) on slurm", line)
-    assert found, line + submission.communicate()[0]
-    job = Job(site.cluster, found[1], site.checkout)
-    job.log_path = site.checkout / "runs" / "submitit" / job.id / f"{job.id}_0_log.out"
-    return job
+def test_submitit_says_that_a_node_cannot_import_the_package(site: Site) -> None:
+    submission, _ = site.submitit("--setup=cd /", "--", *SHORT)
+    output = submission.communicate()[0]
+    assert submission.returncode == 1
+    assert "cannot import this repository in / with" in output

@@ -22,21 +22,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs import is_launch_variable
+from jobs import free_port, is_launch_variable
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 REAPER = Path(__file__).with_name("reaper.py")
 PROGRAMS = {b"ddp_mnist.train", b"mine.py", b"submitit.core._submit"}
-GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+NOT_ENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 PATIENCE = 120.0
 """Seconds: a bound against hangs, never a measure. Idle machines need 5, crowded ones many more."""
+# With this Python in front and the places where Debian keeps daemons.
+PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
 
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
-AuthType=auth/munge
 # A requeued job waits until its old credentials have expired, by default two minutes. Not for less than it takes a
 # busy machine to start a step; and StartTime=now in place of waiting gets jobs killed, their credential revoked.
 AuthInfo=socket={dir}/munge.socket,cred_expire=20
@@ -48,14 +49,8 @@ SlurmdSpoolDir={dir}/spool-%n
 SlurmdPidFile={dir}/slurmd-%n.pid
 SlurmdLogFile={dir}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MailProg=/bin/true
 # A node may claim more CPUs than this machine has, so that several jobs fit.
 SlurmdParameters=config_overrides
 # What a cluster may have set and the scripts must not depend on: jobs are not requeued, logs are cut at a restart.
@@ -72,7 +67,9 @@ MinJobAge=7200
 # Another one in each cluster: ranks meet at a port that follows from the job's number.
 FirstJobId={ports[0]}
 GresTypes=gpu
-NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=16 RealMemory=16000 Gres=gpu:4
+NodeName=DEFAULT CPUs=16 RealMemory=16000 Gres=gpu:4
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
 """
 # Devices that every machine has, in place of GPUs: SLURM deals them out, torch sees none and trains on the CPU.
@@ -81,24 +78,21 @@ GRES = "NodeName=n[0-1] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\
 
 def missing() -> str:
     """Return why SLURM cannot be started here; empty if it can."""
-    absent = [tool for tool in TOOLS if shutil.which(tool, path=_path()) is None]
-    if absent:
+    if absent := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
         return f"{', '.join(absent)} not installed (Debian: apt-get install slurm-wlm munge)"
     return "" if os.getuid() == 0 else "slurmd has to be started by root"
 
 
-def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Return the first true value of `condition()`."""
-    deadline = time.monotonic() + patience
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {patience:.0f} s for {what}")
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Return when `condition()` is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {what}"
         time.sleep(0.2)
-    return value
 
 
 class Cluster:
-    """Use as a context manager. `submit` and the like raise CalledProcessError with SLURM's message."""
+    """Start the daemons in a `with` block."""
 
     def __init__(self, *, dead_after: int = 600) -> None:
         """`dead_after`: seconds until a node that does not answer is down."""
@@ -106,42 +100,30 @@ class Cluster:
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.dir.chmod(0o755)
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        conf = CONF.format(
-            host=socket.gethostname().split(".")[0],
-            user=getpass.getuser(),
-            dir=self.dir,
-            ports=_free_ports(3),
-            dead_after=dead_after,
-        )
+        values = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser(), "dead_after": dead_after}
+        conf = CONF.format(dir=self.dir, ports=[free_port() for _ in range(3)], **values)
         (self.dir / "slurm.conf").write_text(conf)
         (self.dir / "gres.conf").write_text(GRES)
         (self.dir / "state").mkdir()
-        key = self.dir / "munge.key"
-        key.touch(mode=0o600)
-        key.write_bytes(secrets.token_bytes(128))
-        self.env = {
-            name: value
-            for name, value in os.environ.items()
-            # A job that these tests run in, and what would make another checkout's package importable.
-            if not is_launch_variable(name)
-            and not name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_", "DDP_MNIST_", "WANDB_", "PYTHONPATH"))
-        }
-        self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": _path(), "VIRTUAL_ENV": sys.prefix}
-        self.env |= {"WANDB_MODE": "disabled"}  # a test that wants the mirror says so
+        (self.dir / "munge.key").touch(mode=0o600)
+        (self.dir / "munge.key").write_bytes(secrets.token_bytes(128))
+        # Without a job that these tests run in, and what would make another checkout's package importable.
+        others = ("SBATCH_", "SUBMITIT_", "DDP_MNIST_", "PYTHONPATH")
+        kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
+        self.env = {name: value for name, value in kept.items() if not name.startswith(others)}
+        self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": PATH, "VIRTUAL_ENV": sys.prefix}
+        self.env |= {"WANDB_MODE": "disabled"}
 
     def __enter__(self) -> Cluster:
+        files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        options = [f"--{option}={self.dir}/munge.{name}" for option, name in files.items()]
         try:
-            where = {name: str(self.dir / f"munge.{name}") for name in ("socket", "key", "pid", "log", "seed")}
-            self._start(
-                "munged",
-                *("munged", "--foreground", "--force", f"--socket={where['socket']}", f"--key-file={where['key']}"),
-                *(f"--pid-file={where['pid']}", f"--log-file={where['log']}", f"--seed-file={where['seed']}"),
-            )
-            wait_for(lambda: self._alive() and Path(where["socket"]).exists(), "munged's socket")
-            self._start("slurmctld", "slurmctld", "-D", "-i")
-            for node in ("n0", "n1"):
-                self.start_node(node)
-            wait_for(lambda: self._alive() and self._idle() == 2, "two idle nodes")
+            self._start("munged", "--foreground", "--force", *options)
+            wait_for(lambda: (self.dir / "munge.socket").exists(), "munged's socket")
+            self._start("slurmctld", "-D", "-i")
+            self.start_node("n0")
+            self.start_node("n1")
+            wait_for(lambda: self._idle() == 2, "two idle nodes")
         except BaseException as error:
             error.add_note(self.logs())
             self.__exit__()
@@ -153,16 +135,15 @@ class Cluster:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 cancel = ["scancel", "--signal=KILL", "--full", f"--user={getpass.getuser()}"]
                 subprocess.run(cancel, env=self.env, capture_output=True, timeout=30)
-        for name in ("n0", "n1", "slurmctld", "munged"):
-            if name in self.daemons:
-                daemon = self.daemons.pop(name)
-                assert daemon.stdin
-                daemon.stdin.close()
-                daemon.wait()
+        while self.daemons:  # the last one started first
+            _, daemon = self.daemons.popitem()
+            assert daemon.stdin
+            daemon.stdin.close()
+            daemon.wait()
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def start_node(self, name: str) -> None:
-        self._start(name, "slurmd", "-D", "-N", name)
+        self._start("slurmd", "-D", "-N", name, name=name)
 
     def kill_node(self, name: str) -> None:
         """Kill slurmd and everything under it, at once."""
@@ -172,40 +153,26 @@ class Cluster:
 
     def run(self, *command: str, **options: Any) -> str:
         """Return the output of a client command."""
-        options = {"env": self.env, "check": True, "text": True, "timeout": PATIENCE} | options
-        try:
-            return subprocess.run(command, capture_output=True, **options).stdout
-        except subprocess.CalledProcessError as error:
-            error.add_note(f"{error.stdout}\n{error.stderr}")
-            raise
-
-    def submit(self, *arguments: str, cwd: Path, **env: str) -> Job:
-        """Run `sbatch` in a checkout."""
-        answer = self.run("sbatch", *arguments, cwd=cwd, env=self.env | env)
-        found = re.search(r"Submitted batch job (\d+)", answer)
-        assert found, answer
-        return Job(self, found[1], cwd)
+        options = {"env": self.env, "text": True, "timeout": PATIENCE} | options
+        ended = subprocess.run(command, capture_output=True, **options)
+        assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+        return ended.stdout
 
     def logs(self) -> str:
-        parts = []
-        for path in sorted(self.dir.glob("*.log")):
-            parts.append(f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:]))
-        return "\n".join(parts)
+        """Return the last lines that each daemon has logged."""
+        texts = {path.name: path.read_text(errors="replace") for path in sorted(self.dir.glob("*.log"))}
+        return "\n".join(f"== {name}\n{text[-4000:]}" for name, text in texts.items())
 
-    def _start(self, name: str, *command: str) -> None:
-        with open(self.dir / f"{name}.out.log", "ab") as log:
+    def _start(self, *command: str, name: str | None = None) -> None:
+        name = name or command[0]
+        with (self.dir / f"{name}.out.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
                 [sys.executable, str(REAPER), *command],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.env, cwd=self.dir, start_new_session=True,
             )  # fmt: skip
 
-    def _alive(self) -> bool:
-        for name, daemon in self.daemons.items():
-            if daemon.poll() is not None:
-                raise RuntimeError(f"{name} has ended")
-        return True
-
     def _idle(self) -> int:
+        assert all(daemon.poll() is None for daemon in self.daemons.values()), "a daemon has ended"
         answer = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=self.env, capture_output=True, text=True)
         return answer.stdout.split().count("idle")
 
@@ -224,28 +191,17 @@ class Job:
         return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0]))
 
     @property
-    def state(self) -> str:
-        return self.show()["JobState"]
-
-    @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def until(self, condition: Callable[[dict[str, str]], Any], what: str) -> dict[str, str]:
+    def until(self, condition: Callable[[dict[str, str]], Any], what: str, every: float = 0.5) -> dict[str, str]:
         """Wait while the job goes on, and return what SLURM says of it when the condition holds."""
-
-        def look() -> dict[str, str] | None:
-            found = self.show()
-            if condition(found):
-                return found
-            assert found["JobState"] in GOES_ON, f"job {self.id} is {found['JobState']}, not {what}:\n{self.log}"
-            return None
-
-        try:
-            return wait_for(look, f"job {self.id} to be {what}", 300)
-        except TimeoutError as error:
-            error.add_note(f"{self.show()}\n{self.log}\n{self.cluster.logs()}")
-            raise
+        deadline = time.monotonic() + 300
+        while not condition(found := self.show()):
+            problem = f"job {self.id} is {found['JobState']}, not {what}:\n{self.log}\n{self.cluster.logs()}"
+            assert found["JobState"] in NOT_ENDED and time.monotonic() < deadline, problem
+            time.sleep(every)  # each question takes CPU from the ranks
+        return found
 
     def wait(self, state: str) -> dict[str, str]:
         return self.until(lambda found: found["JobState"] == state, state)
@@ -254,28 +210,18 @@ class Job:
         self.until(lambda found: int(found["Restarts"]) >= 1, "restarted")
 
     def train_until_saved(self) -> None:
-        self.until(lambda _: list(self.run_dir.glob("checkpoints/step-*")), "training")
+        self.until(lambda _: list(self.run_dir.glob("checkpoints/step-*")), "training", 0.2)
 
     def ranks(self) -> list[int]:
         """Return the process ids of the ranks that are running on this machine, by rank."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if not PROGRAMS & set(words) or words[0].endswith(b"srun"):
-                    continue
-                pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
-                env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-                array = [env.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")]
-                mine = self.id == ("_".join(array) if array[0] else env.get("SLURM_JOB_ID"))
-                if mine and env.get("SLURM_CONF") == self.cluster.env["SLURM_CONF"]:
-                    found[int(env["SLURM_PROCID"])] = int(entry.name)
-        return [found[rank] for rank in sorted(found)]
+        number, _, task = self.id.partition("_")
+        ids = {"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": task} if task else {"SLURM_JOB_ID": number}
+        return find_ranks("SLURM_PROCID", SLURM_CONF=self.cluster.env["SLURM_CONF"], **ids)
 
     def freeze(self) -> list[int]:
         """Stop all ranks in the middle of training, so that what comes next does not race with its end."""
         metrics = self.run_dir / "metrics.jsonl"
-        self.until(lambda _: metrics.exists() and metrics.read_text(), "training")
+        self.until(lambda _: metrics.exists() and metrics.read_text(), "training", 0.2)
         pids = self.ranks()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -298,16 +244,15 @@ class Job:
 
 def thaw(pids: list[int], *, after: signal.Signals | None = None) -> None:
     """Let frozen ranks go on, once the signal has reached them all; some SLURM signals do that by themselves."""
-    for pid in pids:
-        if after:
-            wait_for(lambda pid=pid: _reached(pid, after), after.name)  # type: ignore[misc]
+    for pid in pids if after else ():
+        wait_for(lambda pid=pid: _reached(pid, after), after.name)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
 
 def _reached(pid: int, number: int) -> bool:
-    """The signal waits for the frozen process, or the process is frozen no more."""
+    """Return True if the signal waits for the frozen process, or the process is frozen no more."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -316,23 +261,16 @@ def _reached(pid: int, number: int) -> bool:
     return "\nState:\tT" not in status or any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
-def _path() -> str:
-    """PATH with this Python in front and the places where Debian keeps daemons."""
-    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"]
-    return os.pathsep.join(folders)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports for slurmctld and for the two slurmd, the latter in a row."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        ports = list(range(first, first + count))
-        try:
-            for port in ports:
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return ports
+def find_ranks(rank: str, **variables: str) -> list[int]:
+    """Return the process ids of the ranks on this machine that have these variables, sorted by the variable `rank`."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if not PROGRAMS & set(words) or words[0].endswith(b"srun"):
+                continue
+            pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+            if rank in env and variables.items() <= env.items():
+                found[int(env[rank])] = int(entry.name)
+    return [found[number] for number in sorted(found)]
