@@ -1,4 +1,4 @@
-"""A data set in memory → this rank's batches. The only place that shards.
+"""Split a data set in memory into each rank's batches. Nothing else shards.
 
 The batch order is a function of (seed, epoch) alone: global batch k is rows k*G ... (k+1)*G of the epoch's
 permutation, at every world size; a rank takes every world_size-th row of it.
@@ -45,8 +45,8 @@ class Batch:
     labels: Tensor
     """int64 (n,)."""
     count: int
-    """Leading rows that are real: all, or 0 where this rank has no item in an epoch's last batch and row 0 is a dummy,
-    since many networks cannot take an empty batch."""
+    """Leading rows that count: all, or 0 where an epoch's last batch has no item for this rank. Then the only row is a
+    dummy, since many networks cannot take an empty batch."""
     global_size: int
     """Items in the global batch, over all ranks."""
     seed: int
@@ -54,9 +54,9 @@ class Batch:
 
 
 class ShardSampler(DistributedSampler):
-    """DistributedSampler that neither pads nor drops: rank r gets rows r, r+W, r+2W, ... of the permutation.
+    """A DistributedSampler that neither pads nor drops: rank r gets rows r, r+W, r+2W, ... of the permutation.
 
-    Torch's own pads to a multiple of the world size (an image counts twice) or drops the rest, and adds the epoch
+    The one of torch pads to a multiple of the world size (an image counts twice) or drops the rest, and adds the epoch
     to the seed, so that epoch 1 of seed 0 repeats epoch 0 of seed 1.
     """
 
@@ -84,10 +84,10 @@ class ShardSampler(DistributedSampler):
 
 
 class Batches:
-    """The training set as this rank's batches; each is gathered by index, without Python for single images."""
+    """The training set as this rank's batches. A batch is one `index_select`, not a Python loop over images."""
 
     def __init__(self, split: Split, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        """Shard the set. `batch_size` is the global one, which the world size divides."""
+        """Shard the set. `batch_size` is the global one; the world size must divide it."""
         self.split = split
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
@@ -98,7 +98,7 @@ class Batches:
         return -(-len(self.split) // self.batch_size)
 
     def global_size(self, step_in_epoch: int) -> int:
-        """Return the items of that global batch: `batch_size`, or what is left for the epoch's last one."""
+        """Return how many items that global batch has: `batch_size`, or fewer in the epoch's last one."""
         return min(self.batch_size, len(self.split) - step_in_epoch * self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -131,7 +131,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def hash_integers(*numbers: int) -> int:
-    """Return splitmix64 of the numbers, 0 ... 2^63 - 1: neighbours get unrelated seeds, at a microsecond a step."""
+    """Return the splitmix64 hash of the numbers, 0 ... 2^63 - 1; numbers that differ by one get unrelated hashes."""
     mixed = 0
     for number in numbers:
         mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

@@ -1,10 +1,9 @@
 """MNIST-family files on disk → verified numpy arrays.
 
-They lie as torchvision lays them, `<root>/MNIST/raw/train-images-idx3-ubyte[.gz]` and so on. A good file is
-read and nothing else happens. A missing or damaged one is made again from the .gz beside it, from torchvision's
-mirrors, or (synthetic) by drawing it. Many ranks and nodes may share a folder: only the holder of `.lock` writes,
-and a file gets its name when it is complete, so readers need no lock. In a folder that cannot be written, which
-is normal on clusters, what is missing is made in memory.
+They lie as torchvision lays them, `<root>/MNIST/raw/train-images-idx3-ubyte[.gz]` and so on. A missing or damaged
+file is made again from the .gz beside it, from torchvision's mirrors, or (synthetic) by drawing it. Many ranks and
+nodes may share a folder: only the holder of `.lock` writes, and a file gets its name when it is complete, so readers
+need no lock. Where a folder cannot be written, which is normal on clusters, files are made again in memory.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ import hashlib
 import logging
 import math
 import os
+import shlex
 import struct
 import time
 import urllib.request
 import zlib
-from dataclasses import dataclass
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -52,11 +52,9 @@ RAW_MD5 = {
     "synthetic": synthetic.MD5,
 }
 """Hashes of unpacked files; torchvision knows only those of the .gz, and takes seconds to import."""
-LOCK = ".lock"
-NO_FETCH = "downloading is not allowed"
-DOWNLOAD_TIMEOUTS = 10  # that a mirror may take for one file: a trickle of bytes never runs into the time-out itself
-LOCK_TIMEOUTS = 20  # to wait for another process that downloads
+PATIENCE = 20  # time-outs that a download that trickles may take, and the wait for a process that downloads
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_make_digits = lru_cache(maxsize=1)(synthetic.make_digits)  # both files of a split come from one drawing
 
 
 def class_names(dataset: str, count: int = 10) -> tuple[str, ...]:
@@ -71,18 +69,15 @@ class DataError(JobError):
 def read_split(
     dataset: str, root: str | Path, split: SplitName, *, fetch: bool = True, timeout: float = 30.0
 ) -> tuple[Array, Array]:
-    """Return the split's images, uint8 (N, 28, 28), and labels, uint8 (N,) below 10, verified.
+    """Return the split's images, uint8 (N, 28, 28), and labels, uint8 (N,), verified.
 
-    `fetch` allows downloading. `timeout` (seconds) bounds each network operation, and 10 times that a file's download
-    from one mirror, 20 times that the wait for the lock. Raises: DataError.
+    Without `fetch` nothing is downloaded or written. `timeout` (seconds) bounds each network operation, and 20 times
+    that a file's download from one mirror and the wait for the lock. Raises: DataError.
     """
-    files = _Files(dataset, Path(root).expanduser(), fetch, timeout)
-    good, bad = files.check(split)
-    if bad:
-        good = files.repair(split)
-    images, labels = (good[name] for name in NAMES[split])
+    paths = _paths(dataset, root, split)
+    images, labels = (_read_or_repair(dataset, path, fetch, timeout) for path in paths)
     if len(images) != len(labels):
-        raise files.error(NAMES[split][0], f"{len(images)} images but {len(labels)} labels")
+        raise DataError(f"{paths[0]}: {len(images)} images but {len(labels)} labels. Delete both files.")
     return images, labels
 
 
@@ -97,9 +92,7 @@ def fetch(dataset: str, root: str | Path, *, timeout: float = 30.0) -> None:
 
 def verify(dataset: str, root: str | Path) -> dict[Path, str]:
     """Return the state of each of the four unpacked files: ok, missing or damaged (how). Change nothing."""
-    files = _Files(dataset, Path(root).expanduser())
-    bad = files.check("train")[1] | files.check("test")[1]
-    return {files.folder / name: bad.get(name, "ok") for names in NAMES.values() for name in names}
+    return {path: _read(dataset, path)[1] for split in NAMES for path in _paths(dataset, root, split)}
 
 
 def published(dataset: str) -> tuple[list[str], dict[str, str]]:
@@ -118,18 +111,19 @@ def pack(array: Array) -> bytes:
     return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
 
 
+def _paths(dataset: str, root: str | Path, split: SplitName) -> list[Path]:
+    return [Path(root).expanduser() / FOLDERS[dataset] / "raw" / name for name in NAMES[split]]
+
+
 def _parse(name: str, content: bytes) -> Array:
     """Return the array in an IDX file, (N, 28, 28) for images and (N,) for labels. Raises: ValueError."""
-    ndim = 3 if "images" in name else 1
-    header = struct.Struct(f">{1 + ndim}I")
-    magic, *shape = header.unpack(content[: header.size].ljust(header.size, b"\0"))
-    if magic != 0x800 + ndim:
-        raise ValueError(f"magic number {magic}, expected {0x800 + ndim}")
-    if shape[1:] != [28, 28][: ndim - 1]:
-        raise ValueError(f"images of {shape[1:]}, expected [28, 28]")
-    if len(content) != header.size + math.prod(shape):
-        raise ValueError(f"wrong length: {len(content)} bytes, expected {header.size + math.prod(shape)}")
-    return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape).copy()  # torch wants it writable
+    expected, start, item = (2051, 16, [28, 28]) if "images" in name else (2049, 8, [])
+    magic, count, *shape = struct.unpack(f">{start // 4}I", content[:start].ljust(start, b"\0"))
+    if magic != expected:
+        raise ValueError(f"magic number {magic}, expected {expected}")
+    if shape != item or len(content) != start + count * math.prod(item):
+        raise ValueError(f"{len(content)} bytes for {count} items of {shape}, expected items of {item}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(count, *item).copy()  # torch wants it writable
 
 
 def _check_md5(content: bytes, expected: str) -> None:
@@ -138,110 +132,91 @@ def _check_md5(content: bytes, expected: str) -> None:
         raise ValueError(f"MD5 {found}, expected {expected}")
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of a data set under one root, and how far to go for them."""
+def _read(dataset: str, path: Path) -> tuple[Array | None, str]:
+    """Return the unpacked file's array, None if it is bad, and its state: ok, missing or damaged (how)."""
+    packed = path.with_name(f"{path.name}.gz")
+    try:
+        content = path.read_bytes()
+        array = _parse(path.name, content)
+        if dataset in RAW_MD5:
+            _check_md5(content, RAW_MD5[dataset][path.name])
+        elif packed.exists() and packed.read_bytes()[-8:-4] != zlib.crc32(content).to_bytes(4, "little"):
+            raise ValueError(f"not the CRC that {packed.name} ends with")
+    except FileNotFoundError:
+        return None, "missing"
+    except (OSError, ValueError) as error:
+        return None, f"damaged ({error})"
+    return array, "ok"
 
-    dataset: str
-    root: Path
-    fetch: bool = False
-    timeout: float = 0.0
 
-    @property
-    def folder(self) -> Path:
-        return self.root / FOLDERS[self.dataset] / "raw"
-
-    def error(self, name: str, *reasons: str) -> DataError:
-        """Return the one message the user gets: which file, what was found, what to type next."""
-        command = f"python -m ddp_mnist.data fetch --dataset {self.dataset} --data-dir {self.root}"
-        advice = f"run `{command}` on a machine with internet access, or use --dataset synthetic"
-        return DataError(f"{self.folder / name}: {'; '.join(reasons)}. To mend it, {advice}.")
-
-    def check(self, split: SplitName) -> tuple[dict[str, Array], dict[str, str]]:
-        """Return the good files' arrays, and what is wrong with the others, by name. Needs no lock."""
-        good: dict[str, Array] = {}
-        bad: dict[str, str] = {}
-        for name in NAMES[split]:
-            try:
-                good[name] = self.read(name)
-            except FileNotFoundError:
-                bad[name] = "missing"
-            except (OSError, ValueError) as error:
-                bad[name] = f"damaged ({error})"
-        return good, bad
-
-    def read(self, name: str) -> Array:
-        """Return the unpacked file's array. Raises: OSError or ValueError."""
-        content = (self.folder / name).read_bytes()
-        array = _parse(name, content)
-        if self.dataset in RAW_MD5:
-            _check_md5(content, RAW_MD5[self.dataset][name])
-        elif os.path.exists(packed := self.folder / f"{name}.gz"):  # which ends with the CRC of its inside
-            expected = int.from_bytes(packed.read_bytes()[-8:-4], "little")
-            if zlib.crc32(content) != expected:
-                raise ValueError(f"CRC {zlib.crc32(content):08x}, expected {expected:08x} as in {packed.name}")
+def _read_or_repair(dataset: str, path: Path, fetch: bool, timeout: float) -> Array:
+    """Return the unpacked file's array, and make the file good on disk where possible. Raises: DataError."""
+    array, _ = _read(dataset, path)
+    if array is not None:
         return array
-
-    def repair(self, split: SplitName) -> dict[str, Array]:
-        """Return the split's arrays, with its files made good on disk where possible. Raises: DataError."""
-        if not (self.fetch or os.path.exists(self.folder)):  # a mistyped root does not come into being
-            return self.make_again(split, blocked=NO_FETCH)
+    blocked = "downloading is not allowed"
+    if fetch:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # Whoever may write to the folder may take the lock, hence the mode.
-            with filelock.FileLock(self.folder / LOCK, LOCK_TIMEOUTS * self.timeout, mode=0o666):
-                for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(path.parent / ".lock", PATIENCE * timeout, mode=0o666):  # for all who may write here
+                for leftover in path.parent.glob(".*.tmp"):  # of a process that was killed while it wrote
                     leftover.unlink()
-                return self.make_again(split)
+                return _make_again(dataset, path, timeout)
         except OSError as error:  # read-only, full, or locked by another process for too long
-            return self.make_again(split, blocked=f"cannot write: {error}")
+            blocked = f"cannot write: {error}"
+    return _make_again(dataset, path, timeout, blocked)
 
-    def make_again(self, split: SplitName, blocked: str = "") -> dict[str, Array]:
-        """Return the split's arrays, bad ones made again: on disk too, unless that is `blocked`. Raises: DataError."""
-        good, bad = self.check(split)  # another process may have mended them meanwhile
-        drawn = synthetic.make_digits(split) if bad and self.dataset == "synthetic" else ()
-        contents = dict(zip(NAMES[split], map(pack, drawn), strict=False))
-        for name, why in bad.items():
-            content = contents[name] if drawn else gzip.decompress(self.packed(name, why, blocked))
-            good[name] = _parse(name, content)
-            if not blocked:
-                write_atomic(self.folder / name, content)
-            level = logging.INFO if why == "missing" else logging.WARNING
-            log.log(level, "%s: %s; made again%s", self.folder / name, why, blocked and f" in memory, {blocked}")
-        return good
 
-    def packed(self, name: str, why: str, blocked: str) -> bytes:
-        """Return the .gz of that file, verified, downloaded if need be. Raises: DataError."""
-        path = self.folder / f"{name}.gz"
-        blocked = blocked or ("" if self.fetch else NO_FETCH)
-        sources: list[Path | str] = [path] if os.path.exists(path) else []
-        if blocked and not sources:  # torchvision need not be imported
-            raise self.error(name, why, f"{path.name}: missing", blocked)
+def _make_again(dataset: str, path: Path, timeout: float, blocked: str = "") -> Array:
+    """Return the file's array, made again if it is bad: on disk too, unless that is `blocked`. Raises: DataError."""
+    array, state = _read(dataset, path)  # another process may have mended it meanwhile
+    if array is not None:
+        return array
+    try:
+        content = _draw(path.name) if dataset == "synthetic" else _unpack(dataset, path, timeout, blocked)
+    except (ImportError, ValueError) as error:
+        command = f"python -m ddp_mnist.data fetch --dataset {dataset} --data-dir {shlex.quote(str(path.parents[2]))}"
+        advice = f"run `{command}` on a machine with internet access, or use --dataset synthetic"
+        raise DataError(f"{path}: {state}; {error}. To mend it, {advice}.") from error
+    if not blocked:
+        write_atomic(path, content)
+    level = logging.INFO if state == "missing" else logging.WARNING
+    log.log(level, "%s: %s; made again%s", path, state, blocked and f" in memory, {blocked}")
+    return _parse(path.name, content)
+
+
+def _draw(name: str) -> bytes:
+    images, labels = _make_digits("train" if name in NAMES["train"] else "test")
+    return pack(images if "images" in name else labels)
+
+
+def _unpack(dataset: str, raw: Path, timeout: float, blocked: str) -> bytes:
+    """Return what a file's .gz holds; the .gz is verified, downloaded if need be. Raises: ImportError or ValueError."""
+    path = raw.with_name(f"{raw.name}.gz")
+    sources: list[Path | str] = [path] if os.access(path, os.F_OK) else []
+    if blocked and not sources:  # torchvision need not be imported
+        raise ValueError(f"{path.name}: missing; {blocked}")
+    mirrors, md5 = published(dataset)
+    sources += [f"{mirror}{path.name}" for mirror in mirrors if not blocked]
+    failures = [blocked or "download failed"]
+    for source in sources:
         try:
-            mirrors, md5 = published(self.dataset)
-        except ImportError as error:
-            raise self.error(name, why, str(error)) from error
-        sources += [f"{mirror}{path.name}" for mirror in mirrors if not blocked]
-        failures = [blocked or "download failed"]
-        for source in sources:
-            try:
-                content = source.read_bytes() if isinstance(source, Path) else _download(source, self.timeout)
-                _check_md5(content, md5[path.name])
-                if source != path:
-                    write_atomic(path, content)
-                return content
-            except (OSError, HTTPException, ValueError) as error:
-                failures.append(f"{source}: {error}")
-        raise self.error(name, why, *failures)
+            packed = source.read_bytes() if isinstance(source, Path) else _download(source, timeout)
+            _check_md5(packed, md5[path.name])
+            if source != path:
+                write_atomic(path, packed)
+            return gzip.decompress(packed)
+        except (OSError, HTTPException, ValueError) as error:
+            failures.append(f"{source}: {error}")
+    raise ValueError("; ".join(failures))
 
 
 def _download(url: str, timeout: float) -> bytes:
-    """Return what is there. Raises: OSError, HTTPException or ValueError."""
-    deadline = time.monotonic() + DOWNLOAD_TIMEOUTS * timeout
-    content = bytearray()
+    """Return what is there. Raises: OSError or HTTPException."""
+    content, end = b"", time.monotonic() + PATIENCE * timeout
     with urllib.request.urlopen(url, timeout=timeout) as response:
-        while chunk := response.read1(1 << 16):
+        while chunk := response.read1():
             content += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"took more than {DOWNLOAD_TIMEOUTS * timeout:g} s")
-    return bytes(content)
+            if time.monotonic() > end:
+                raise TimeoutError(f"took more than {PATIENCE * timeout:g} s")
+    return content

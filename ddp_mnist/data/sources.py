@@ -1,4 +1,4 @@
-"""Where the training set and the test set come from: files, generated digits, or the caller's own tensors."""
+"""The training set and the test set: from files, generated digits, or the caller's own tensors."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def resolve(dataset: str, root: Path) -> str:
     try:
         for split in mnist.NAMES:
             mnist.read_split("mnist", root, split, timeout=5)
+        return "mnist"
     except mnist.DataError as error:
         logging.getLogger(__name__).warning("%s\n%s", error, SYNTHETIC_WARNING)
         return "synthetic"
-    return "mnist"
 
 
 def load(dataset: str, root: Path) -> tuple[Split, Split]:
     """Return (training set, test set), fetched or drawn first where files are missing. Raises: DataError."""
-    sets = [[torch.from_numpy(array) for array in mnist.read_split(dataset, root, split)] for split in mnist.NAMES]
-    train, test = (Split(images.unsqueeze(1), labels.long()) for images, labels in sets)
+    arrays = (mnist.read_split(dataset, root, split) for split in mnist.NAMES)
+    train, test = (Split(torch.from_numpy(x).unsqueeze(1), torch.from_numpy(y).long()) for x, y in arrays)
     return train, test
 
 

@@ -1,11 +1,11 @@
 """Synthetic handwritten digits: a stand-in for MNIST that needs no download.
 
-They have MNIST's counts, shapes and types, and roughly its look. Every hand is a skeleton of a digit with displaced
-points, kept as a grid of distances to its strokes; every image looks one hand up through a random bend and inks what
-lies within a random pen's reach. They are not MNIST: an accuracy on them says that training works, no more.
+They have MNIST's counts, shapes and types, and roughly its look. A skeleton is a digit in straight strokes. A hand is
+a skeleton with its points moved at random, kept as a grid of distances to the strokes. An image is a hand, bent at
+random and drawn with a pen of random width. An accuracy on them says that training works, no more.
 
-The images are the same to the byte on every machine, hence only uniform random numbers and the operations that
-IEEE 754 rounds exactly: sin, exp, normal deviates and sums over an axis differ between processors and libraries.
+The images are the same to the byte on every machine. So they use uniform random numbers and operations that IEEE 754
+rounds exactly; sin, exp, normal random numbers and sums over an axis differ between processors and libraries.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 VERSION = 2
-"""Raise it with every change of what is drawn: the files have it in their folder's name."""
+"""Raise it with every change of what is drawn; it is part of the folder's name."""
 MD5 = {
     "train-images-idx3-ubyte": "edde8e66b3896eec8fe7fb1813215758",
     "train-labels-idx1-ubyte": "bf9d03412ad932f88d1a445bcb0e3e07",
     "t10k-images-idx3-ubyte": "ea71384d4460da73317e48b4c6b70227",
     "t10k-labels-idx1-ubyte": "7213cd27bf47b47fa150ffbeb1c4881c",
 }
-"""Hashes of the files that hold them."""
+"""Hashes of the files that hold the images and labels."""
 SIZE = 28
 COUNTS = {"train": 60_000, "test": 10_000}
 
@@ -62,11 +62,11 @@ _SKELETONS = (
 
 
 def make_digits(split: Literal["train", "test"], count: int | None = None) -> tuple[Bytes, Bytes]:
-    """Draw one split; the two have different hands and share no image.
+    """Draw one split. The two splits have different hands and share no image.
 
     Args:
         split: "train" or "test".
-        count: Draw only so many, the first of the same images.
+        count: Draw only the first so many of its images.
 
     Returns:
         The images (N, 28, 28), 0 for the black ground up to 255, and their digits (N,), in random order.
@@ -94,7 +94,7 @@ def _spread(rng: np.random.Generator, shape: tuple[int, ...], reach: float) -> F
 
 
 def _draw_hands(rng: np.random.Generator, skeleton: str) -> Floats:
-    """Return the distance of each cell to the strokes, in pixels, (hands, cells, cells)."""
+    """Return each cell's distance to the strokes, in pixels, (hands, cells, cells)."""
     strokes = [[tuple(map(int, pair.split(","))) for pair in stroke.split()] for stroke in skeleton.split(" | ")]
     points = sorted({point for stroke in strokes for point in stroke})  # each once, so that joins stay joined
     places = np.array(points, np.float32) + _spread(rng, (_HANDS, len(points), 2), 4.2)

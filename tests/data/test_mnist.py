@@ -2,69 +2,48 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jobs
 import pytest
 
-Score = Callable[[int], dict[str, Any]]
+from ddp_mnist.data import mnist as files
 
 
-@pytest.fixture(scope="module")
-def one_epoch(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Score:
-    """The summary of the tutorial's recipe after one epoch, by number of ranks."""
-    done: dict[int, dict[str, Any]] = {}
-
-    def run(world_size: int) -> dict[str, Any]:
-        if world_size not in done:
-            run_dir = tmp_path_factory.mktemp("mnist-runs") / str(world_size)
-            arguments = ["--dataset", "mnist", "--data-dir", str(mnist), "--wandb", "disabled", "--threads", "1"]
-            ended = jobs.run_ranks(world_size, *arguments, "--epochs", "1", "--output-dir", str(run_dir))
-            jobs.succeeded(ended)
-            done[world_size] = jobs.read_json(run_dir / "summary.json") | {"run_dir": run_dir}
-        return done[world_size]
-
-    return run
+def train(mnist: Path, run_dir: Path, world_size: int, recipe: str) -> dict[str, Any]:
+    """The summary of one epoch."""
+    arguments = ["--dataset", "mnist", "--data-dir", str(mnist), "--wandb", "disabled", "--no-pictures"]
+    arguments += ["--threads", "1", "--epochs", "1", "--recipe", recipe, "--output-dir", str(run_dir)]
+    jobs.succeeded(jobs.run_ranks(world_size, *arguments))
+    summary = jobs.read_json(run_dir / "summary.json")
+    assert (summary["train_count"], summary["test_count"], summary["samples_seen"]) == (60_000, 10_000, 60_000)
+    assert (summary["recipe"], summary["world_size"], summary["dataset"]) == (recipe, world_size, "mnist")
+    return summary
 
 
 @pytest.mark.mnist
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_one_epoch_of_the_tutorial_reaches_96_percent_with_exact_counts(
-    one_epoch: Score, mnist: Path, world_size: int
-) -> None:
-    summary = one_epoch(world_size)
-    assert (summary["train_count"], summary["test_count"], summary["samples_seen"]) == (60_000, 10_000, 60_000)
-    assert (summary["steps"], summary["world_size"], summary["dataset"]) == (938, world_size, "mnist")
-    assert summary["test_accuracy"] >= 0.96
+def test_one_epoch_of_the_tutorial_reaches_96_percent_on_one_rank_as_on_two(mnist: Path, tmp_path: Path) -> None:
+    assert set(files.verify("mnist", mnist).values()) == {"ok"}
+    one, two = (train(mnist, tmp_path / str(world_size), world_size, "tutorial") for world_size in (1, 2))
+    assert (one["steps"], two["steps"]) == (938, 938)
+    assert one["test_accuracy"] >= 0.96 and two["test_accuracy"] >= 0.96
+    assert abs(one["test_accuracy"] - two["test_accuracy"]) <= 0.003
     from tutorial import count_correct  # imports torch, which a skip need not wait for
 
-    weights, raw = summary["run_dir"] / "model.safetensors", mnist / "MNIST" / "raw"
-    assert count_correct(weights, raw, "t10k")[:2] == (summary["test_correct"], 10_000)
-
-
-@pytest.mark.mnist
-def test_two_ranks_score_as_one(one_epoch: Score) -> None:
-    assert abs(one_epoch(1)["test_accuracy"] - one_epoch(2)["test_accuracy"]) <= 0.003
+    counted = count_correct(tmp_path / "2" / "model.safetensors", mnist / "MNIST" / "raw", "t10k")
+    assert counted[:2] == (two["test_correct"], 10_000)
 
 
 @pytest.mark.mnist
 def test_one_epoch_of_the_fast_recipe_reaches_98_percent(mnist: Path, tmp_path: Path) -> None:
-    arguments = ["--recipe", "fast", "--dataset", "mnist", "--data-dir", str(mnist), "--wandb", "disabled"]
-    jobs.succeeded(jobs.run_ranks(1, *arguments, "--threads", "1", "--epochs", "1", "--output-dir", str(tmp_path)))
-    summary = jobs.read_json(tmp_path / "summary.json")
-    assert summary["test_accuracy"] >= 0.98
-    assert (summary["recipe"], summary["test_count"]) == ("fast", 10_000)
+    assert train(mnist, tmp_path, 1, "fast")["test_accuracy"] >= 0.98
 
 
 @pytest.mark.slow
-def test_the_real_data_are_skipped_with_a_reason_but_not_where_they_are_required() -> None:
-    this = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", "mnist", os.path.abspath(__file__)]
-    skipped, failed = (jobs.run(this, {"DDP_MNIST_REQUIRE": names}) for names in ("", "mnist"))
-    assert (skipped.code, failed.code) == (0, 1)
-    assert " skipped" in skipped.out and "passed" not in skipped.out
-    for ended in (skipped, failed):
-        assert "needs the real MNIST: DDP_MNIST_DATA is not set" in ended.out
+def test_missing_real_data_fail_the_tests_where_they_are_required() -> None:
+    this = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "mnist", __file__]
+    failed = jobs.run(this, {"DDP_MNIST_REQUIRE": "mnist"})
+    assert failed.code == 1 and "passed" not in failed.out
+    assert "needs the real MNIST: DDP_MNIST_DATA is not set" in failed.out
