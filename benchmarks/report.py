@@ -11,24 +11,25 @@ from typing import Any
 
 import torch
 
-from ddp_mnist.run import summary as provenance
+from ddp_mnist.run.provenance import facts
 
 
-def line(what: str, unit: str, ours: Any, rival: str = "", theirs: Any = (), target: str = "", note: str = "") -> Any:
-    """Return one line of the table, as JSON types. `ours` and `theirs`: the figures, in the order of the turns.
+def line(what: str, unit: str, ours: Any, theirs: Any = ("", ()), target: str = "", note: str = "") -> dict[str, Any]:
+    """Return one line of the table, as JSON types. `ours`: the figures, in the order of the turns.
 
-    `ratio` is that of the medians, ours to theirs; its min and max are over the single turns. `target` says what it
-    should be, or our median where there is no baseline: ">= 2.5".
+    `theirs`: a baseline's name and figures. The ratio is that of the medians; its least and most are over the single
+    turns. `target` is for the ratio, or for our median where there is no baseline: ">= 2.5".
     """
-    sides = {"ours": _statistics(ours), "theirs": _statistics(theirs)}
-    ratio = _statistics([a / b for a, b in zip(ours, theirs, strict=False)])
+    baseline, others = theirs
+    sides = {"ours": _statistics(ours), "theirs": _statistics(others)}
+    ratio = _statistics([a / b for a, b in zip(ours, others, strict=False)])
     if ratio["n"]:
         ratio["median"] = sides["ours"]["median"] / sides["theirs"]["median"]
-    value, met = (ratio if rival else sides["ours"])["median"], None
+    value, met = (ratio if baseline else sides["ours"])["median"], None
     if target and value is not None:
         sign, limit = target.split()
         met = value >= float(limit) if sign == ">=" else value <= float(limit)
-    described = {"what": what, "unit": unit, "baseline": rival, "target": target, "met": met, "note": note}
+    described = {"what": what, "unit": unit, "baseline": baseline, "target": target, "met": met, "note": note}
     return described | sides | {"ratio": ratio}
 
 
@@ -39,20 +40,24 @@ def _statistics(values: list[float]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return device, CPU, versions, commit and date."""
-    facts, cpuinfo = provenance.facts(1), Path("/proc/cpuinfo")  # platform.processor() is empty on many Linuxes
+    """Return device, CPU, date, load average, versions and commit."""
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on many Linuxes
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    cores = len(os.sched_getaffinity(0))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores"
-    found: dict[str, Any] = {"device": device, "cpu": f"{names[0] if names else platform.machine()}, {cores} cores"}
-    found |= {"date": time.strftime("%Y-%m-%d %H:%M"), "load_average": round(os.getloadavg()[0], 2)}
-    return found | {"versions": facts["versions"], "git": facts["git"]}
+    cores, found = len(os.sched_getaffinity(0)), facts(1)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores",
+        "cpu": f"{names[0] if names else platform.machine()}, {cores} cores",
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": found["versions"],
+        "git": found["git"],
+    }
 
 
 def table(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     found, quick = report["machine"], report["quick"]
-    git, versions = found["git"], found["versions"]
+    versions, git = found["versions"], found["git"]
     commit = f", commit {git['commit'][:12]}{' and changes' if git['dirty'] else ''}" if git else ""
     text = (
         f"{found['device']} ({found['cpu']}), torch {versions['torch']}, accelerate {versions['accelerate']}{commit}, "

@@ -1,7 +1,4 @@
-"""Measure the job against the tutorial, Accelerate's example and a published fast recipe, in turn on one machine.
-
-It prints a Markdown table. README.md beside it says what each row means.
-"""
+"""Measure the job against the tutorial, Accelerate's example and a published fast recipe, in turn on one machine."""
 
 import argparse
 import json
@@ -44,17 +41,13 @@ class Worker:
         words = [str(HERE / "worker.py"), side, setup.dataset, str(setup.data_dir), str(number)]
         # Ranks are compared on the CPU, also where there is a GPU, which two of them could only share.
         variables = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if ranks else {})
-        self.side, self.errors = side, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
+        self.side, self.errors = side, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the row
         options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
         options |= {"env": variables, "cwd": setup.scratch, "start_new_session": True}  # Ctrl-C is not for them
         self.process: Any = subprocess.Popen([sys.executable, *launcher, *words], **options)
-
-        setup.stack.callback(self.close)
-
-    def close(self) -> None:
-        self.process.terminate()
-        with suppress(BrokenPipeError), self.process, self.errors:
-            self.process.wait()
+        for each in (self.errors, suppress(BrokenPipeError), self.process):
+            setup.stack.enter_context(each)
+        setup.stack.callback(self.process.terminate)
 
     def ask(self, seed: int | None = None, **request: Any) -> dict[str, Any]:
         """Let it take a turn, as `worker.take_turn` says, and return the figures. Raises: RuntimeError, it failed."""
@@ -81,7 +74,7 @@ def start(*workers: Worker) -> tuple[Worker, ...]:
 
 
 def in_turn(turns: int, *actions: Callable[[int], Any]) -> list[list[Any]]:
-    """Call each action so often, with the number of the turn; another one begins each turn."""
+    """Call each action with the number of each turn, and return its results. Another one begins each turn."""
     found: list[list[Any]] = [[] for _ in actions]
     for turn in range(turns):
         for place in range(turn, turn + len(actions)):
@@ -90,23 +83,26 @@ def in_turn(turns: int, *actions: Callable[[int], Any]) -> list[list[Any]]:
 
 
 def step(setup: Any) -> Lines:
+    """Compare the images/s of training with two loops."""
     sides = start(*(Worker(setup, side) for side in ("ours", "tutorial", "accelerate")))
-    found = in_turn(setup.turns, *(partial(side.speed, setup.steps) for side in sides))
-    measured = "training, batch 64, Adam 1e-3", "images/s", found[0]
-    return [line(*measured, TUTORIAL, found[1], ">= 2.5"), line(*measured, "Accelerate's example", found[2], ">= 2.3")]
+    ours, tutorial, example = in_turn(setup.turns, *(partial(side.speed, setup.steps) for side in sides))
+    compare = partial(line, "training, batch 64, Adam 1e-3", "images/s", ours)
+    return [compare((TUTORIAL, tutorial), ">= 2.5"), compare(("Accelerate's example", example), ">= 2.3")]
 
 
 def epoch(setup: Any) -> Lines:
+    """Compare the seconds of a whole epoch of training."""
     sides = start(Worker(setup, "ours"), Worker(setup, "tutorial"))
-    found = in_turn(setup.slow_turns, *(lambda turn, side=side: side.ask(turn)["seconds"] for side in sides))
-    return [line("one epoch of training", "s", found[0], TUTORIAL, found[1])]
+    ours, theirs = in_turn(setup.slow_turns, *(lambda turn, side=side: side.ask(turn)["seconds"] for side in sides))
+    return [line("one epoch of training", "s", ours, (TUTORIAL, theirs))]
 
 
-def until(target: float, recipe: str, epochs: int, side: str, baseline: str, most: int, setup: Any) -> Lines:
+def until(target: float, recipe: str, epochs: int, baseline: tuple[str, str], most: int, setup: Any) -> Lines:
     """Compare the seconds of training to the first epoch's end that scores `target`, over the seeds that reach it."""
-    sides = start(Worker(setup, "ours"), Worker(setup, side))
-    ours = partial(sides[0].ask, epochs=epochs, target=target, settings={"recipe": recipe, "epochs": epochs})
-    theirs = partial(sides[1].ask, epochs=most, target=target)
+    side, name_of_side = baseline
+    workers = start(Worker(setup, "ours"), Worker(setup, side))
+    ours = partial(workers[0].ask, epochs=epochs, target=target, settings={"recipe": recipe, "epochs": epochs})
+    theirs = partial(workers[1].ask, epochs=most, target=target)
     found = in_turn(setup.turns // 2 if side == "tutorial" else setup.turns, ours, theirs)
     reached = [[run["seconds"] for run in runs if run["accuracy"] >= target] for runs in found]
     notes = []
@@ -115,10 +111,12 @@ def until(target: float, recipe: str, epochs: int, side: str, baseline: str, mos
         accuracy = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f}) %"
         notes.append(f"{name}: {len(seconds)} of {len(runs)} seeds, {accuracy}")
     what = f"training until {target:.0%}: `--recipe {recipe} --epochs {epochs}`"
-    return [line(what, "s", reached[0], baseline, reached[1], note="; ".join(notes)) | {"seeds": found}]
+    return [line(what, "s", reached[0], (name_of_side, reached[1]), note="; ".join(notes)) | {"seeds": found}]
 
 
 def command(setup: Any) -> Lines:
+    """Compare the seconds of the whole command with the tutorial's script."""
+
     def seconds(*words: Any) -> float:
         started = time.perf_counter()
         subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
@@ -129,35 +127,36 @@ def command(setup: Any) -> Lines:
     script = HERE / "baselines.py", setup.dataset, setup.data_dir, setup.epochs
     found = in_turn(setup.slow_turns, lambda turn: seconds(*job, setup.scratch / str(turn)), lambda _: seconds(*script))
     what = f"`python -m ddp_mnist.train`, epochs {setup.epochs}, scores, pictures"
-    return [line(what, "s", found[0], "the tutorial's script", found[1], "<= 0.42")]
+    return [line(what, "s", found[0], ("the tutorial's script", found[1]), "<= 0.42")]
 
 
 def ranks(setup: Any) -> Lines | str:
+    """Compare 2 ranks with 2 threads, or return why not."""
     if len(os.sched_getaffinity(0)) < 2:
         return "it takes 2 cores"
     sides, lines = start(Worker(setup, "ours", 1, ranks=2), Worker(setup, "ours", 2, ranks=1)), []
     for batch, steps, target in ((64, setup.steps, ""), (512, setup.steps // 5, ">= 0.8")):
         ours, theirs = in_turn(2 * setup.turns, *(partial(side.speed, steps, batch_size=batch) for side in sides))
         what = f"CPU, batch {batch}: 2 ranks x 1 thread"
-        lines.append(line(what, "images/s", ours, "1 rank x 2 threads", theirs, target))
+        lines.append(line(what, "images/s", ours, ("1 rank x 2 threads", theirs), target))
     return lines
 
 
 def overhead(setup: Any) -> Lines:
-    lines = []
+    """Measure what a run takes beside steps and scores."""
+    lines, what = [], "CPU: tracking, checkpoints, stop agreement; ranks:"
     for count in (1, 2):
         worker = Worker(setup, "overhead", setup.slow_turns, ranks=count)
         shares = [100 * worker.ask()["share"] for _ in range(setup.slow_turns)]
-        what = f"CPU: tracking, checkpoints, stop agreement; ranks: {count}"
-        lines.append(line(what, "% of the loop", shares, target="<= 3"))
+        lines.append(line(f"{what} {count}", "% of the loop", shares, target="<= 3"))
     return lines
 
 
 ROWS: dict[str, Callable[[Any], Lines | str]] = {
     "step": step,
     "epoch": epoch,
-    "to-98": partial(until, 0.98, "fast", 1, "tutorial", TUTORIAL, 5),
-    "to-99": partial(until, 0.99, "record", 2, "published", "the published fast recipe", 1),
+    "to-98": partial(until, 0.98, "fast", 1, ("tutorial", TUTORIAL), 5),
+    "to-99": partial(until, 0.99, "record", 2, ("published", "the published fast recipe"), 1),
     "command": command,
     "ranks": ranks,
     "overhead": overhead,
@@ -192,8 +191,8 @@ def main() -> int:
     if unknown := [row for row in options.rows.split(",") if row not in ROWS]:
         print(f"error: there is no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}.", file=sys.stderr)
         return 2
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found: dict[str, Any] = {"machine": report.machine(), "quick": options.quick, "rows": {}, "skipped": {}}
     code = 0

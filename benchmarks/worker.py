@@ -16,15 +16,15 @@ from typing import Any
 import baselines
 import torch
 
-from ddp_mnist import trainer
 from ddp_mnist.config import RECIPES, TrainConfig
 from ddp_mnist.cuda_graph import can_capture
-from ddp_mnist.data.batches import Batch, Batches, Split
+from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.data.sources import load
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.evaluate import evaluate
 from ddp_mnist.program import Program
 from ddp_mnist.step import TrainStep, learning_rate
+from ddp_mnist.trainer import fit
 
 
 class Ours:
@@ -35,6 +35,7 @@ class Ours:
         self.step: Any = None
 
     def begin(self, seed: int, recipe: str = "tutorial", **settings: Any) -> None:
+        """Make a new network and optimizer."""
         if self.step is not None:
             self.step.close()
         context, rank, size = self.context, self.context.rank, self.context.size
@@ -46,27 +47,30 @@ class Ours:
         self.steps_done = self.epochs_done = 0
 
     def epoch(self, limit: int | None = None) -> int:
+        """Train for one epoch, or its first `limit` steps. Return the number of images of all ranks. Collective."""
         total, count, results = len(self.batches) * self.config.epochs, 0, []
         for batch in islice(self.batches.epoch(self.epochs_done), limit):
             results.append(self.step(batch, learning_rate(self.config, self.steps_done, total)))
             self.steps_done += 1
             count += batch.global_size
             if self.steps_done % self.config.log_every == 0:
-                losses, correct = (torch.stack(values).float() for values in zip(*results, strict=True))
-                self.context.sum(torch.stack([losses, correct])).tolist()
+                self.context.sum(
+                    torch.stack([torch.stack(each).float() for each in zip(*results, strict=True)])
+                ).tolist()
                 results = []
         self.epochs_done += 1
         return count
 
     def accuracy(self) -> float:
+        """Return the test accuracy, 0-1. Collective."""
         return evaluate(self.network, self.test, self.context).accuracy
 
 
 def take_turn(side: Any, seed: Any, limit: Any = None, epochs: int = 1, target: float = 0, settings: Any = None) -> Any:
     """Train, and return the seconds of that alone: making a network and scoring it are not timed.
 
-    `seed`: of a new network; None: the last one goes on. `limit`: steps of an epoch. `target`: score each epoch, and
-    end with the first whose test accuracy, 0-1, is as high; 0: do not score.
+    `seed`: of a new network, or None to go on. `limit`: steps of an epoch. `target`: end when the test accuracy, 0-1,
+    is as high at an epoch's end; 0: do not score.
     """
     if seed is not None:
         side.begin(seed, **(settings or {}))
@@ -84,58 +88,55 @@ def take_turn(side: Any, seed: Any, limit: Any = None, epochs: int = 1, target: 
 
 
 def overhead(config: TrainConfig, runs: int) -> Iterator[float]:
-    """Yield the part of each run, 0-1, that is neither steps nor scores, by this rank's clock. Collective.
-
-    A run lasts from its first line to its last checkpoint. For CPUs: on a GPU a step is only launched.
-    """
+    """Yield the part of each run, 0-1, that is neither steps nor scores. Collective. For CPUs: a GPU works on later."""
     spent: list[float] = []
+    step, epoch = TrainStep.__call__, Batches.epoch
 
-    def clock(action: Callable[[], Any]) -> Any:
+    def timed(action: Callable[..., Any], *arguments: Any) -> Any:
         started = time.perf_counter()
-        result = action()
+        result = action(*arguments)
         spent.append(time.perf_counter() - started)
         return result
 
-    class TimedStep(TrainStep):
-        def __call__(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-            return clock(lambda: TrainStep.__call__(self, batch, rate))
+    def timed_epoch(*arguments: Any, **named: Any) -> Iterator[Any]:
+        batches = epoch(*arguments, **named)
+        return iter(lambda: timed(next, batches, None), None)
 
-    class TimedBatches(Batches):
-        def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-            batches = super().epoch(epoch, start)
-            return iter(lambda: clock(lambda: next(batches, None)), None)
-
-    trainer.TrainStep, trainer.Batches = TimedStep, TimedBatches  # type: ignore[misc]
+    TrainStep.__call__ = lambda *arguments: timed(step, *arguments)  # type: ignore[method-assign]
+    Batches.epoch = timed_epoch  # type: ignore[method-assign]
     for seed in range(runs):
         spent.clear()
-        summary = trainer.fit(config.replace(seed=seed, output_dir=Path(f"overhead-{os.getppid()}-{seed}"))).summary
+        summary = fit(config.replace(seed=seed, output_dir=Path(f"overhead-{os.getppid()}-{seed}"))).summary
         if summary["exit_code"]:
             raise SystemExit("the run was stopped")
         yield 1 - sum(spent) / (summary["wall_seconds"] - summary["eval_seconds"])
 
 
-def main(side: str, dataset: Any, root: Path, number: int) -> None:
+def main(side: Any, dataset: Any, root: Path, number: int) -> None:
     """Take turns until stdin ends, or measure the overhead."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    out = sys.stdout if is_main else open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    is_main, out = os.environ.get("RANK", "0") == "0", sys.stdout
     sys.stdout = sys.stderr  # a run prints its log
 
-    def serve(side: Any, broadcast: Callable[[str], str] = str) -> None:
-        while line := broadcast(sys.stdin.readline() if is_main else ""):
-            print(json.dumps(take_turn(side, **json.loads(line))), file=out, flush=True)
+    def answer(figures: dict[str, Any]) -> None:
+        if is_main:
+            print(json.dumps(figures), file=out, flush=True)
 
     # A rank waits for the next request while the other side has its turn.
     config = TrainConfig(dataset=dataset, data_dir=root, timeout_minutes=120.0, wandb="disabled", pictures=False)
+    if side == "overhead":
+        for share in overhead(config, number):
+            answer({"share": share})
+        return
+    broadcast: Callable[[str], str] = str
     if side == "ours":
         context = Context(config.replace(threads=number))
-        serve(Ours(context, *load(dataset, root)), context.broadcast)
-    elif side == "overhead":
-        for share in overhead(config, number):
-            print(json.dumps({"share": share}), file=out, flush=True)
+        side, broadcast = Ours(context, *load(dataset, root)), context.broadcast
     elif side == "published":
-        serve(baselines.Published(*((split.images, split.labels) for split in load(dataset, root))))
+        side = baselines.Published(*((split.images, split.labels) for split in load(dataset, root)))
     else:
-        serve((baselines.Tutorial if side == "tutorial" else baselines.AccelerateExample)(dataset, str(root)))
+        side = (baselines.Tutorial if side == "tutorial" else baselines.AccelerateExample)(dataset, str(root))
+    while line := broadcast(sys.stdin.readline() if is_main else ""):
+        answer(take_turn(side, **json.loads(line)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.N
 Int = Annotated[int, _numpy_to_python]
 Float = Annotated[float, _numpy_to_python]
 # A shell expands `--output-dir ~/runs`, but not `--output-dir=~/runs`. Scripts and JSON have strings and lists.
-UserPath = Annotated[Path, Field(strict=False), AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+_expand_home = AfterValidator(lambda path: Path(os.path.expanduser(path)))  # noqa: PTH111 - takes unknown users as text
+UserPath = Annotated[Path, Field(strict=False), _expand_home]
 Width = Annotated[Int, Field(ge=1, le=4096)]
 _or_user_data = WrapValidator(lambda v, check: v if isinstance(v, str) and v.startswith(USER_DATA_PREFIX) else check(v))
 # Defaults are checked too: some come from the environment.
@@ -193,22 +194,22 @@ class TrainConfig:
 
     def flags(self) -> list[str]:
         """Return the command line that gives this configuration in any environment, without the defaults."""
-        words: list[str] = []
-        plain: dict[str, Any] = {
+        arguments: list[str] = []
+        without_environment: dict[str, Any] = {  # None, no default, where the environment has a say
             "data_dir": None if "DDP_MNIST_DATA" in os.environ else Path("data"),
             "mixed_precision": None if "ACCELERATE_MIXED_PRECISION" in os.environ else "no",
         }
         for each in fields(self):
             name, value = each.name, getattr(self, each.name)
-            default = RECIPES[self.recipe].get(name, plain.get(name, each.default))
+            default = RECIPES[self.recipe].get(name, without_environment.get(name, each.default))
             if value == default or (name == "dataset" and self.has_user_data):
                 continue
             flag = f"--{name.replace('_', '-')}"
             if isinstance(value, bool):
-                words.append(flag if value else f"--no-{flag[2:]}")
+                arguments.append(flag if value else f"--no-{flag[2:]}")
             else:
-                words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-        return words
+                arguments += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+        return arguments
 
     def replace(self, **changes: Any) -> TrainConfig:
         """Return a copy with `changes`, checked. Raises: UsageError."""
@@ -252,11 +253,11 @@ def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> Tr
         UsageError: A value is wrong.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    named = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
-    preset = next(({"recipe": name, **RECIPES[name]} for name in reversed(named) if name in RECIPES), {})
+    recipes = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
+    defaults = next(({"recipe": name, **RECIPES[name]} for name in reversed(recipes) if name in RECIPES), {})
     if any(re.match("--mixed[-_]precision(=|$)", word) for word in args):
-        preset["mixed_precision"] = "no"  # the flag beats what the launcher says, nonsense too
+        defaults["mixed_precision"] = "no"  # the flag beats what the launcher says, nonsense too
     quiet = not is_first_on_its_machine() if quiet is None else quiet
     with suppress_output() if quiet else contextlib.nullcontext():
-        read = tyro.cli(_Unchecked, args=args, default=TrainConfig(**preset), prog="python -m ddp_mnist.train")
+        read = tyro.cli(_Unchecked, args=args, default=TrainConfig(**defaults), prog="python -m ddp_mnist.train")
     return TrainConfig(**vars(read))

@@ -21,6 +21,7 @@ class CNN(nn.Module):
         self.fc1 = nn.Linear(second * 7 * 7, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (n, num_classes)."""
         # Pool before the ReLU: the same function as the tutorial's, and the ReLU has a quarter of the work.
         hidden = F.relu(self.pool(self.conv1(images)))
         hidden = F.relu(self.pool(self.conv2(hidden)))

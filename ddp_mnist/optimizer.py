@@ -31,14 +31,13 @@ def make_adam(config: TrainConfig, network: nn.Module) -> Adam:
 def make_capturable(optimizer: Adam) -> None:
     """Let a CUDA graph capture Adam's step: its rate and all state become tensors that stay where they are."""
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                # Now, since a capture puts back only tensors that exist before it.
-                state = optimizer.state[parameter]
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
         group["capturable"] = True
+        for parameter in filter(lambda each: each.requires_grad, group["params"]):
+            # Now, since a capture puts back only tensors that exist before it.
+            state = optimizer.state[parameter]
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -67,19 +66,15 @@ def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 def load_state(network: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
     """Fill the optimizer's state from what `save_state` has returned."""
     parameters = dict(network.named_parameters())
-    on_device = {
-        parameter: group.get("fused") or group.get("capturable")
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    options = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for full_name, value in saved.items():
         name, _, key = full_name.rpartition(".")
         parameter = parameters[name]
-        if key == "step":
-            home = torch.empty((), device=parameter.device if on_device[parameter] else "cpu")
-        elif value.shape == parameter.shape:
+        if value.shape == parameter.shape and key != "step":
             # In the parameter's own memory layout: the fused kernel walks both in storage order.
             home = torch.empty_like(parameter, requires_grad=False)
         else:
-            home = torch.empty_like(value, device=parameter.device)
+            group = options[parameter]
+            on_device = key != "step" or group.get("fused") or group.get("capturable")
+            home = torch.empty_like(value, device=parameter.device if on_device else "cpu")
         optimizer.state[parameter][key] = home.copy_(value)

@@ -1,30 +1,25 @@
-"""Pictures of digits → the labels a trained run gives them: `python -m ddp_mnist.predict RUN_DIR IMAGE...`
+"""Print the digits that a trained run sees in pictures: `python -m ddp_mnist.predict RUN_DIR IMAGE...`.
 
-A network knows only what it was trained on, so a picture is first made to look like an image of MNIST. Torch is
-imported after arguments and pictures have been looked at.
+A network knows only what it was trained on, so a picture is first made to look like an image of MNIST.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddp_mnist.data.mnist import class_names
-from ddp_mnist.distributed.launcher import command, report_error
+from ddp_mnist.distributed.launcher import command, report_error, show_warnings
 from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
-
-Floats = NDArray[np.float64]
 
 SIZE = 28
 DIGIT = 20
@@ -32,12 +27,13 @@ DIGIT = 20
 CENTRE = 14.5
 """Place of a digit's centre of mass in MNIST, in pixels from the edge; measured: within half a pixel, all."""
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+SCALING = Image.Resampling.BOX
 WORKING_SIZE = 1120
-"""Longest side that is worked on; larger pictures are averaged down first."""
-CONTRAST = 1 / 16
-"""Smallest difference between ink and background, of the range of a colour channel."""
-INK = 0.2
-"""Share of the full ink from which a pixel counts for the bounding box: above what JPEG leaves around an edge."""
+"""Longest side that is worked on, in pixels; larger pictures are averaged down first."""
+CONTRAST = 16
+"""Smallest difference between ink and background, of the 255 of a colour channel."""
+INK = 50
+"""Share of the full ink, of 255, from which a pixel counts for the bounding box: above JPEG's noise around an edge."""
 
 
 class PictureError(JobError):
@@ -50,79 +46,51 @@ def prepare(path: Path, dataset: str) -> NDArray[np.uint8]:
     Raises:
         PictureError: It cannot be read, or there is nothing on it.
     """
-    pixels = _pixels(_open(path))
+    pixels = np.asarray(_read(path), dtype=np.float32)
     background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     ink = np.abs(pixels - background).max(axis=2)  # darker or lighter, whatever the colours
     if ink.max() < CONTRAST:
         raise PictureError(f"{path} is of one colour: there is nothing to see in it.")
-    ink /= ink.max()
+    image = Image.fromarray(np.rint(ink * (255 / ink.max())).astype(np.uint8))
     if dataset == "fashion-mnist":  # fills its images
-        image = _scaled(ink, SIZE)
-        top, left = ((SIZE - side) // 2 for side in image.shape)
-    else:
-        rows, columns = (np.flatnonzero((ink >= INK).any(axis=axis)) for axis in (1, 0))
-        image = _scaled(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], DIGIT)
-        masses = (image.sum(axis=axis) / image.sum() for axis in (1, 0))
-        centres = ((mass * (np.arange(len(mass)) + 0.5)).sum() for mass in masses)
-        top, left = (
-            min(max(round(CENTRE - centre), 0), SIZE - side) for centre, side in zip(centres, image.shape, strict=True)
-        )
-    whole = np.zeros((SIZE, SIZE))
-    whole[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return np.rint(255 * whole / whole.max()).astype(np.uint8)
+        return np.asarray(ImageOps.pad(image, (SIZE, SIZE), SCALING))
+    digit = image.crop(image.point(lambda level: level >= INK).getbbox())
+    width, height = (max(1, round(DIGIT * side / max(digit.size))) for side in digit.size)
+    digit = digit.resize((width, height), SCALING)
+    mass = np.asarray(digit, dtype=np.float64)
+    centre = [mass.sum(axis) @ (np.arange(side) + 0.5) / mass.sum() for axis, side in enumerate(digit.size)]
+    whole = Image.new("L", (SIZE, SIZE))
+    whole.paste(digit, (round(CENTRE - centre[0]), round(CENTRE - centre[1])))
+    return np.asarray(ImageOps.autocontrast(whole))
 
 
-def _open(path: Path) -> Image.Image:
-    """Return the first frame, decoded and upright. Raises: PictureError."""
+def _read(path: Path) -> Image.Image:
+    """Return the first frame upright, RGB, on grey where it is transparent. Raises: PictureError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pillow's doubts about metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
-                return ImageOps.exif_transpose(file)  # upright, as the camera says
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
-        raise PictureError(f"{path} has more than {limit} pixels, the limit; scale it down first.") from error
-    except Image.UnidentifiedImageError as error:
+        with Image.open(path, formats=FORMATS) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # greys of 16 bits, which `convert` would cut at 255
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        image = image.convert("RGBA")
+    except UnidentifiedImageError as error:
         raise PictureError(f"{path} is not a picture in one of the formats {', '.join(FORMATS)}.") from error
     except Exception as error:  # pillow's decoders raise almost anything on damaged files
         why = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise PictureError(f"{path} cannot be read: {why}.") from error
+    image.thumbnail((WORKING_SIZE, WORKING_SIZE), SCALING)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
 
 
-def _pixels(image: Image.Image) -> Floats:
-    """Return (H, W, channels) in 0-1, opaque, at most WORKING_SIZE high and wide."""
-    is_wide = image.mode.startswith(("I", "F"))  # greys of more than 8 bits
-    image = image.convert("F" if is_wide else "RGBA")
-    image.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
-    pixels = np.asarray(image, dtype=np.float64)
-    if is_wide:
-        return np.nan_to_num(pixels)[..., None] / max(np.nan_to_num(pixels).max(), 1e-9)
-    colour, alpha = pixels[..., :3] / 255, pixels[..., 3:] / 255
-    is_dark = (colour * alpha).sum() < 1.5 * alpha.sum()  # what is drawn; what is transparent gets the other shade
-    return colour * alpha + float(is_dark) * (1 - alpha)
-
-
-def _scaled(ink: Floats, side: int) -> Floats:
-    """Return the picture with its longer side of `side` pixels, its shape kept."""
-    height, width = (max(1, round(side * each / max(ink.shape))) for each in ink.shape)
-    method = Image.Resampling.BOX if side <= max(ink.shape) else Image.Resampling.BICUBIC
-    image = Image.fromarray(ink.astype(np.float32)).resize((width, height), method)
-    return np.clip(np.asarray(image, dtype=np.float64), 0, 1)
-
-
-def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> Floats:
-    """Return the probability of each label, (N, classes), by the run's weights, on the CPU. Raises: JobError."""
-    if not images:
-        return np.empty((0, 0))
-    import torch
+def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float64]:
+    """Return each label's probability by the run's weights, on the CPU: (N, classes). Raises: JobError."""
+    import torch  # after arguments and pictures: it takes a second or more
 
     from ddp_mnist.data.batches import to_float
     from ddp_mnist.run.checkpoint import open_saved
 
-    net = open_saved(run_dir).network
+    network = open_saved(run_dir).network
     with torch.no_grad():
-        logits = net(to_float(torch.from_numpy(np.stack(images)).unsqueeze(1)))
+        logits = network(to_float(torch.from_numpy(np.stack(images)).unsqueeze(1)))
     return logits.double().softmax(1).numpy()
 
 
@@ -130,35 +98,29 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> Floats:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0 when every picture is predicted, 1 when one is not."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    show_warnings(main=True)
     dataset = directory.read_settings(options.run_dir).dataset
     images: dict[Path, NDArray[np.uint8]] = {}
-    found: dict[Path, dict[str, Any]] = {}
+    results: dict[Path, dict[str, Any]] = {}
     for path in options.images:
         try:
             images[path] = prepare(path, dataset)
         except PictureError as error:
-            found[path] = {"error": str(error)}
+            results[path] = {"error": str(error)}
             report_error(error)
     names = class_names(dataset)
-    for path, row in zip(images, predict(options.run_dir, list(images.values())), strict=True):
-        top = _best(row, names)
-        found[path] = {**top[0], "top": top}
+    rows = predict(options.run_dir, list(images.values())) if images else ()
+    for path, probabilities in zip(images, rows, strict=True):
+        top: list[dict[str, Any]] = []
+        for label in np.argsort(-probabilities, kind="stable")[:3].tolist():
+            name = {} if names[label] == str(label) else {"name": names[label]}
+            top.append({"label": label, "probability": float(probabilities[label]), **name})
+        results[path] = {**top[0], "top": top}
         if not options.json:
             print(f"{path}: " + ", ".join(f"{names[each['label']]} {each['probability']:.1%}" for each in top))
     if options.json:
-        print(json.dumps([{"image": str(path), **found[path]} for path in options.images], indent=2))
-    return int(len(images) < len(found))
-
-
-def _best(probabilities: Floats, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the three likeliest labels."""
-    best: list[dict[str, Any]] = []
-    for label in np.argsort(-probabilities, kind="stable")[:3].tolist():
-        best.append({"label": label, "probability": float(probabilities[label])})
-        if names[label] != str(label):
-            best[-1]["name"] = names[label]
-    return best
+        print(json.dumps([{"image": str(path), **results[path]} for path in options.images], indent=2))
+    return int(len(images) < len(results))
 
 
 def _parser() -> argparse.ArgumentParser:

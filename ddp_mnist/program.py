@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ddp_mnist.data.batches import Split, to_float
+from ddp_mnist.data.batches import Batches, Split, to_float
 from ddp_mnist.data.sources import UserData, load, validate_user_data
 from ddp_mnist.distributed.launcher import report_once_per_host
 from ddp_mnist.errors import UsageError
@@ -31,28 +31,31 @@ class Program:
     """The script's training set and test set; None: those of `config.dataset`."""
     data_name: str | None = None
     """Stands for exactly these data: it has a hash of them."""
-    config: TrainConfig | None = None
+    script_config: TrainConfig | None = None
     """The settings in the script's source; None: the program takes our flags."""
 
     @classmethod
     def of(
-        cls, model: Callable[[], nn.Module] | None, data: UserData | None, config: TrainConfig | None = None
+        cls, model: Callable[[], nn.Module] | None, data: UserData | None, script_config: TrainConfig | None
     ) -> Program:
         """Return the program with its data checked. Raises: UsageError."""
         if data is None:
-            return cls(model, config=config)
+            return cls(model, script_config=script_config)
         with report_once_per_host():
             name, sets = validate_user_data(data)
-        return cls(model, sets, name, config)
+        return cls(model, sets, name, script_config)
 
     @property
     def is_script(self) -> bool:
-        """Whether it is not our own command."""
-        return (self.model, self.data, self.config) != (None, None, None)
+        """Return whether it is not our own command."""
+        return (self.model, self.data, self.script_config) != (None, None, None)
 
-    def load_data(self, config: TrainConfig, context: Context) -> tuple[Split, Split]:
-        """Return (training set, test set) on the CPU. Collective. Raises: JobError, on all ranks."""
-        return self.data or context.run_on_all_ranks(lambda: load(config.dataset, config.data_dir))
+    def load_data(self, config: TrainConfig, context: Context) -> tuple[Batches, Split]:
+        """Return this rank's batches and the test set, on its device. Collective. Raises: JobError, on all ranks."""
+        train, test = self.data or context.run_on_all_ranks(lambda: load(config.dataset, config.data_dir))
+        train, test = train.to(context.device), test.to(context.device)
+        shard = {"rank": context.rank, "world_size": context.size, "seed": config.seed}
+        return Batches(train, batch_size=config.batch_size, **shard), test
 
     def check_same_data(self, context: Context) -> None:
         """Raise UsageError on all ranks if a rank was given other data than rank 0. Collective."""
@@ -73,7 +76,7 @@ class Program:
             config: Seed, widths and --init-from.
             context: The ranks of the job.
             snapshot: The run's checkpoint; None: the weights are those of --init-from, or random.
-            image: One image of the data set (1, ...), on the CPU, by which lazy layers get their shapes.
+            image: One image of the data set (1, ...), by which lazy layers get their shapes.
 
         Raises:
             UsageError: The weights are of another network.
@@ -93,6 +96,10 @@ class Program:
             context.run_on_all_ranks(lambda: load_weights(network, path))
         return move_to_device(network, context.device)
 
+    def network_name(self, network: nn.Module) -> str | None:
+        """Return the name of the class of the script's network; None if the network is ours."""
+        return f"{type(network).__module__}.{type(network).__qualname__}" if self.model else None
+
 
 def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move the network to the device, in place, and return it."""
@@ -109,5 +116,5 @@ def _initialize_lazy_layers(network: nn.Module, image: Tensor) -> None:
     if any(nn.parameter.is_lazy(each) for each in (*network.parameters(), *network.buffers())):
         training = network.training
         network.eval()
-        network(to_float(image.clone()))
+        network(to_float(image.cpu().clone()))
         network.train(training)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_mnist.cuda_graph import CUDAGraph
+from ddp_mnist.cuda_graph import CUDAGraph, can_capture
 from ddp_mnist.data.batches import Batch, Batches, to_float
 from ddp_mnist.optimizer import Adam, make_adam, make_capturable, set_rate, state_tensors
 
@@ -40,6 +40,7 @@ class AutocastWrapper(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the network's outputs."""
         return self.network(images)
 
 
@@ -64,7 +65,7 @@ class TrainStep:
             network: Already on the context's device.
             loss: Returns one loss per item; the step takes their mean over the global batch.
             optimizer: Makes the optimizer of a network; default: Adam.
-            capture: Run the step as a CUDA graph, if the optimizer is our Adam.
+            capture: Run the step as a CUDA graph where that is possible, if --cuda-graphs does not say otherwise.
         """
         self.config, self.context, self.network, self.loss = config, context, network, loss
         self.optimizer = optimizer(network) if optimizer else make_adam(config, network)
@@ -80,7 +81,7 @@ class TrainStep:
         self._norm: Tensor | None = None
         """Of the last step's gradient, where it was computed in the step."""
         self._graph: CUDAGraph | None = None
-        if capture and isinstance(self.optimizer, Adam):
+        if can_capture(config, context, ours=capture) and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)
             self._graph = CUDAGraph(self._run_captured, self._mutable_state)
 

@@ -12,6 +12,7 @@ from ddp_mnist.config import parse
 from ddp_mnist.distributed.launcher import (
     command,
     hard_exit,
+    limit_spinning,
     rank_from_environment,
     report_once_per_host,
     show_warnings,
@@ -47,6 +48,7 @@ def main(
 ) -> int:
     """Run one rank's part of the job. Return its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
     show_warnings(main=rank_from_environment() == 0)
+    limit_spinning()
     with report_once_per_host():
         config = parse(argv)
         config.check_world_size(world_size_from_environment())

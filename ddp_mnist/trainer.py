@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
-from ddp_mnist.cuda_graph import can_capture
-from ddp_mnist.data.batches import Batches
 from ddp_mnist.distributed.context import Context, translate_collective_errors
 from ddp_mnist.distributed.launcher import (
     exit_code_for_rank,
@@ -32,7 +30,6 @@ from ddp_mnist.report.page import try_to_draw
 from ddp_mnist.run.metrics import Metrics
 from ddp_mnist.run.resume import Run, advise, continue_command, open_run
 from ddp_mnist.run.saver import Saver, restore
-from ddp_mnist.run.summary import SummaryWriter, banner, write_config
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, PATIENCE, Mirror
 
@@ -92,13 +89,8 @@ def run_attempt(
 ) -> Result:
     """Run one attempt, as `fit` does. Collective.
 
-    Args:
-        config: All settings.
-        model: As for `fit`.
-        data: As for `fit`.
-        stop: Signal handlers that are installed already.
-        script_config: The settings that a script has in its source, for the command that continues the run; None: the
-            program takes our flags.
+    `stop`: signal handlers that are installed already. `script_config`: the settings that a script has in its source,
+    for the command that continues the run; None: the program takes our flags.
     """
     program = Program.of(model, data, script_config)
     if program.data_name is not None:
@@ -109,21 +101,25 @@ def run_attempt(
         mirror = stack.enter_context(Mirror(config, is_main=rank_from_environment() == 0))
         mirror.decide()  # before any rank waits for another: it may take seconds
         context = stack.enter_context(Context(config))
-        config.check_world_size(context.size)
-        run = trainer = None
+        trainer = None
         try:
             with translate_collective_errors(context):
+                config.check_world_size(context.size)
                 program.check_same_data(context)
                 run = stack.enter_context(open_run(config, context))
                 if run.finished:
                     return _already_finished(run, context, program)
-                trainer = Trainer(run, context, stop, mirror, program, stack)
+                trainer = Trainer(run, context, stop, mirror, program)
+                trainer.build(stack)
                 return Result(run.path, trainer.run(), trainer.network.eval())
         except JobError as error:
             if trainer is not None:
                 trainer.fail(error)
-            elif run is not None and not run.finished and context.is_main:
-                _fail_before_start(run, context, error)
+            report_error(error)
+            if not error.local:
+                # srun --kill-on-bad-exit ends rank 0 with the first that leaves, be it in the middle of a word.
+                with contextlib.suppress(RuntimeError):
+                    context.broadcast(None)
             raise
 
 
@@ -135,54 +131,41 @@ def _already_finished(run: Run, context: Context, program: Program) -> Result:
     return Result(run.path, run.finished, network.eval())
 
 
-def _fail_before_start(run: Run, context: Context, error: JobError) -> None:
-    """Leave a summary of an attempt that failed before anything was built: the data are missing, say."""
-    summary = SummaryWriter(run, context, run.state())
-    summary.try_to_write(summary.make(error.stop_reason, error.exit_code))
-
-
 class Trainer:
     """One attempt at a run, on one rank."""
 
-    def __init__(
-        self, run: Run, context: Context, stop: StopSignal, mirror: Mirror, program: Program, stack: ExitStack
-    ) -> None:
-        """Build everything; go on from the run's checkpoint, if it has one. Collective. `stack` closes what was opened.
+    def __init__(self, run: Run, context: Context, stop: StopSignal, mirror: Mirror, program: Program) -> None:
+        """Take what the ranks have agreed on. `build` makes the rest, which may fail."""
+        self.run_dir, self.config, self.context = run.path, run.config, context
+        self.stop, self.mirror, self.program = stop, mirror, program
+        self.metrics, self.state, self.snapshot = Metrics(run, context), run.state, run.snapshot
+        self.is_built = False
+        self.test_score: Score | None = None  # of the last epoch that this attempt has finished
+
+    def build(self, stack: ExitStack) -> None:
+        """Load the data, build network and optimizer, go on from the run's checkpoint. Collective.
+
+        `stack` closes what is opened.
 
         Raises:
             JobError: Data, network or checkpoint cannot be had or do not fit each other; on all ranks.
         """
-        self.run_dir, self.config, self.context = run.path, run.config, context
-        self.stop, self.mirror, self.program = stop, mirror, program
-        config, snapshot = run.config, run.snapshot
-        train_set, test_set = program.load_data(config, context)
-        self.train_set, self.test_set = train_set.to(context.device), test_set.to(context.device)
-        self.batches = Batches(
-            self.train_set, batch_size=config.batch_size, rank=context.rank, world_size=context.size, seed=config.seed
-        )
+        config, context, snapshot = self.config, self.context, self.snapshot
+        self.batches, self.test_set = self.program.load_data(config, context)
         self.total_steps = len(self.batches) * config.epochs
-        self.network = program.build_network(config, context, snapshot, train_set.images[:1])
-        for split in (self.train_set, self.test_set):
+        train_set = self.batches.split
+        self.network = self.program.build_network(config, context, snapshot, train_set.images[:1])
+        for split in (train_set, self.test_set):
             count_classes(self.network, split)
-        capture = can_capture(config, context, ours=program.model is None)
-        self.step = TrainStep(config, context, self.network, capture=capture)
-        stack.callback(self.step.close)
+        self.train_step = TrainStep(config, context, self.network, capture=self.program.model is None)
+        stack.callback(self.train_step.close)
         if snapshot is not None:
-            restore(self.step, snapshot)
-
-        self.state = run.state()
-        self.last_score: tuple[int, Score] | None = None  # (step, score of the test set)
-        sizes = [self.batches.global_size(step) for step in range(len(self.batches))]
-        self.metrics = context.run_on_all_ranks(
-            lambda: Metrics(run, context, self.state, self.step.gradient_norm, sizes)
-        )
-        stack.enter_context(self.metrics)
-        self.saver = Saver(run, context, self.step, self.state, self.metrics)
-        self.summary = SummaryWriter(run, context, self.state, self.metrics.wall_seconds, mirror.actual)
-
-        network = self.network if program.model else None
-        context.run_on_main(lambda: write_config(run, context, network, len(self.batches)))
-        self.banner = banner(run, context, self.batches, len(self.test_set))
+            restore(self.train_step, snapshot)
+        stack.callback(self.metrics.close)
+        name = self.program.network_name(self.network)
+        self.metrics.open(self.batches, len(self.test_set), name, self.train_step.gradient_norm)
+        self.saver = Saver(context, self.train_step, self.metrics)
+        self.is_built = True
 
     def run(self) -> dict[str, Any]:
         """Do the whole attempt and return what summary.json has. Collective.
@@ -190,9 +173,8 @@ class Trainer:
         Raises:
             JobError: The same on all ranks.
         """
-        self.step.warm_up(self.batches)
-        self.metrics.say(self.banner)
         self._start_mirror()
+        self.train_step.warm_up(self.batches)
         reason = self._train()
         self.stop.close()
         return self._finish(reason) if reason in ("finished", "max_steps") else self._stop_early(reason)
@@ -208,13 +190,12 @@ class Trainer:
                 if reason := self.stop.agreed(self.context, state.step):
                     return reason
                 rate = learning_rate(config, state.step, self.total_steps)
-                loss, correct = self.step(batch, rate)
-                state.advance(batch.global_size, skipped=self.step.was_skipped)
-                self.metrics.record(state, rate, loss, correct)
+                loss, correct = self.train_step(batch, rate)
+                state.advance(batch.global_size, skipped=self.train_step.was_skipped)
+                self.metrics.record(rate, loss, correct, batch.global_size)
                 self.saver.save_if_due()
-            score = self._score(self.test_set)
-            self.last_score = (state.step, score)
-            self.metrics.record_score(state, score)
+            self.test_score = self._score(self.test_set)
+            self.metrics.record_score(self.test_score)
             state.end_epoch()
             self.saver.save_if_due(epoch_end=True)
         return "finished"
@@ -229,14 +210,14 @@ class Trainer:
         """Save, score both sets and return the summary: all epochs are done, or `max_steps` is reached. Collective."""
         self.saver.save()
         self.saver.publish_weights()
-        train = self._score(self.train_set)
-        if self.last_score is None or self.last_score[0] != self.state.step:
-            self.last_score = (self.state.step, self._score(self.test_set))
-        test = self.last_score[1]
+        train = self._score(self.batches.split)
+        test = self.test_score
+        if test is None or self.state.step_in_epoch > 0:
+            test = self._score(self.test_set)
         self.metrics.say(f"Checking accuracy on training data\n{train.sentence()}")
         self.metrics.say(f"Checking accuracy on test data\n{test.sentence()}")
-        summary = self.summary.make(reason, 0, train, test)
-        self.context.run_on_main(lambda: self.summary.write(summary))
+        summary = self.metrics.summary(reason, 0, wandb_mode=self.mirror.mode.name, train=train, test=test)
+        self.context.run_on_main(lambda: self.metrics.write_summary(summary))
         self.mirror.end(preempted=False, exit_code=0)
         if self.config.pictures and self.context.is_main:
             try_to_draw(self.run_dir, self.config.data_dir)
@@ -248,8 +229,7 @@ class Trainer:
     def _stop_early(self, reason: str) -> dict[str, Any]:
         """Save, say how to go on, and return the summary. Collective."""
         self.saver.save()
-        summary = self.summary.make(reason, STOPPED)
-        self.summary.try_to_write(summary)  # the checkpoint is what counts
+        summary = self._try_to_summarize(reason, STOPPED)  # the checkpoint is what counts
         self.metrics.say(
             f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
             f"  {self._continue_command(self.config)}"
@@ -271,28 +251,28 @@ class Trainer:
         """Give the mirror `patience` seconds to end. Return the summary with the mode that W&B has ended in."""
         if news := self.mirror.wait(patience):
             self.metrics.say(news)
-        if (mode := self.mirror.actual()) != summary["wandb_mode"]:
+        if (mode := self.mirror.mode.name) != summary["wandb_mode"]:
             summary = summary | {"wandb_mode": mode}
-            self.summary.try_to_write(summary)
+            self.metrics.try_to_write_summary(summary)
+        return summary
+
+    def _try_to_summarize(self, reason: str, exit_code: int) -> dict[str, Any]:
+        summary = self.metrics.summary(reason, exit_code, wandb_mode=self.mirror.mode.name)
+        self.metrics.try_to_write_summary(summary)
         return summary
 
     def fail(self, error: JobError) -> None:
-        """Write the summary, report the error once with what can be done about it, then let all ranks leave."""
-        context = self.context
-        if context.is_main:
-            summary = self.summary.make(error.stop_reason, error.exit_code)
-            self.summary.try_to_write(summary)
+        """Write the summary and report the error once, with what can be done about it."""
+        is_main = self.context.is_main
+        if is_main:
+            summary = self._try_to_summarize(error.stop_reason, error.exit_code)
             self.mirror.end(preempted=False, exit_code=error.exit_code)
-            advise(error, self.config, self.saver.checkpoints, self._continue_command)
+        if is_main or (error.local and self.context.rank == 1):  # rank 0 may be the one that was lost
+            if self.is_built:
+                advise(error, self.config, self._continue_command)
             report_error(error)
+        if is_main:
             self._wait_for_mirror(summary, HASTY_PATIENCE)
-        elif error.local and context.rank == 1:  # rank 0 may be the one that was lost
-            advise(error, self.config, self.saver.checkpoints, self._continue_command)
-            report_error(error)
-        if not error.local:
-            # srun --kill-on-bad-exit ends rank 0 with the first that leaves, be it in the middle of a word.
-            with contextlib.suppress(RuntimeError):
-                context.broadcast(None)
 
     def _continue_command(self, config: TrainConfig) -> str:
         return continue_command(config, self.context, self.program)

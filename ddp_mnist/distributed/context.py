@@ -106,6 +106,7 @@ class Context:
 
     @property
     def is_main(self) -> bool:
+        """Return True on rank 0."""
         return self.rank == 0
 
     def __enter__(self) -> Context:

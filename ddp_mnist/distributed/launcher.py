@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
@@ -93,7 +94,7 @@ def report_error(error: JobError) -> int:
 
 @contextlib.contextmanager
 def report_once_per_host() -> Iterator[None]:
-    """Let each machine's first rank report a JobError: before the ranks have met, rank 0 knows its own machine only."""
+    """Let each machine's first rank report a JobError: before the ranks meet, rank 0 knows its own machine only."""
     try:
         yield
     except JobError as error:
@@ -123,8 +124,8 @@ def install_excepthook() -> None:
 def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
     """Wait on rank 0 until the other processes are gone, at most `timeout` seconds for each. Collective.
 
-    srun --kill-on-bad-exit ends all ranks with the first one that fails, and the step gets the exit code of those that
-    it killed: rank 0 must leave last. The kernel closes a dead process's connection, which is what rank 0 waits for.
+    srun --kill-on-bad-exit ends all ranks with the first that fails, and takes the exit code of those that it killed:
+    rank 0 must leave last. It waits until the kernel closes the connections of the dead processes.
     """
     if context.size == 1:
         return
@@ -157,6 +158,15 @@ def hard_exit(code: int) -> NoReturn:
     os._exit(code)
 
 
+def limit_spinning() -> None:
+    """Let OpenMP's waiting threads give up the CPU soon. Call it before torch is imported.
+
+    They burn what other ranks and runs on this machine need. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
 def escape_unencodable_output() -> None:
     """Print characters that the console's encoding lacks, such as those of a file's name, as escapes."""
     for stream in (sys.stdout, sys.stderr):
@@ -172,5 +182,9 @@ def show_warnings(*, main: bool) -> None:
 @contextlib.contextmanager
 def suppress_output() -> Iterator[None]:
     """Print nothing: one rank shows what all of them would, such as a wrong flag."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield

@@ -23,11 +23,7 @@ def default_threads() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what one step frees for the next one.
-
-    By default it gives memory back to the system, and the next step waits for new pages, some hundred of them: a step
-    on a CPU takes much longer for it. Other allocators, and what the user has tuned, stay as they are.
-    """
+    """Let glibc keep what one step frees: the next would wait for new pages. What the user has tuned stays."""
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
@@ -40,10 +36,9 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def batch_scheduling() -> Iterator[None]:
-    """Let threads that start inside never interrupt another one when they are woken, by Linux's policy for batch jobs.
+    """Start threads inside under Linux's policy for batch jobs: when woken, they do not interrupt a running thread.
 
-    gloo's wake each other with a lock in hand. Where ranks keep every CPU busy, the woken thread may take the CPU of
-    the one that holds the lock, and every step of the ranks waits for it.
+    gloo's wake each other with a lock in hand, and would take the CPU from the one that holds it.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, AttributeError):  # a container forbids it, or it is not Linux

@@ -11,11 +11,10 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +62,10 @@ class TrainState:
     eval_seconds: float = 0.0
     wall_seconds: float = 0.0
     """Over all attempts."""
-    losses: list[float] = field(default_factory=list)
-    """Global mean loss of each step since the last line of metrics.jsonl."""
-    correct: int = 0
-    """Training images recognised since that line, each as it was trained on."""
+    interval_loss: float = 0.0
+    """Sum of the loss over the training images since the last line of metrics.jsonl, each as it was trained on."""
+    interval_correct: int = 0
+    interval_images: int = 0
 
     def advance(self, global_size: int, *, skipped: bool = False) -> None:
         """Count a step on a global batch of so many items. `skipped`: by fp16's loss scaler."""
@@ -101,6 +100,7 @@ class Checkpoints:
     """The checkpoints of one run directory. Only rank 0 owns one."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
+        """Name the directory of the run, and how many of the newest to `keep`."""
         self.folder = run_dir / directory.CHECKPOINTS
         self.keep = keep
 
@@ -124,12 +124,8 @@ class Checkpoints:
         temporary = self.folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
         try:
             temporary.mkdir()
-            state = {
-                "state": asdict(snapshot.state),
-                "config": snapshot.config,
-                "scaler": snapshot.scaler,
-                "metrics_bytes": snapshot.metrics_bytes,
-            }
+            names = ("config", "scaler", "metrics_bytes")
+            state = {"state": asdict(snapshot.state)} | {name: getattr(snapshot, name) for name in names}
             contents = {
                 MODEL: safetensors.torch.save(snapshot.weights),
                 OPTIMIZER: safetensors.torch.save(snapshot.optimizer),
@@ -140,7 +136,7 @@ class Checkpoints:
             for name, content in contents.items():
                 directory.write_synced(temporary / name, content)
             directory.sync_directory(temporary)
-            os.rename(temporary, target)
+            temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         directory.sync_directory(self.folder)
@@ -183,15 +179,10 @@ def read(path: Path) -> Snapshot:
         found, expected = _fingerprint(contents[name]), manifest[name]
         if found != expected:
             raise ValueError(f"{name} has {found}, expected {expected}")
-    state = json.loads(contents[STATE])
-    return Snapshot(
-        state=TrainState(**state["state"]),
-        config=state["config"],
-        weights=safetensors.torch.load(contents[MODEL]),
-        optimizer=safetensors.torch.load(contents[OPTIMIZER]),
-        scaler=state["scaler"],
-        metrics_bytes=state["metrics_bytes"],
-    )
+    values = json.loads(contents[STATE])
+    values["state"] = TrainState(**values["state"])
+    tensors = [safetensors.torch.load(contents[name]) for name in (MODEL, OPTIMIZER)]
+    return Snapshot(weights=tensors[0], optimizer=tensors[1], **values)
 
 
 def _step(path: Path) -> int:
@@ -226,19 +217,14 @@ def publish_weights(network: nn.Module, path: Path) -> None:
         directory.write_atomic(path, content)
 
 
-def load_weights(network: nn.Module, path: Path, *, flag: str = "--init-from") -> None:
-    """Fill the network from a `model.safetensors`.
-
-    Args:
-        network: Is changed in place.
-        path: The file.
-        flag: What has named the file, for the messages; "": it lies in a run directory.
+def load_weights(network: nn.Module, path: Path, *, of_run: bool = False) -> None:
+    """Fill the network from a `model.safetensors`: that of --init-from, or `of_run`, of a run directory.
 
     Raises:
         JobError: The file is missing, damaged or not finite, or does not fit the run directory it lies in.
-        UsageError: The file behind a flag does not fit.
+        UsageError: The file of --init-from does not fit.
     """
-    named = f"{flag} {path}".strip()
+    named = str(path) if of_run else f"--init-from {path}"
     try:
         tensors = safetensors.torch.load_file(path)
     except FileNotFoundError as error:
@@ -248,9 +234,9 @@ def load_weights(network: nn.Module, path: Path, *, flag: str = "--init-from") -
     try:
         _fill(network, tensors)
     except ValueError as error:
-        if flag:
-            raise UsageError(f"{named} does not fit this network: {error}. Do the --widths agree?") from error
-        raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it: {error}.") from error
+        if of_run:
+            raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it: {error}.") from error
+        raise UsageError(f"{named} does not fit this network: {error}. Do the --widths agree?") from error
     if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise JobError(f"{named} holds weights that are not finite; use another file.")
 
@@ -299,7 +285,7 @@ def open_saved(run_dir: Path) -> SavedRun:
             f"{run_dir} holds no weights yet: neither {directory.WEIGHTS} nor a checkpoint that verifies. Wait for its "
             "first checkpoint, or continue the run."
         )
-    load_weights(network, path, flag="")
+    load_weights(network, path, of_run=True)
     return SavedRun(config, network, path, summary.get("steps") if scored else None, summary if scored else {})
 
 

@@ -35,35 +35,27 @@ PATIENCE = 60.0
 
 
 def create(config: TrainConfig) -> Path:
-    """Return the run directory, and make it if it is not there. One rank calls this.
-
-    Raises:
-        JobError: It cannot be made or written.
-    """
-    if config.output_dir is None:
-        return _new(f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}")
+    """Return the run directory, and make it if it is not there. One rank calls this. Raises: JobError."""
     path = config.output_dir
     try:
+        if path is None:
+            return _make_new(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}"))
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
-    except (FileExistsError, NotADirectoryError) as error:
-        raise JobError(f"--output-dir {path} is a file, or lies below a file. Choose another path.") from error
     except OSError as error:
-        raise JobError(f"--output-dir {path} cannot be written: {error.strerror}. Choose another path.") from error
+        name = "runs" if path is None else f"--output-dir {path}"
+        why = "it is a file, or lies below one" if isinstance(error, FileExistsError) else error.strerror
+        raise JobError(f"{name} cannot be written: {why}. Choose another path with --output-dir.") from error
     return path
 
 
-def _new(name: str) -> Path:
-    for each in _numbered(name):  # another job may start in the same second
-        path = Path("runs") / each
-        try:
-            path.mkdir(parents=True)
-            return path
-        except OSError as error:
-            if not os.path.exists(path):
-                raise JobError(f"{path} cannot be made: {error.strerror}. Choose a place with --output-dir.") from error
+def _make_new(path: Path) -> Path:
+    for each in _numbered(path):  # another job may start in the same second
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(parents=True)
+            return each
     raise AssertionError("the names never end")
 
 
@@ -113,20 +105,13 @@ def start_over(path: Path) -> None:
 
 def set_aside(path: Path, folder: Path, label: str) -> Path:
     """Rename `path` to a free name in `folder` that begins with `label`, and return it. Raises: OSError."""
-    target = next(folder / name for name in _numbered(f"{label}-{path.name}") if not (folder / name).exists())
-    path.rename(target)
-    return target
+    target = next(each for each in _numbered(folder / f"{label}-{path.name}") if not each.exists())
+    return path.rename(target)
 
 
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}-{number}" for number in itertools.count(2))
-
-
-def remove(path: Path) -> None:
-    """Delete the file, if it is there. Raises: JobError."""
-    with writing(path):
-        path.unlink(missing_ok=True)
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
 
 
 def read_settings(path: Path) -> TrainConfig:
@@ -137,23 +122,14 @@ def read_settings(path: Path) -> TrainConfig:
     """
     file = path / CONFIG
     try:
-        content = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if path.is_dir():
-            raise JobError(f"{path} is not a run directory of ddp_mnist: there is no {CONFIG} in it.") from error
-        found = "is a file" if path.exists() else "does not exist"
-        raise JobError(f"{path} {found}; expected a run directory, such as an --output-dir.") from error
+        return TrainConfig.from_dict(json.loads(file.read_bytes())["settings"])
     except OSError as error:
-        raise JobError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise JobError(f"{file} is damaged: {error}.") from error
-    settings = content.get("settings") if isinstance(content, dict) else None
-    if not isinstance(settings, dict):
-        raise JobError(f"{path} is not a run directory of ddp_mnist: its {CONFIG} has no settings.")
-    try:
-        return TrainConfig.from_dict(settings)
-    except (TypeError, ValueError) as error:
-        raise JobError(f"{file} is not what this version writes: {error}") from error
+        raise JobError(
+            f"{path} is not a run directory of ddp_mnist, such as an --output-dir: {file} cannot be read "
+            f"({error.strerror})."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise JobError(f"{file} is damaged, or not what this version writes: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -179,7 +155,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_synced(temporary, content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -187,7 +163,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until the disk has it. Raises: OSError."""
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""The metrics of a run: console lines, a bar on a terminal, and `metrics.jsonl`.
+"""What a run says of itself: the console, a bar on a terminal, config.json, metrics.jsonl and summary.json.
 
 Every rank owns a `Metrics` and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
 """
@@ -13,8 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ddp_mnist.data.sources import SYNTHETIC_WARNING
 from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
+from ddp_mnist.run.provenance import facts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ddp_mnist.data.batches import Batches
     from ddp_mnist.distributed.context import Context
     from ddp_mnist.evaluate import Score
-    from ddp_mnist.run.checkpoint import TrainState
     from ddp_mnist.run.resume import Run
 
 log = logging.getLogger(__name__)
@@ -37,52 +40,48 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Collects losses on the device; every `log_every` steps they are summed over the ranks, read and written."""
 
-    def __init__(
-        self,
-        run: Run,
-        context: Context,
-        state: TrainState,
-        gradient_norm: Callable[[], Tensor],
-        epoch_sizes: list[int],
-    ) -> None:
-        """Open metrics.jsonl, on rank 0, and cut it to what the run's checkpoint knows of.
-
-        Args:
-            run: The run directory, its settings and its checkpoint.
-            context: The ranks of the job.
-            state: The position, and the totals of the attempts before this one.
-            gradient_norm: Returns the norm of the last step's gradient, a scalar.
-            epoch_sizes: Items in each global batch of an epoch.
-
-        Raises:
-            JobError: metrics.jsonl cannot be opened.
-        """
-        self.config, self.context, self.run_dir = run.config, context, run.path
-        self.epoch_sizes = epoch_sizes
-        self.total_steps = len(epoch_sizes) * run.config.epochs
-        self._gradient_norm = gradient_norm
-        # Of the steps that have not been read from the device yet.
-        self._losses: list[Tensor] = []
-        self._correct: list[Tensor] = []
-        self._wall_before = state.wall_seconds
+    def __init__(self, run: Run, context: Context) -> None:
+        """Note the totals before this attempt, and start the clock."""
+        self.run, self.config, self.context, self.state = run, run.config, context, run.state
+        self._before = self._last_line = replace(self.state)
         self._started = self._resumed = time.perf_counter()
-        self._last_line = (state.step, state.samples_seen, state.train_seconds)
+        self._unread: list[tuple[Tensor, Tensor, int]] = []
+        """Loss, correct predictions and global batch of each step that has not been read from the device."""
+        self._rate = math.nan
         self._file: MetricsFile | None = None
         self._bar: Any = None
-        if context.is_main:
-            keep = run.snapshot.metrics_bytes if run.snapshot else 0
-            self._file = MetricsFile(run.path / directory.METRICS, keep=keep)
-            if run.config.progress and sys.stderr is not None and sys.stderr.isatty():
-                self._bar = tqdm(total=self.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
 
-    def __enter__(self) -> Metrics:
-        return self
+    def open(self, batches: Batches, test_images: int, network: str | None, norm: Callable[[], Tensor]) -> None:
+        """Write config.json, open metrics.jsonl, cut it to what the checkpoint knows of, print the banner. Collective.
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        Args:
+            batches: The training set.
+            test_images: How many the test set has.
+            network: The name of the script's own class; None: the network is ours.
+            norm: Returns the norm of the last step's gradient, a scalar.
+
+        Raises:
+            JobError: A file cannot be written; on all ranks.
+        """
+        self.steps_per_epoch, self._norm = len(batches), norm
+        self.total_steps = self.steps_per_epoch * self.config.epochs
+        self.context.run_on_main(lambda: self._open_files(network))
+        self.say(self._banner(batches, test_images))
+
+    def _open_files(self, network: str | None) -> None:
+        content = {"settings": self.config.to_dict(), "network": network, "steps_per_epoch": self.steps_per_epoch}
+        with directory.writing(self.run.path / directory.CONFIG) as path:
+            directory.write_json(path, content | facts(self.context.size))
+        keep = self.run.snapshot.metrics_bytes if self.run.snapshot else 0
+        self._file = MetricsFile(self.run.path / directory.METRICS, keep=keep)
+        if self.config.progress and sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=self.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True)
+
+    def close(self) -> None:
+        """Close what `open` has opened."""
+        for each in (self._bar, self._file):
+            if each is not None:
+                each.close()
 
     # --- Steps and scores ---
 
@@ -90,7 +89,10 @@ class Metrics:
         """Count time as training time from now on; scores, lines and checkpoints are not part of it."""
         self._resumed = time.perf_counter()
 
-    def record(self, state: TrainState, rate: float, loss: Tensor, correct: Tensor) -> None:
+    def _stop_timer(self) -> None:
+        self.state.train_seconds += time.perf_counter() - self._resumed
+
+    def record(self, rate: float, loss: Tensor, correct: Tensor, global_size: int) -> None:
         """Take this rank's part of a step's mean loss and correct items, after `state.advance`. Collective.
 
         Writes a line where an interval is full, except at the end of an epoch, where `record_score` does.
@@ -99,67 +101,65 @@ class Metrics:
             JobError: A loss of the interval is not finite; on all ranks.
         """
         self._rate = rate
-        self._losses.append(loss)  # as they are: copying each into a buffer is two more operations a step
-        self._correct.append(correct)
-        interval_full = state.step % self.config.log_every == 0
+        self._unread.append((loss, correct, global_size))
+        interval_full = self.state.step % self.config.log_every == 0
         if interval_full:
-            self._read(state)  # on a GPU this waits for the steps, which is part of their time
-        self._stop_timer(state)
-        if interval_full and state.step_in_epoch < len(self.epoch_sizes):
-            self._write_line(state)
+            self._read()  # on a GPU this waits for the steps, which is part of their time
+        self._stop_timer()
+        if interval_full and self.state.step_in_epoch < self.steps_per_epoch:
+            self._write_line()
         self.resume_timer()
 
-    def record_score(self, state: TrainState, score: Score) -> None:
+    def record_score(self, score: Score) -> None:
         """Write the line of an epoch's end, with its test score. Collective.
 
         Raises:
             JobError: A loss is not finite; on all ranks.
         """
-        self.sync(state)
-        self._write_line(state, score)
+        self.sync()
+        self._write_line(score)
 
     @property
     def has_unread(self) -> bool:
-        """Whether losses have not been read from the device yet."""
-        return bool(self._losses)
+        """Return whether losses have not been read from the device yet."""
+        return bool(self._unread)
 
-    def sync(self, state: TrainState) -> None:
-        """Read what the device still has into `state`; the wait is part of the training time. Collective.
+    def sync(self) -> None:
+        """Read what the device still has into the state; the wait is part of the training time. Collective.
 
         Raises:
             JobError: A loss is not finite; on all ranks.
         """
-        if self._losses:
+        if self._unread:
             self.resume_timer()
-            self._read(state)
-            self._stop_timer(state)
+            self._read()
+            self._stop_timer()
 
-    def _stop_timer(self, state: TrainState) -> None:
-        state.train_seconds += time.perf_counter() - self._resumed
-
-    def _read(self, state: TrainState) -> None:
-        parts = torch.stack([torch.stack(self._losses), torch.stack(self._correct).float()])
-        self._losses, self._correct = [], []
-        losses, correct = self.context.sum(parts).tolist()
-        for step, loss in enumerate(losses, start=state.step - len(losses) + 1):
+    def _read(self) -> None:
+        losses, correct, sizes = zip(*self._unread, strict=True)
+        self._unread = []
+        values = self.context.sum(torch.stack([torch.stack(losses), torch.stack(correct).float()])).tolist()
+        first = self.state.step - len(sizes) + 1
+        for step, (loss, right, size) in enumerate(zip(*values, sizes, strict=True), start=first):
             if not math.isfinite(loss):
                 raise JobError(f"the loss became {loss} at step {step}.", stop_reason="nan")
-        state.losses += losses
-        state.correct += int(sum(correct))
+            self.state.interval_loss += loss * size
+            self.state.interval_correct += int(right)
+            self.state.interval_images += size
 
-    def _write_line(self, state: TrainState, score: Score | None = None) -> None:
+    def _write_line(self, score: Score | None = None) -> None:
         """Write one line for the steps since the last one. Collective."""
+        state = self.state
         state.wall_seconds = self.wall_seconds()
-        sizes = self.epoch_sizes[state.step_in_epoch - len(state.losses) : state.step_in_epoch]
         record: dict[str, Any] = {
             "step": state.step,
             "epoch": state.epoch,
             "wall_seconds": round(state.wall_seconds, 3),
             "lr": self._rate,
-            "train/loss": sum(loss * size for loss, size in zip(state.losses, sizes, strict=True)) / sum(sizes),
-            "train/accuracy": state.correct / sum(sizes),
-            "train/gradient_norm": self._gradient_norm().item(),
-        } | self._speed(state)
+            "train/loss": state.interval_loss / state.interval_images,
+            "train/accuracy": state.interval_correct / state.interval_images,
+            "train/gradient_norm": self._norm().item(),
+        } | self._speed()
         if state.skipped_steps:
             record["train/skipped_steps"] = state.skipped_steps
         if score is not None:
@@ -170,40 +170,94 @@ class Metrics:
                 "test/confusion": score.confusion,
                 "test/mistakes": [asdict(mistake) for mistake in score.mistakes],
             }
-        state.losses, state.correct = [], 0
+        state.interval_loss, state.interval_correct, state.interval_images = 0.0, 0, 0
         if self._file is not None:
             self._file.append(record)
             self._show(record)
 
-    def _speed(self, state: TrainState) -> dict[str, Any]:
+    def _speed(self) -> dict[str, Any]:
         """Return this attempt's speed since the last line, with each rank's seconds a step. Collective."""
-        step, samples, seconds = self._last_line
-        self._last_line = (state.step, state.samples_seen, state.train_seconds)
-        passed = state.train_seconds - seconds
-        by_rank = torch.zeros(self.context.size, device=self.context.device)
-        by_rank[self.context.rank] = passed / (state.step - step)
-        each = self.context.sum(by_rank).tolist()
+        state, last, context = self.state, self._last_line, self.context
+        self._last_line = replace(state)
+        passed = state.train_seconds - last.train_seconds
+        by_rank = torch.zeros(context.size, device=context.device)
+        by_rank[context.rank] = passed / (state.step - last.step)
+        each = context.sum(by_rank).tolist()
         speed = {
-            "train/images_per_second": round((state.samples_seen - samples) / passed, 1),
+            "train/images_per_second": round((state.samples_seen - last.samples_seen) / passed, 1),
             "train/step_seconds_min": min(each),
             "train/step_seconds_mean": sum(each) / len(each),
             "train/step_seconds_max": max(each),
         }
-        if self.context.device.type == "cuda":
-            speed["gpu/memory_bytes"] = torch.cuda.max_memory_allocated(self.context.device)
+        if context.device.type == "cuda":
+            speed["gpu/memory_bytes"] = torch.cuda.max_memory_allocated(context.device)
         return speed
 
     def metrics_bytes(self) -> int:
-        """Return the length of metrics.jsonl so far, flushed to disk; 0 on other ranks than 0.
-
-        Raises:
-            OSError: The disk is full, say.
-        """
-        return self._file.sync() if self._file is not None else 0
+        """Return the length of metrics.jsonl so far, flushed to disk, on rank 0. Raises: OSError."""
+        assert self._file is not None
+        return self._file.sync()
 
     def wall_seconds(self) -> float:
         """Return the seconds since the run's start, over all attempts."""
-        return self._wall_before + time.perf_counter() - self._started
+        return self._before.wall_seconds + time.perf_counter() - self._started
+
+    # --- summary.json ---
+
+    def summary(
+        self,
+        stop_reason: str,
+        exit_code: int,
+        *,
+        wandb_mode: str,
+        train: Score | None = None,
+        test: Score | None = None,
+    ) -> dict[str, Any]:
+        """Return summary.json's content; null for what is not known."""
+        state, config, before = self.state, self.config, self._before
+        state.wall_seconds = self.wall_seconds()
+        seconds = state.train_seconds - before.train_seconds
+        scores: dict[str, Any] = {}
+        for name, score in {"train": train, "test": test}.items():
+            for key in ("correct", "count", "accuracy", "loss"):
+                scores[f"{name}_{key}"] = getattr(score, key, None)
+        return {
+            "finished": stop_reason == "finished",
+            "stop_reason": stop_reason,
+            "exit_code": exit_code,
+            "dataset": config.dataset,
+            "recipe": config.recipe,
+            "epochs": config.epochs,
+            "steps": state.step,
+            "samples_seen": state.samples_seen,
+            "world_size": self.context.size,
+            "device": self.context.device.type,
+            "mixed_precision": config.mixed_precision,
+            "threads": self.context.threads,
+            "skipped_steps": state.skipped_steps,
+            **scores,
+            "train_seconds": round(state.train_seconds, 3),
+            "eval_seconds": round(state.eval_seconds, 3),
+            "wall_seconds": round(state.wall_seconds, 3),
+            "images_per_second": round((state.samples_seen - before.samples_seen) / seconds, 1) if seconds else None,
+            "resumed_from": before.step if self.run.snapshot else None,
+            "wandb_mode": wandb_mode,
+            "test_confusion": test and [list(row) for row in test.confusion],
+            "test_mistakes": test and [asdict(mistake) for mistake in test.mistakes],
+        }
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, on rank 0. Raises: JobError."""
+        if self.context.is_main:
+            with directory.writing(self.run.path / directory.SUMMARY) as path:
+                directory.write_json(path, summary)
+
+    def try_to_write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, on rank 0; warn where it cannot be written."""
+        try:
+            self.write_summary(summary)
+        except JobError as error:
+            log.warning("%s", error)
 
     # --- The console ---
 
@@ -216,6 +270,26 @@ class Metrics:
                     self._bar.write(text)
                 else:
                     print(text, flush=True)
+
+    def _banner(self, batches: Batches, test_images: int) -> str:
+        config, context = self.config, self.context
+        ranks = _count(context.size, "rank") + (" sharing GPUs over gloo" if context.shares_gpus else "")
+        device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
+        parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+        threads = _count(context.threads, "thread")
+        lines = [
+            f"ddp_mnist: {config.recipe} recipe on {config.dataset}, "
+            f"{len(batches.split):,} training and {test_images:,} test images",
+            f"  device  {device}, {ranks}, {threads} each, precision {config.mixed_precision}",
+            f"  batch   {config.batch_size} images, {batches.local_size} per rank{parts}; "
+            f"{_count(config.epochs, 'epoch')} of {len(batches)} steps; Adam {config.lr:g} {config.schedule}",
+            f"  output  {self.run.path}",
+        ]
+        if self.run.snapshot is not None:
+            lines.append(f"  resumed at step {self.state.step} of {self.total_steps}")
+        if config.dataset == "synthetic":
+            lines.append(SYNTHETIC_WARNING)
+        return "\n".join(lines)
 
     def _show(self, record: dict[str, Any]) -> None:
         loss, speed = record["train/loss"], record["train/images_per_second"]
@@ -233,6 +307,10 @@ class Metrics:
             self.say(f"{epoch} done: train loss {loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %")
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number > 1 else "")
+
+
 class MetricsFile:
     """Appends whole lines to metrics.jsonl. What a full disk refuses is kept and tried again with the next line."""
 
@@ -241,7 +319,7 @@ class MetricsFile:
         self.path = path
         self._waiting = b""
         try:
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+            self._file = path.open("ab", buffering=0)
             self._end = min(keep, os.fstat(self._file.fileno()).st_size)
             self._file.truncate(self._end)
         except OSError as error:
@@ -268,11 +346,8 @@ class MetricsFile:
         self._file.close()
 
     def _flush(self) -> None:
-        if not self._waiting:
-            return
         try:
-            written = self._file.write(self._waiting)
-            if written != len(self._waiting):
+            if self._waiting and self._file.write(self._waiting) != len(self._waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             self._file.truncate(self._end)  # no half line

@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,12 @@ class Run:
     path: Path
     config: TrainConfig
     """With nothing left open: `auto` and the output directory are resolved."""
-    snapshot: Snapshot | None
+    state: TrainState
+    """Position and totals, which training moves on."""
+    snapshot: Snapshot | None = None
     """Where to go on; None: from the start."""
-    finished: dict[str, Any]
+    finished: dict[str, Any] = field(default_factory=dict)
     """The summary of a run with nothing left to do; else empty."""
-
-    def state(self) -> TrainState:
-        """Return position and totals to go on from."""
-        return self.snapshot.state if self.snapshot else TrainState()
 
 
 @contextmanager
@@ -51,28 +49,26 @@ def open_run(config: TrainConfig, context: Context) -> Iterator[Run]:
         JobError: The directory cannot be used, or another job keeps it.
         UsageError: It holds a run of other settings.
     """
-    holder = None
-    try:
-        found = None
+    with ExitStack() as stack:
 
-        def find() -> None:
-            nonlocal holder, found
-            if context.is_main:
-                path = directory.create(config)
-                # Half of the time that the other ranks, which wait for this one, have before they give it up.
-                holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
-                found = _find(config, path)
-                if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
-                    directory.remove(path / directory.SUMMARY)
+        def find() -> Run | None:
+            if not context.is_main:
+                return None
+            path = directory.create(config)
+            # Half of the time that the other ranks, which wait for this one, have before they give it up.
+            holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
+            if holder is not None:
+                stack.callback(holder.release)
+            found = _find(config, path)
+            if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
+                with directory.writing(path / directory.SUMMARY) as summary:
+                    summary.unlink(missing_ok=True)
+            return found
 
-        context.run_on_all_ranks(find)
-        run = context.broadcast(found)
+        run = context.broadcast(context.run_on_all_ranks(find))
         assert run is not None
         # Where the files are is each node's own matter.
         yield replace(run, config=run.config.replace(data_dir=config.data_dir))
-    finally:
-        if holder is not None:
-            holder.release()
 
 
 def _find(config: TrainConfig, path: Path) -> Run:
@@ -91,7 +87,7 @@ def _find(config: TrainConfig, path: Path) -> Run:
                 f"{path} holds a finished run without its checkpoints. Choose another --output-dir, or --fresh."
             )
         dataset = sources.resolve(config.dataset, config.data_dir)
-        return Run(path, config.replace(dataset=dataset), None, {})
+        return Run(path, config.replace(dataset=dataset), TrainState())
     _, snapshot = newest
     saved = snapshot.config
     if str(saved["dataset"]).startswith(USER_DATA_PREFIX) and not config.has_user_data:
@@ -105,7 +101,7 @@ def _find(config: TrainConfig, path: Path) -> Run:
     summary = directory.read_json(path / directory.SUMMARY)
     done = snapshot.state.epoch >= config.epochs
     finished = done and summary.get("finished") and (path / directory.WEIGHTS).exists()
-    return Run(path, config, snapshot, summary if finished else {})
+    return Run(path, config, snapshot.state, snapshot, summary if finished else {})
 
 
 def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
@@ -132,7 +128,7 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
 
 def continue_command(config: TrainConfig, context: Context, program: Program) -> str:
     """Return what to type to go on: the launcher that this attempt was started with, the program and its flags."""
-    config, asked = replace(config, fresh=False), program.config
+    config, asked = replace(config, fresh=False), program.script_config
     name = shlex.quote(sys.argv[0]) if program.is_script else "-m ddp_mnist.train"
     flags = config.flags() if asked is None else sys.argv[1:]
     command = f"{_launcher(context, name, precision=asked is not None)} {shlex.join(flags)}".strip()
@@ -146,10 +142,10 @@ def continue_command(config: TrainConfig, context: Context, program: Program) ->
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 
 
-def advise(
-    error: JobError, config: TrainConfig, checkpoints: Checkpoints, command: Callable[[TrainConfig], str]
-) -> None:
+def advise(error: JobError, config: TrainConfig, command: Callable[[TrainConfig], str]) -> None:
     """Add to the error what to type next; `command` returns how to start a run with these settings."""
+    assert config.output_dir is not None
+    checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
     kept = checkpoints.steps()
     if error.stop_reason == "nan":
         again = config.replace(output_dir=None, lr=float(f"{config.lr / 3:.2g}"))
