@@ -35,7 +35,7 @@ coverage: install
 	status=0; $(BIN)/python -m coverage run -m pytest $(PYTEST_ARGS) || status=$$?; \
 	    $(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report && exit $$status
 
-# Break the package on purpose, in one place after the other, and see the tests fail; ARGS="fsync dropout" for some.
+# Break the package on purpose, in one place after the other, and see the tests fail; ARGS="flushed dropout" for some.
 faults: install
 	$(BIN)/python tests/support/planted.py $(ARGS)
 

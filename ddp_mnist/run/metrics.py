@@ -41,7 +41,7 @@ class Metrics:
     """Collects losses on the device; every `log_every` steps they are summed over the ranks, read and written."""
 
     def __init__(self, run: Run, context: Context) -> None:
-        """Note the totals before this attempt, and start the clock."""
+        """Note the totals before this attempt."""
         self.run, self.config, self.context, self.state = run, run.config, context, run.state
         self._before = self._last_line = replace(self.state)
         self._started = self._resumed = time.perf_counter()
@@ -63,6 +63,7 @@ class Metrics:
         Raises:
             JobError: A file cannot be written; on all ranks.
         """
+        self._started = time.perf_counter()  # loading the data is no part of the run's time
         self.steps_per_epoch, self._norm = len(batches), norm
         self.total_steps = self.steps_per_epoch * self.config.epochs
         self.context.run_on_main(lambda: self._open_files(network))
