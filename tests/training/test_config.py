@@ -1,4 +1,4 @@
-"""The command line and the settings: no torch, frozen names, messages that name the flag."""
+"""The command line and the settings: names that stay, messages that name the flag, answers without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import jobs
 import numpy as np
 import pytest
 
-from ddp_mnist.config import RECIPES, RESUME_FIELDS, USER_DATA_PREFIX, TrainConfig, parse
+from ddp_mnist.config import RECIPES, USER_DATA_PREFIX, TrainConfig, parse
 from ddp_mnist.errors import UsageError
 
 # The command line is a contract: whoever changes it changes this table. Flag, words after it, field, value.
@@ -60,13 +60,11 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--no-progress", [], "progress", False),
 ]
 NO_DEFAULT = {field: value for _, _, field, value in FLAGS}
-ENVIRONMENT = ("ACCELERATE_MIXED_PRECISION", "DDP_MNIST_DATA")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+def no_data_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDP_MNIST_DATA", raising=False)
 
 
 def test_the_command_line_has_exactly_these_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,37 +94,27 @@ def test_the_defaults_are_the_tutorials() -> None:
     assert (config.data_dir, config.dataset, config.cuda_graphs) == (Path("data"), "auto", None)
 
 
-def test_the_data_directory_comes_from_the_environment_unless_a_flag_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DDP_MNIST_DATA", "/from/environment")
-    assert parse([]).data_dir == Path("/from/environment")
-    assert parse(["--data-dir", "/from/flag"]).data_dir == Path("/from/flag")
-
-
-def test_the_precision_is_what_accelerate_launch_was_told_unless_a_flag_says_otherwise(
+def test_data_directory_and_precision_come_from_the_environment_unless_a_flag_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("DDP_MNIST_DATA", "/from/environment")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert parse([]).mixed_precision == "bf16"
-    assert parse(["--mixed-precision", "no"]).mixed_precision == "no"
+    assert (parse([]).data_dir, parse([]).mixed_precision) == (Path("/from/environment"), "bf16")
+    config = parse(["--data-dir", "/from/flag", "--mixed-precision", "no"])
+    assert (config.data_dir, config.mixed_precision) == (Path("/from/flag"), "no")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    for words in (["--mixed-precision", "bf16"], ["--mixed_precision=bf16"]):
-        assert parse(words).mixed_precision == "bf16"
-    for make in (TrainConfig, lambda: parse([])):
-        with pytest.raises(UsageError, match=r"^--mixed-precision is fp8; expected one of no, fp16 or bf16\.$"):
-            make()
+    assert parse(["--mixed_precision=bf16"]).mixed_precision == "bf16"
+    with pytest.raises(UsageError, match=r"^--mixed-precision is fp8; expected one of no, fp16 or bf16\.$"):
+        TrainConfig()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_presets_its_settings(recipe: str) -> None:
-    assert parse(["--recipe", recipe]) == TrainConfig(recipe=recipe, **RECIPES[recipe])  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("order", [1, -1], ids=["recipe-first", "recipe-last"])
-@pytest.mark.parametrize("recipe", [["--recipe", "fast"], ["--recipe=fast"]], ids=["space", "equals"])
-def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(recipe: list[str], order: int) -> None:
-    first, second = [recipe, ["--lr", "0.001", "--epochs", "7"]][::order]
-    config = parse(first + second)
-    assert (config.recipe, config.lr, config.schedule, config.epochs) == ("fast", 1e-3, "onecycle", 7)
+@pytest.mark.parametrize(
+    "words",
+    [["--recipe=fast", "--lr=0.001", "--epochs=7"], ["--lr=0.001", "--epochs=7", "--recipe", "fast"]],
+    ids=["recipe first", "recipe last"],
+)
+def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(words: list[str]) -> None:
+    assert parse(words) == TrainConfig(recipe="fast", **RECIPES["fast"] | {"lr": 0.001, "epochs": 7})
 
 
 @pytest.mark.parametrize(
@@ -134,12 +122,11 @@ def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(recipe: list[str],
     [
         (["--bogus", "1"], "--bogus"),
         (["--epochs", "many"], "--epochs"),
-        (["--wandb", "on"], "invalid choice 'on' for argument '--wandb'"),
         (["--recipe", "slow"], "invalid choice 'slow' for argument '--recipe'"),
         (["--epochs", "3", "--recipe"], "Missing value for argument '--recipe'"),
         (["--dataset", f"{USER_DATA_PREFIX}0123"], "--dataset"),
     ],
-    ids=["unknown-flag", "no-number", "no-choice", "no-recipe", "recipe-without-name", "user-data"],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
 def test_a_wrong_flag_exits_with_2_and_a_message_unless_quiet(
     capsys: pytest.CaptureFixture[str], words: list[str], message: str
@@ -153,7 +140,7 @@ def test_a_wrong_flag_exits_with_2_and_a_message_unless_quiet(
         assert (printed.err == "") if quiet else (message in " ".join(printed.err.split()))
 
 
-@pytest.mark.parametrize("variables", [{}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"DDP_MNIST_DATA": "/elsewhere"}])
+@pytest.mark.parametrize("variable", [None, ("ACCELERATE_MIXED_PRECISION", "bf16"), ("DDP_MNIST_DATA", "/elsewhere")])
 @pytest.mark.parametrize(
     "words",
     [
@@ -161,25 +148,24 @@ def test_a_wrong_flag_exits_with_2_and_a_message_unless_quiet(
         ["--mixed-precision", "no", "--data-dir", "data"],
         ["--recipe=record", "--lr=0.001", "--schedule=constant", "--widths", "8", "16", "--beta2=0.999"],
         ["--cuda-graphs"],
-        ["--no-cuda-graphs"],
         TrainConfig(**NO_DEFAULT | {"wandb_model": True}).flags(),
     ],
     ids=" ".join,
 )
-def test_the_flags_of_a_configuration_give_it_again_with_the_variables_and_without_them(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], variables: dict[str, str]
+def test_the_flags_of_a_configuration_give_it_again_with_and_without_the_variables(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], variable: tuple[str, str] | None
 ) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    if variable:
+        monkeypatch.setenv(*variable)
     config = parse(words)
+    assert parse(config.flags()) == config
     flags = config.flags()
-    assert parse(flags) == config
-    for name in variables:
-        monkeypatch.delenv(name)
+    if variable:
+        monkeypatch.delenv(variable[0])
     assert parse(flags) == config
 
 
-def test_what_is_default_needs_no_flag() -> None:
+def test_a_default_needs_no_flag() -> None:
     assert TrainConfig().flags() == []
     assert TrainConfig(recipe="fast", **RECIPES["fast"], epochs=2).flags() == ["--recipe", "fast", "--epochs", "2"]
     assert TrainConfig(dataset=USER_DATA_PREFIX + "0123").flags() == []  # type: ignore[arg-type]
@@ -195,25 +181,18 @@ def test_what_is_default_needs_no_flag() -> None:
     ],
     ids=["json", "pickle", "deepcopy", "replace"],
 )
-@pytest.mark.parametrize(
-    "config",
-    [TrainConfig(**NO_DEFAULT), TrainConfig(), TrainConfig(dataset=USER_DATA_PREFIX + "0123")],  # type: ignore[arg-type]
-    ids=["no-default", "default", "user-data"],
-)
-def test_settings_survive_being_saved_and_copied(
-    config: TrainConfig, copied: Callable[[TrainConfig], TrainConfig]
-) -> None:
-    again = copied(config)
-    assert again == config and hash(again) == hash(config)
-    assert again != config.replace(seed=1)
+def test_settings_survive_being_saved_and_copied(copied: Callable[[TrainConfig], TrainConfig]) -> None:
+    user_data = TrainConfig(dataset=USER_DATA_PREFIX + "0123")  # type: ignore[arg-type]
+    for config in (TrainConfig(**NO_DEFAULT), user_data):
+        again = copied(config)
+        assert again == config and hash(again) == hash(config)
+        assert again != config.replace(seed=1)
 
 
-@pytest.mark.parametrize("make", [TrainConfig.from_dict, lambda settings: TrainConfig(**settings)])
-def test_an_unknown_setting_is_refused_by_name_with_a_list_of_the_known_ones(
-    make: Callable[[dict[str, Any]], TrainConfig],
-) -> None:
-    with pytest.raises(UsageError, match=r"^unknown setting momentum; the settings are recipe, dataset, .*\.$"):
-        make(TrainConfig().to_dict() | {"momentum": 0.9})
+def test_an_unknown_setting_is_refused_with_a_list_of_the_known_ones() -> None:
+    for make in (TrainConfig.from_dict, lambda settings: TrainConfig(**settings)):
+        with pytest.raises(UsageError, match=r"^unknown setting momentum; the settings are recipe, dataset, .*\.$"):
+            make({"momentum": 0.9})
 
 
 def test_settings_cannot_be_changed_but_a_changed_copy_is_checked() -> None:
@@ -221,16 +200,11 @@ def test_settings_cannot_be_changed_but_a_changed_copy_is_checked() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 1.0  # type: ignore[misc]
     assert config.replace(lr=1.0).lr == 1.0
-    for replace in (TrainConfig.replace, dataclasses.replace):
-        with pytest.raises(UsageError, match=r"^--lr is -1\.0; expected "):
-            replace(config, lr=-1.0)
+    with pytest.raises(UsageError, match=r"^--lr is -1\.0; expected "):
+        dataclasses.replace(config, lr=-1.0)
 
 
-def test_resuming_compares_settings_that_exist() -> None:
-    assert set(RESUME_FIELDS) <= set(TrainConfig().to_dict())
-
-
-# Field, the last values inside its limits, values outside of them, and what the message expects.
+# Field, values at the ends of its range, values outside of it, and what the message expects.
 LIMITS: list[tuple[str, list[Any], list[Any], str]] = [
     ("epochs", [1, 100_000], [-1, 0, 100_001], "a value from 1 up to 100000"),
     ("batch_size", [1, 60_000], [-64, 0, 60_001], "a value from 1 up to 60000"),
@@ -251,25 +225,16 @@ LIMITS: list[tuple[str, list[Any], list[Any], str]] = [
     ("schedule", ["linear"], ["cosine"], "one of constant, onecycle or linear"),
     ("mixed_precision", ["fp16"], ["fp8"], "one of no, fp16 or bf16"),
     ("wandb", ["online"], ["on", True], "one of auto, online, offline or disabled"),
+    ("epochs", [], [2.5, 64.0, True, "5", None, np.True_, [1], math.nan], "a whole number"),
+    ("lr", [], ["1e-3", None, True, math.nan, math.inf, 1j], "a finite number"),
+    ("pictures", [], [1, 0, None, "yes"], "True or False"),
+    ("widths", [], [8, "ab", None], "a list"),
+    ("widths", [], [(), (8,), (8, 9, 10)], "two numbers"),
+    ("wandb_tags", [], ["mine", None], "a list"),
+    ("wandb_name", [], [7, True], "a string"),
+    ("output_dir", [], [7, True], "a path"),
 ]
-# Field, values of a type that it does not take, and what the message expects.
-TYPES: list[tuple[str, list[Any], str]] = [
-    ("epochs", [2.5, 64.0, True, "5", None, np.True_, [1], math.nan], "a whole number"),
-    ("lr", ["1e-3", None, True, math.nan, math.inf, 1j], "a finite number"),
-    ("grad_clip", [-math.inf, (1.0,)], "a finite number"),
-    ("pictures", [1, 0, None, "yes"], "True or False"),
-    ("cuda_graphs", [1, "auto"], "True or False"),
-    ("widths", [8, "ab", None], "a list"),
-    ("widths", [(), (8,), (8, 9, 10)], "two numbers"),
-    ("wandb_tags", ["mine", None], "a list"),
-    ("wandb_name", [7, True], "a string"),
-    ("data_dir", [7, None], "a path"),
-    ("output_dir", [7, True], "a path"),
-]
-REFUSED = [
-    *((field, value, expected) for field, _, values, expected in LIMITS for value in values),
-    *((field, value, expected) for field, values, expected in TYPES for value in values),
-]
+REFUSED = [(field, value, expected) for field, _, values, expected in LIMITS for value in values]
 
 
 @pytest.mark.parametrize(("field", "value", "expected"), REFUSED)
@@ -289,42 +254,27 @@ def test_a_wrong_value_is_refused_in_one_line_with_flag_value_and_what_is_expect
     [
         ({"widths": (0, 16)}, "--widths has 0; expected a value from 1."),
         ({"widths": [8, 4097]}, "--widths has 4097; expected a value up to 4096."),
-        ({"widths": (8, "16")}, "--widths has '16'; expected a whole number."),
         ({"wandb_tags": ["mine", 1]}, "--wandb-tags has 1; expected a string."),
-        ({"lr": np.float32("nan")}, "--lr is nan; expected a finite number."),
         ({"epochs": np.float32(3)}, "--epochs is 3.0; expected a whole number."),
-        ({"lr": 10**400}, "--lr is 100000000000000000...0000000000000000000; expected a finite number."),
         ({"lr": "a\nb" * 100}, r"--lr is 'a\nba\nba\nb...ba\nba\nba\nb'; expected a finite number."),
         ({"log_every": 0, "epochs": 0, "wandb": "on"}, "--epochs is 0; expected a value from 1 up to 100000."),
     ],
-    ids=["item", "item-above", "item-type", "tag", "numpy-nan", "numpy-float", "long", "lines", "several"],
+    ids=["item", "item above", "tag", "numpy", "long", "several"],
 )
 @pytest.mark.filterwarnings("error")
-def test_any_wrong_value_makes_one_line_on_the_first_of_them(settings: dict[str, Any], message: str) -> None:
+def test_wrong_values_make_one_short_line_about_the_first_of_them(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         TrainConfig(**settings)
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [(field, value) for field, values, *_ in LIMITS for value in values], ids=str
-)
-def test_a_value_at_the_end_of_its_range_is_taken(field: str, value: Any) -> None:
-    assert getattr(TrainConfig(**{field: value}), field) == value
-
-
-def test_a_wrong_value_on_the_command_line_is_the_same_error_and_prints_nothing(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(UsageError, match=r"^--batch-size is 0; expected a value from 1 up to 60000\.$"):
-        parse(["--batch-size", "0"])
-    with pytest.raises(UsageError, match=r"^--lr is nan; expected a finite number\.$"):
-        parse(["--lr", "nan"])
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize(("field", "values"), [row[:2] for row in LIMITS if row[1]])
+def test_values_at_the_ends_of_a_range_are_taken(field: str, values: list[Any]) -> None:
+    assert [getattr(TrainConfig(**{field: value}), field) for value in values] == values
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_scripts_and_arrays_have_is_taken() -> None:
+def test_values_of_scripts_and_arrays_are_converted() -> None:
     config = TrainConfig(
         epochs=np.int64(3),  # type: ignore[arg-type]
         lr=np.float32(0.5),  # type: ignore[arg-type]
@@ -372,26 +322,14 @@ def test_an_indivisible_batch_names_the_nearest_sizes_that_work(
         (["--epochs", "0"], 2, "error: --epochs is 0; expected a value from 1 up to 100000.\n"),
         (["--batch-size", "63"], 2, "error: --batch-size 63 does not divide by 2 ranks. "),
     ],
-    ids=["help", "unknown", "out-of-range", "indivisible"],
+    ids=["help", "unknown", "out of range", "indivisible"],
 )
 def test_help_and_a_wrong_flag_are_answered_without_torch(arguments: list[str], code: int, message: str) -> None:
     command = [jobs.TRAIN[0], "-X", "importtime", *jobs.TRAIN[1:], *arguments]
     ended = jobs.run(command, {"WORLD_SIZE": "2", "RANK": "0"})
     assert ended.code == code
-    assert message in ended.err and "Traceback" not in ended.err
+    assert ended.err.count(message) == 1 or not message
+    assert "Traceback" not in ended.err
     imported = set(re.findall(r"^import time:.*\| +(\S+)$", ended.err, re.MULTILINE))
     assert "ddp_mnist.config" in imported
     assert not imported & {"torch", "torchvision", "accelerate", "wandb", "numpy", "matplotlib"}
-
-
-@pytest.mark.slow
-def test_the_package_offers_its_names_without_importing_torch() -> None:
-    code = (
-        "import sys, ddp_mnist, ddp_mnist.config as config\n"
-        "assert ddp_mnist.TrainConfig is config.TrainConfig\n"
-        "assert 'torch' not in sys.modules\n"
-        "from ddp_mnist import CNN, fit\n"
-        "assert CNN.__module__ == 'ddp_mnist.model' and fit.__module__ == 'ddp_mnist.trainer'\n"
-    )
-    ended = jobs.run([jobs.TRAIN[0], "-c", code])
-    assert ended.code == 0, ended.err
