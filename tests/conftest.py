@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in the job: tests that compute side by side do not starve
 import jobs
 import pytest
 from leaks import no_leaks, no_orphans, temporary_directory  # noqa: F401
@@ -21,7 +22,7 @@ STEPS = 26 * EPOCHS
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Markers that follow from others, or from what a test asks for."""
+    """Add the markers that follow from others, or from what a test asks for."""
     for item in items:
         if "mnist" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.mnist)
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_launcher(no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
-    """No test sees the launcher or precision of whoever started pytest, nor leaves its own."""
+    """Hide the launcher and precision of whoever started pytest, and remove a test's own."""
     for name in list(os.environ):
         if jobs.is_launch_variable(name):
             monkeypatch.delenv(name)
@@ -51,16 +52,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_digits(root: Path, train: int, test: int) -> Path:
-    """The four raw files, written independently of the package; returns their folder."""
+    """Write the four raw files, independently of the package. Return their folder."""
     from ddp_mnist.data.synthetic import make_digits
 
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
-    for prefix, (images, labels) in {
-        "train": make_digits("train", count=train),
-        "t10k": make_digits("test", count=test),
-    }.items():
-        for name, array in {"images-idx3": images, "labels-idx1": labels}.items():
+    for prefix, split, count in (("train", "train", train), ("t10k", "test", test)):
+        for name, array in zip(("images-idx3", "labels-idx1"), make_digits(split, count=count), strict=True):
             header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
             (folder / f"{prefix}-{name}-ubyte").write_bytes(header + array.tobytes())
     return folder
@@ -69,11 +67,8 @@ def write_digits(root: Path, train: int, test: int) -> Path:
 @pytest.fixture(scope="session")
 def flags(tiny: Path) -> list[str]:
     """A job of seconds on the tiny data set."""
-    return [
-        *("--dataset", "fashion-mnist", "--data-dir", str(tiny), "--wandb", "disabled", "--threads", "1"),
-        "--no-pictures",
-        *("--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--log-every", "1"),
-    ]
+    words = "--dataset fashion-mnist --wandb disabled --threads 1 --no-pictures --log-every 1"
+    return [*words.split(), "--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--data-dir", str(tiny)]
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +88,7 @@ def run_at(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.fixture
 def process_of_a_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process may be a rank on the CPU: what that leaves behind as on its way out, its signals ignored say, is
-    put back. Nothing else puts it back for a test."""
+    """Let this process be a rank on the CPU; then put back its signals, excepthook and threads."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -111,10 +105,7 @@ def process_of_a_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def train(
-    flags: list[str],
-    process_of_a_job: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    flags: list[str], process_of_a_job: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., jobs.Ended]:
     """Run the tiny job with more flags in this process, one rank on the CPU: what the command does, less its start."""
     from ddp_mnist.train import main

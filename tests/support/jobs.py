@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -44,39 +45,29 @@ def is_launch_variable(name: str) -> bool:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The caller's, without launcher, network, GPU or W&B; with the package these tests belong to."""
+    """Return the caller's, without launcher, network, GPU or W&B; with the package these tests belong to."""
     kept = {name: value for name, value in os.environ.items() if not is_launch_variable(name)}
     kept.pop("DDP_MNIST_DATA", None)
     path = [str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]
-    kept |= {
-        "PYTHONPATH": os.pathsep.join(path),
-        "CUDA_VISIBLE_DEVICES": "",
-        "WANDB_MODE": "disabled",
-        "no_proxy": "",
-        "NO_PROXY": "",
-    }
-    return kept | OFFLINE | dict(extra or {})
+    kept |= {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+    return kept | {"no_proxy": "", "NO_PROXY": ""} | OFFLINE | dict(extra or {})
 
 
 def rank_variables(world_size: int) -> list[dict[str, str]]:
-    """What a launcher would set for each rank of a job on this machine."""
-    common = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    """Return what a launcher would set for each rank of a job on this machine."""
+    size, port = str(world_size), str(free_port())
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def sizes(*world_sizes: int) -> list[Any]:
-    """World sizes to parametrize a test with: with several ranks it is a slow one."""
+    """Return world sizes to parametrize a test with: with several ranks it is a slow one."""
     several = (pytest.mark.slow, pytest.mark.distributed)
     return [pytest.param(size, marks=several if size > 1 else ()) for size in world_sizes]
 
 
 def free_port() -> int:
-    """Below the ephemeral range, so that no outgoing connection takes it before the job listens."""
+    """Return one below the ephemeral range: no outgoing connection takes it before the job listens."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
@@ -85,34 +76,22 @@ def free_port() -> int:
 
 
 def run_together(
-    commands: Sequence[Sequence[str]],
-    environments: Sequence[Mapping[str, str]],
-    *,
-    cwd: Path | None = None,
-    user: int | None = None,
+    commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], *, cwd: Path | None = None
 ) -> list[Ended]:
     """Run the commands at the same time; when one ends, the others have LAST_RANK seconds to follow.
 
     Raises: AssertionError for a process that outstays this; whatever happens, none is left.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryFile() as nothing, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(len(commands))]
+        # A session of its own: the whole group can be ended, launchers' children too.
+        options: dict[str, Any] = {"cwd": cwd, "stdin": subprocess.DEVNULL, "start_new_session": True}
         try:
             for command, variables, (out, err) in zip(commands, environments, outputs, strict=True):
-                with out.open("wb") as out_file, err.open("wb") as err_file:
-                    processes.append(
-                        subprocess.Popen(
-                            command,
-                            env=variables,
-                            cwd=cwd,
-                            user=user,
-                            stdin=nothing,
-                            stdout=out_file,
-                            stderr=err_file,
-                            start_new_session=True,  # the whole group can be ended, launchers' children too
-                        )
-                    )
+                with out.open("wb") as stdout, err.open("wb") as stderr:
+                    started = subprocess.Popen(command, env=variables, stdout=stdout, stderr=stderr, **options)
+                    processes.append(started)
             _until(lambda: any(process.poll() is not None for process in processes), FOREVER)
             _until(lambda: all(process.poll() is not None for process in processes), LAST_RANK)
             codes = [process.poll() for process in processes]
@@ -133,7 +112,7 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def run(command: Sequence[str], variables: Mapping[str, str] | None = None, **options: Any) -> Ended:
-    """One process, or a launcher and its children."""
+    """Run one process, or a launcher and its children."""
     return run_together([command], [environment(variables)], **options)[0]
 
 
@@ -145,7 +124,7 @@ def run_ranks(
     variables: Mapping[str, str] | None = None,
     **options: Any,
 ) -> list[Ended]:
-    """The same command on `world_size` ranks, plus what `per_rank` adds; a job of one rank has no launcher."""
+    """Run a command on `world_size` ranks, with what `per_rank` adds; a job of one rank has no launcher."""
     ranks = rank_variables(world_size) if world_size > 1 else [{}]
     return run_together(
         [[*program, *arguments, *per_rank(rank)] for rank in range(world_size)],
@@ -155,25 +134,18 @@ def run_ranks(
 
 
 def messages(ended: Sequence[Ended]) -> list[str]:
-    """The messages to the user on stderr, over all ranks: one-liners of ours, and the flag parser's boxes."""
+    """Return the messages to the user on stderr, over all ranks: one-liners of ours, and the flag parser's boxes."""
     found = []
     for process in ended:
         assert "Traceback" not in process.err + process.out, process.err
-        lines = process.err.splitlines()
-        found += [line for line in lines if line.startswith("error: ")]
-        box: list[str] = []
-        for line in lines:
-            if line.startswith("╭"):
-                box = []
-            elif line.startswith("│"):
-                box.append(line.strip("│ "))
-            elif line.startswith("╰"):
-                found.append(" ".join(box))
+        found += re.findall(r"^error: .*", process.err, re.MULTILINE)
+        for box in re.findall(r"^╭.*\n((?:│.*\n)*)╰", process.err, re.MULTILINE):
+            found.append(" ".join(line.strip("│ ") for line in box.splitlines()))
     return found
 
 
 def the_message(ended: Sequence[Ended], code: int) -> str:
-    """The one message of a job all of whose ranks ended with `code`."""
+    """Return the one message of a job all of whose ranks ended with `code`."""
     assert [process.code for process in ended] == [code] * len(ended), [process.err for process in ended]
     found = messages(ended)
     assert len(found) == 1, [process.err for process in ended]
@@ -185,7 +157,7 @@ def succeeded(ended: Sequence[Ended]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Strictly: Python would also read NaN and Infinity, which no other reader does."""
+    """Read strictly: Python would also take NaN and Infinity, which no other reader does."""
     return json.loads(path.read_text(), parse_constant=_refuse)
 
 

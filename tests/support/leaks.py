@@ -1,4 +1,4 @@
-"""What a test must leave as it found it: conftest.py has these fixtures, test_leaks.py proves them."""
+"""Fail a test that leaves processes, files, variables or settings behind. conftest.py has these fixtures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import psutil
 import pytest
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGPIPE")
+# How the names begin of what torchrun, torch.compile, wandb and pytest leave in the temporary directory.
 FOREIGN = ("torchelastic_", "torchinductor_", "debug-cli.", "pytest-of-")
-"""How the names begin of what torchrun, torch.compile, wandb and pytest leave in the temporary directory."""
+# Variables that pytest sets, and torch when it is imported.
+OF_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+ENDING = ("process", "thread", "temporary file")  # may go away by themselves within moments
 PATIENCE = 20.0  # seconds for what is ending already
 MARK = "DDP_MNIST_TESTS"  # in the environment of all that these tests start
-OF_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
-"""Variables that pytest sets, and torch when it is imported."""
+State = dict[str, Any]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,136 +45,87 @@ def temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.fixture(scope="module", autouse=True)
 def no_orphans(temporary_directory: Path) -> Iterator[None]:
-    """Once a module's fixtures are gone, so are all processes that its tests have started, whoever is their parent, and
-    their threads and files."""
-
-    def state() -> dict[str, Any]:
-        found = _state(temporary_directory) | {"processes": set(_marked())}
-        return {what: found[what] for what in ENDING}
-
-    before = state()
-    yield
-    _wait_until(lambda: not _differences(before, state()))
-    found = _differences(before, state())
-    if found:
-        pytest.fail("this module leaves behind:\n" + "\n".join(f"  {line}" for line in found), pytrace=False)
+    """A module leaves no processes, whoever is their parent, no threads and no files."""
+    yield from _compare("module", lambda: _ending(temporary_directory, _marked()))
 
 
 @pytest.fixture(autouse=True)
 def no_leaks(temporary_directory: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails the test that leaves something behind, and says what. It ends after all other fixtures of a test, which
-    clean up: those of conftest.py ask for it first."""
-    before = _state(temporary_directory)
-    if "running" in request.fixturenames:  # test_slurm.py runs others at the same time: they start and end things
-        before = {what: value for what, value in before.items() if what not in ENDING}
+    """A test leaves nothing behind. The fixtures of conftest.py that clean up ask for this one first."""
+    # test_slurm.py runs its tests side by side: what others start and end is judged at the module's end.
+    alone = "running" not in request.fixturenames
+
+    def state() -> State:
+        return _settings() | (_ending(temporary_directory, _children()) if alone else {})
+
+    yield from _compare("test", state)
+
+
+def _compare(whose: str, state: Callable[[], State]) -> Iterator[None]:
+    before = state()
     yield
-    found = _differences(before, _state(temporary_directory))
-    if found:
-        _wait_until(lambda: not _differences(before, _state(temporary_directory), ending=True))
-        found = _differences(before, _state(temporary_directory))
-    if found:
-        pytest.fail("this test leaves behind:\n" + "\n".join(f"  {line}" for line in found), pytrace=False)
+    end = time.monotonic() + PATIENCE
+    while (left := _differences(before, state())) and time.monotonic() < end:
+        if not any(line.startswith(ENDING) for line in left):
+            break
+        time.sleep(0.02)
+    if left:
+        pytest.fail(f"this {whose} leaves behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
-def _state(temporary: Path) -> dict[str, Any]:
-    """Cheap: it is done twice for every test."""
-    state: dict[str, Any] = {
-        "environment": {name: value for name, value in os.environ.items() if name not in OF_OTHERS},
-        "signal handlers": {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS},
-        "processes": _children(),
-        "threads": {thread for thread in threading.enumerate() if not thread.daemon},
-        "temporary files": {name for name in os.listdir(temporary) if not name.startswith(FOREIGN)},
-        "umask": _umask(),
-        "working directory": _working_directory(),
-        "sys.path": list(sys.path),
-        "sys.excepthook": sys.excepthook,
-    }
-    torch: Any = sys.modules.get("torch")
-    if torch is not None:
+def _differences(before: State, after: State) -> list[str]:
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    # What ended meanwhile, or was imported first by this test, is no leak.
+    ended = {name for name in before if name.startswith(ENDING)}
+    imported = {name for name in after if name.startswith("torch") and name not in before}
+    return [f"{name}: was {before.get(name)!r}, is {after.get(name)!r}" for name in sorted(changed - ended - imported)]
+
+
+def _settings() -> State:
+    """Return what a test may change in this process."""
+    state: State = {f"environment {name}": value for name, value in os.environ.items() if name not in OF_OTHERS}
+    state |= {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    os.umask(umask := os.umask(0o022))
+    state |= {"umask": umask, "sys.path": list(sys.path), "sys.excepthook": sys.excepthook}
+    with suppress(FileNotFoundError):  # it was removed
+        state["working directory"] = Path.cwd()
+    if torch := sys.modules.get("torch"):
         state |= {
             "torch's threads": torch.get_num_threads(),
             "torch's default type": torch.get_default_dtype(),
             "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
             "torch's gradients": torch.is_grad_enabled(),
-            "a process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+            "torch's process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
         }
     return state
 
 
-ENDING = ("processes", "threads", "temporary files")
-"""What may go away by itself within moments."""
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any], *, ending: bool = False) -> list[str]:
-    found = []
-    for what in before.keys() & (set(ENDING) if ending else after.keys()):
-        was, is_ = before[what], after[what]
-        if was == is_:
-            continue
-        if isinstance(was, set):
-            if new := is_ - was:
-                found.append(f"{what}: {_described(new)}")
-        elif isinstance(was, dict):
-            changed = [name for name in {**was, **is_} if was.get(name) != is_.get(name)]
-            found += [f"{what}: {name} was {was.get(name)!r}, is {is_.get(name)!r}" for name in changed]
-        else:
-            found.append(f"{what}: was {was!r}, is {is_!r}")
-    return sorted(found)
-
-
-def _described(left: Any) -> str:
-    texts = []
-    for one in left:
-        if isinstance(one, int | psutil.Process):
-            with suppress(psutil.Error):  # it has ended by now
-                process = psutil.Process(one) if isinstance(one, int) else one
-                texts.append(f"{process.pid} ({' '.join(process.cmdline())[:200]})")
-        else:
-            texts.append(str(getattr(one, "name", one)))
-    return ", ".join(sorted(texts))
+def _ending(folder: Path, pids: set[int]) -> State:
+    """Return what may end by itself: threads, files and these processes."""
+    state: State = {f"thread {each.name}": "running" for each in threading.enumerate() if not each.daemon}
+    state |= {f"temporary file {each.name}": "there" for each in folder.iterdir() if not each.name.startswith(FOREIGN)}
+    for pid in pids:
+        with suppress(psutil.Error):  # it has just ended
+            process = psutil.Process(pid)
+            if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                state[f"process {pid}"] = " ".join(process.cmdline())[:200]
+    return state
 
 
 def _children() -> set[int]:
-    """This process's children that run, without a look at all processes of the machine."""
-    found: set[int] = set()
+    """Return this process's children, without a look at all processes of the machine."""
+    pids: set[int] = set()
     for task in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):  # a thread that has just ended
-            found |= {int(word) for word in task.read_text().split()}
-    return {pid for pid in found if not _is_zombie(pid)}
+            pids |= {int(word) for word in task.read_text().split()}
+    return pids
 
 
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
-
-
-def _marked() -> list[psutil.Process]:
-    """All other processes that run and were started by these tests."""
-    found = []
-    mark = f"{MARK}={os.environ[MARK]}".encode()
+def _marked() -> set[int]:
+    """Return all other processes that these tests have started."""
+    mark, pids = f"{MARK}={os.environ[MARK]}".encode(), set()
     for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, psutil.Error):
-            if mark in (entry / "environ").read_bytes() and int(entry.name) != os.getpid():
-                found.append(psutil.Process(int(entry.name)))
-    return [process for process in found if not _is_zombie(process.pid)]
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _working_directory() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return "removed"
-
-
-def _wait_until(condition: Any) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
+        with suppress(OSError):
+            if mark in (entry / "environ").read_bytes():
+                pids.add(int(entry.name))
+    return pids - {os.getpid()}

@@ -1,4 +1,4 @@
-"""Runs a command; ends it and everything it has started, daemons included, when standard input closes.
+"""Run a command; end it and everything it has started, daemons included, when standard input closes.
 
 A test that is killed closes it too, so nothing is ever left behind. SIGUSR1 ends everything at once, as a power cut
 would, and this process with it.
@@ -18,28 +18,32 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def end_all(grace: float) -> None:
-    """TERM, then KILL after `grace` seconds; repeated until no descendant is left."""
+    """Send TERM, and KILL after `grace` seconds, until no descendant is left."""
     began = time.monotonic()
-    told: set[int] = set()
-    while children := descendants(os.getpid()):
+    signalled: set[int] = set()
+    while children := descendants():
         late = time.monotonic() - began >= grace
-        for child in children if late else children - told:
-            told.add(child)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL if late else signal.SIGTERM)
+        send(signal.SIGKILL if late else signal.SIGTERM, children if late else children - signalled)
+        signalled |= children
         reap()
         time.sleep(0.02)
 
 
-def descendants(ancestor: int) -> set[int]:
-    """Processes below `ancestor`, also those that wait to be reaped."""
+def send(number: int, processes: set[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def descendants() -> set[int]:
+    """Return the processes below this one, also those that wait to be reaped."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(entry.name))
     found: set[int] = set()
-    front = [ancestor]
+    front = [os.getpid()]
     while front:
         front = [child for parent in front for child in children.get(parent, ())]
         found.update(front)
@@ -52,18 +56,11 @@ def reap() -> None:
             pass
 
 
-def alive(pid: int) -> bool:
-    """Whether our child has not ended; `reap` may have taken its status already."""
-    return pid in descendants(os.getpid())
-
-
 def power_cut(*_: object) -> None:
-    """Everything ends in one moment: what is killed last must not live to report how the first one ended."""
+    """End everything in one moment: what is killed last must not live to report how the first one ended."""
     stopped: set[int] = set()
-    while running := descendants(os.getpid()) - stopped:
-        for child in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGSTOP)
+    while running := descendants() - stopped:
+        send(signal.SIGSTOP, running)
         stopped |= running
     end_all(grace=0)
     os._exit(1)
@@ -76,7 +73,7 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, power_cut)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the test's terminal: the test closes our input
     daemon = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
-    while not select.select([sys.stdin], [], [], 0.5)[0] and alive(daemon.pid):
+    while not select.select([sys.stdin], [], [], 0.5)[0] and daemon.pid in descendants():
         reap()
     end_all(grace=10)
 

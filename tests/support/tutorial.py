@@ -7,32 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
 
 class TutorialCNN(nn.Module):
-    def __init__(self, in_channels=1, num_classes=10):
+    def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels=1, out_channels=8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
         self.pool = nn.MaxPool2d(kernel_size=(2, 2), stride=(2, 2))
         self.conv2 = nn.Conv2d(in_channels=8, out_channels=16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
-        self.fc1 = nn.Linear(16 * 7 * 7, num_classes)
+        self.fc1 = nn.Linear(16 * 7 * 7, 10)
 
     def forward(self, x):
-        x = F.relu(self.conv1(x))
-        x = self.pool(x)
-        x = F.relu(self.conv2(x))
-        x = self.pool(x)
-        x = x.reshape(x.shape[0], -1)
-        x = self.fc1(x)
-
-        return x
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        return self.fc1(x.reshape(x.shape[0], -1))
 
 
 def read_raw(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 images (N, 1, 28, 28) in 0-1 and labels of the IDX files, read without the package."""
+    """Return the fp32 images (N, 1, 28, 28) in 0-1 and the labels of IDX files, read without the package."""
     images = np.frombuffer((folder / f"{prefix}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
     labels = np.frombuffer((folder / f"{prefix}-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
     scaled = torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()).to(torch.float32).div(255)
@@ -41,7 +36,7 @@ def read_raw(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def count_correct(weights: Path, folder: Path, prefix: str) -> tuple[int, int, float]:
-    """(correct, count, mean loss) of saved weights, by one process and the tutorial's network."""
+    """Return (correct, count, mean loss) of saved weights, by one process and the tutorial's network."""
     net = TutorialCNN()
     net.load_state_dict(load_file(weights))
     images, labels = read_raw(folder, prefix)
@@ -52,15 +47,14 @@ def count_correct(weights: Path, folder: Path, prefix: str) -> tuple[int, int, f
 def train(
     images: torch.Tensor, labels: torch.Tensor, batches: Iterable[torch.Tensor]
 ) -> tuple[list[float], list[float]]:
-    """The tutorial's loop over batches of these rows, from seed 0: each step's loss, and its accuracy in 0-1."""
+    """Train over batches of these rows as the tutorial does, from seed 0. Return losses, accuracies in 0-1."""
     torch.manual_seed(0)
     model = TutorialCNN()
-    criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     losses, accuracies = [], []
     for rows in batches:
         scores = model(images[rows])
-        loss = criterion(scores, labels[rows])
+        loss = F.cross_entropy(scores, labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
