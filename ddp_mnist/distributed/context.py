@@ -98,6 +98,8 @@ class Context:
         self.device: torch.device = self.accelerator.device
         found = self.accelerator.num_processes if self.accelerator.use_distributed else 1
         if found != self.size:
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()  # the others may still be connecting to this rank
             self.close()
             raise JobError(
                 f"the launcher says WORLD_SIZE={self.size}, Accelerate counts {found}: the ranks would each train "

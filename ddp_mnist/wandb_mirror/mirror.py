@@ -64,7 +64,7 @@ def _setting(name: str) -> str | None:
     """Return what wandb's settings files say: the one in this folder (`wandb disabled`) before the user's (`login`)."""
     settings = configparser.ConfigParser(interpolation=None)
     users = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb", "settings")
-    with contextlib.suppress(configparser.Error, UnicodeDecodeError):
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError, RuntimeError):  # no home
         settings.read([users.expanduser(), Path(os.environ.get("WANDB_DIR") or "", "wandb", "settings")])
     return settings.get("default", name, fallback=None)
 
@@ -81,7 +81,7 @@ def credentials_error() -> str | None:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
     _, host = _server()
-    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError, RuntimeError):
         if netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host):
             return None
     return f"no key for {host} (WANDB_API_KEY, or `wandb login`)"
