@@ -22,9 +22,9 @@ from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.data.sources import load
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.evaluate import evaluate
-from ddp_mnist.program import Program
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.trainer import fit
+from ddp_mnist.workload import Workload
 
 
 class Ours:
@@ -38,10 +38,10 @@ class Ours:
         """Make a new network and optimizer."""
         if self.step is not None:
             self.step.close()
-        context, rank, size = self.context, self.context.rank, self.context.size
+        context, rank, size = self.context, self.context.rank, self.context.world_size
         config = self.config = TrainConfig(**RECIPES[recipe] | {"recipe": recipe, "seed": seed} | settings)
         self.batches = Batches(self.train, batch_size=config.batch_size, rank=rank, world_size=size, seed=seed)
-        self.network = Program().build_network(config, context, None)
+        self.network = Workload().build_network(config, context, None)
         self.step = TrainStep(config, context, self.network, capture=can_capture(config, context, ours=True))
         self.step.warm_up(self.batches)
         self.steps_done = self.epochs_done = 0

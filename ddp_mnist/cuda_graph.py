@@ -27,7 +27,7 @@ def can_capture(config: TrainConfig, context: Context, *, ours: bool) -> bool:
 
     Not with DDP, nor with fp16, whose scaler decides on the CPU whether to step, nor on ROCm, which is not tested.
     """
-    single_gpu = context.device.type == "cuda" and context.size == 1 and torch.version.hip is None
+    single_gpu = context.device.type == "cuda" and context.world_size == 1 and torch.version.hip is None
     wanted = ours if config.cuda_graphs is None else config.cuda_graphs
     return single_gpu and wanted and context.accelerator.scaler is None
 

@@ -19,11 +19,11 @@ from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import sources
 from ddp_mnist.data.batches import Split, evaluation_batches, to_float
 from ddp_mnist.distributed.context import Context, translate_collective_errors
-from ddp_mnist.distributed.launcher import command, hard_exit, rank_from_environment, show_warnings, suppress_output
+from ddp_mnist.distributed.launcher import entry_point, hard_exit, rank_from_environment, show_warnings, suppress_output
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.program import move_to_device
 from ddp_mnist.run import directory
 from ddp_mnist.run.checkpoint import SavedRun, open_saved
+from ddp_mnist.workload import move_to_device
 
 WORST = 25  # mistakes that a Score remembers
 
@@ -88,13 +88,13 @@ def evaluate(network: nn.Module, split: Split, context: Context) -> Score:
     size = max(1, size * 784 // max(784, split.images[0].numel()))  # larger images, as much memory
     first = context.rank * size
     with evaluation_mode(network):
-        for images, labels in evaluation_batches(split, rank=context.rank, world_size=context.size, size=size):
+        for images, labels in evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size):
             logits = network(to_float(images.clone()))  # a copy: a network may work in place on its input
             loss = F.cross_entropy(logits, labels, reduction="sum")
             cells = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
             totals += torch.cat([loss.view(1), cells]).to(home)
             mistakes = _worst([*mistakes, *_mistakes(logits, labels, first)])
-            first += context.size * size
+            first += context.world_size * size
     loss_sum, *counts = context.sum(totals).tolist()
     confusion = tuple(tuple(map(int, counts[start : start + classes])) for start in range(0, len(counts), classes))
     assert sum(counts) == len(split), f"scored {sum(counts)} of {len(split)} images"
@@ -149,7 +149,7 @@ def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[Sa
     return saved, [evaluate(network, split.to(context.device), context) for split in splits]
 
 
-@command
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0. Raises: JobError where the counts are not those of the run's own summary."""
     is_main = rank_from_environment() == 0
@@ -165,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     differing = [name for name in counts if counts[name] != said.get(name)]
     if is_main and options.json:
         facts: dict[str, Any] = {"run_dir": str(options.run_dir), "weights": str(saved.source), "step": saved.step}
-        facts |= {"dataset": saved.config.dataset, "world_size": context.size, "device": context.device.type, **counts}
-        facts |= {"train_accuracy": train.accuracy, "train_loss": train.loss}
+        facts |= {"dataset": saved.config.dataset, "world_size": context.world_size, "device": context.device.type}
+        facts |= counts | {"train_accuracy": train.accuracy, "train_loss": train.loss}
         facts |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
         facts["agrees"] = not differing if saved.summary else None  # None: the run has not counted with these weights
         print(json.dumps(directory.finite(facts), indent=2), flush=True)

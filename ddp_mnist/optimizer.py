@@ -55,7 +55,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state on the CPU, as `<parameter>.<exp_avg|exp_avg_sq|step>`; {} before a first step."""
+    """Return the optimizer's state on the CPU, as `<parameter>.<name of the state>`; {} before a first step."""
     return {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, parameter in network.named_parameters()
@@ -66,15 +66,15 @@ def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 def load_state(network: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
     """Fill the optimizer's state from what `save_state` has returned."""
     parameters = dict(network.named_parameters())
-    options = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for full_name, value in saved.items():
         name, _, key = full_name.rpartition(".")
         parameter = parameters[name]
         if value.shape == parameter.shape and key != "step":
             # In the parameter's own memory layout: the fused kernel walks both in storage order.
-            home = torch.empty_like(parameter, requires_grad=False)
+            target = torch.empty_like(parameter, requires_grad=False)
         else:
-            group = options[parameter]
+            group = group_of[parameter]
             on_device = key != "step" or group.get("fused") or group.get("capturable")
-            home = torch.empty_like(value, device=parameter.device if on_device else "cpu")
-        optimizer.state[parameter][key] = home.copy_(value)
+            target = torch.empty_like(value, device=parameter.device if on_device else "cpu")
+        optimizer.state[parameter][key] = target.copy_(value)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddp_mnist.data.mnist import class_names
-from ddp_mnist.distributed.launcher import command, report_error, show_warnings
+from ddp_mnist.distributed.launcher import entry_point, report_error, show_warnings
 from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
 
@@ -94,7 +94,7 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.fl
     return logits.double().softmax(1).numpy()
 
 
-@command
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0 when every picture is predicted, 1 when one is not."""
     options = _parser().parse_args(argv)

@@ -113,6 +113,7 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, count: int, global_size: int
     ) -> tuple[Tensor, Tensor]:
         """Run forward and backward in `accumulate` parts; DDP averages the gradients over the ranks in the last one."""
+        # A last batch may have fewer rows than parts. A dummy batch has one row, and is never split.
         parts = min(self.config.accumulate, len(labels))
         if parts == 1:
             return self._forward_backward(images, labels, count, global_size)
@@ -128,9 +129,9 @@ class TrainStep:
         outputs = self.model(to_float(images))
         # A rank with no item in this batch runs a dummy item: `count` 0 drops its loss, and its gradient is zero.
         loss = self.loss(outputs, labels)[:count].sum() / global_size
-        # DDP averages over the ranks. Times their number this is the mean over the global batch, however uneven the
-        # shares of the ranks are.
-        self.context.accelerator.backward(loss * self.context.size)
+        # `loss` is divided by the whole global batch, and DDP divides the sum of the ranks' gradients by the world size
+        # once more. Times the world size, the gradient is that of the global mean, however uneven the shares.
+        self.context.accelerator.backward(loss * self.context.world_size)
         correct = (outputs.detach().argmax(1) == labels)[:count].sum()
         return loss.detach(), correct
 
@@ -162,7 +163,7 @@ class TrainStep:
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             batch = next(batches.epoch(0))
-            for _ in range(2 if self.context.size > 1 else 0):
+            for _ in range(2 if self.context.world_size > 1 else 0):
                 self.optimizer.zero_grad()
                 self._accumulate_gradients(batch.images, batch.labels, batch.count, batch.global_size)
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
@@ -198,15 +199,15 @@ class TrainStep:
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """Return the rate of optimizer step `step` (from 0). It follows from the step alone: resuming needs no state.
 
-    onecycle has the rates of torch's OneCycleLR, with a linear warm-up over the first quarter and a cosine down; linear
-    is its linear form, with a warm-up over the first tenth. Both start at 1/25 of the peak and end at nearly zero.
+    onecycle has the rates of torch's OneCycleLR (its defaults: from 1/25 of the peak, to 1/250,000), up in a straight
+    line over the first quarter and down along a cosine; linear is its linear form, up over the first tenth.
     """
     if config.schedule == "constant":
         return config.lr
     start, end = config.lr / 25, config.lr / 250_000
-    warm_up = {"onecycle": 0.25, "linear": 0.1}[config.schedule] * total_steps - 1
-    if step < warm_up:
-        return start + (config.lr - start) * step / warm_up
-    done = (step - warm_up) / (total_steps - 1 - warm_up)
-    left = {"onecycle": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[config.schedule]
-    return end + (config.lr - end) * left
+    peak_step = (0.25 if config.schedule == "onecycle" else 0.1) * total_steps - 1
+    if step < peak_step:
+        return start + (config.lr - start) * step / peak_step
+    passed = (step - peak_step) / (total_steps - 1 - peak_step)  # 0 at the peak, 1 at the last step
+    height = (1 + math.cos(math.pi * passed)) / 2 if config.schedule == "onecycle" else 1 - passed
+    return end + (config.lr - end) * height

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ddp_mnist.config import parse
 from ddp_mnist.distributed.launcher import (
-    command,
+    entry_point,
     hard_exit,
     limit_spinning,
     rank_from_environment,
@@ -39,7 +39,7 @@ def run(
     hard_exit(main(argv, model=model, data=data))
 
 
-@command
+@entry_point
 def main(
     argv: Sequence[str] | None = None,
     *,

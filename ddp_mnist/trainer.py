@@ -25,13 +25,13 @@ from ddp_mnist.distributed.launcher import (
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED, JobError
 from ddp_mnist.evaluate import Score, count_classes, evaluate
-from ddp_mnist.program import Program
 from ddp_mnist.report.page import try_to_draw
 from ddp_mnist.run.metrics import Metrics
 from ddp_mnist.run.resume import Run, advise, continue_command, open_run
 from ddp_mnist.run.saver import Saver, restore
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, PATIENCE, Mirror
+from ddp_mnist.workload import Workload
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
@@ -90,11 +90,11 @@ def run_attempt(
     """Run one attempt, as `fit` does. Collective.
 
     `stop`: signal handlers that are installed already. `script_config`: the settings that a script has in its source,
-    for the command that continues the run; None: the program takes our flags.
+    for the command that continues the run; None: the script takes our flags.
     """
-    program = Program.of(model, data, script_config)
-    if program.data_name is not None:
-        config = config.replace(dataset=program.data_name)
+    workload = Workload.of(model, data, script_config)
+    if workload.data_name is not None:
+        config = config.replace(dataset=workload.data_name)
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
@@ -104,12 +104,12 @@ def run_attempt(
         trainer = None
         try:
             with translate_collective_errors(context):
-                config.check_world_size(context.size)
-                program.check_same_data(context)
+                config.check_world_size(context.world_size)
+                workload.check_same_data(context)
                 run = stack.enter_context(open_run(config, context))
                 if run.finished:
-                    return _already_finished(run, context, program)
-                trainer = Trainer(run, context, stop, mirror, program)
+                    return _already_finished(run, context, workload)
+                trainer = Trainer(run, context, stop, mirror, workload)
                 trainer.build(stack)
                 return Result(run.path, trainer.run(), trainer.network.eval())
         except JobError as error:
@@ -117,14 +117,14 @@ def run_attempt(
                 trainer.fail(error)
             report_error(error)
             if not error.local:
-                # srun --kill-on-bad-exit ends rank 0 with the first that leaves, be it in the middle of a word.
+                # Wait until rank 0 has printed: srun --kill-on-bad-exit kills all ranks when the first one exits.
                 with contextlib.suppress(RuntimeError):
                     context.broadcast(None)
             raise
 
 
-def _already_finished(run: Run, context: Context, program: Program) -> Result:
-    network = program.build_network(run.config, context, run.snapshot)
+def _already_finished(run: Run, context: Context, workload: Workload) -> Result:
+    network = workload.build_network(run.config, context, run.snapshot)
     if context.is_main:
         with contextlib.suppress(OSError):
             print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
@@ -134,10 +134,10 @@ def _already_finished(run: Run, context: Context, program: Program) -> Result:
 class Trainer:
     """One attempt at a run, on one rank."""
 
-    def __init__(self, run: Run, context: Context, stop: StopSignal, mirror: Mirror, program: Program) -> None:
+    def __init__(self, run: Run, context: Context, stop: StopSignal, mirror: Mirror, workload: Workload) -> None:
         """Take what the ranks have agreed on. `build` makes the rest, which may fail."""
         self.run_dir, self.config, self.context = run.path, run.config, context
-        self.stop, self.mirror, self.program = stop, mirror, program
+        self.stop, self.mirror, self.workload = stop, mirror, workload
         self.metrics, self.state, self.snapshot = Metrics(run, context), run.state, run.snapshot
         self.is_built = False
         self.test_score: Score | None = None  # of the last epoch that this attempt has finished
@@ -151,28 +151,24 @@ class Trainer:
             JobError: Data, network or checkpoint cannot be had or do not fit each other; on all ranks.
         """
         config, context, snapshot = self.config, self.context, self.snapshot
-        self.batches, self.test_set = self.program.load_data(config, context)
+        self.batches, self.test_set = self.workload.load_data(config, context)
         self.total_steps = len(self.batches) * config.epochs
         train_set = self.batches.split
-        self.network = self.program.build_network(config, context, snapshot, train_set.images[:1])
-        for split in (train_set, self.test_set):
+        self.network = self.workload.build_network(config, context, snapshot, train_set.images[:1])
+        for split in (train_set, self.test_set):  # an output that does not fit the labels fails here, not in an epoch
             count_classes(self.network, split)
-        self.train_step = TrainStep(config, context, self.network, capture=self.program.model is None)
+        self.train_step = TrainStep(config, context, self.network, capture=self.workload.model is None)
         stack.callback(self.train_step.close)
         if snapshot is not None:
             restore(self.train_step, snapshot)
         stack.callback(self.metrics.close)
-        name = self.program.network_name(self.network)
+        name = self.workload.network_name(self.network)
         self.metrics.open(self.batches, len(self.test_set), name, self.train_step.gradient_norm)
         self.saver = Saver(context, self.train_step, self.metrics)
         self.is_built = True
 
     def run(self) -> dict[str, Any]:
-        """Do the whole attempt and return what summary.json has. Collective.
-
-        Raises:
-            JobError: The same on all ranks.
-        """
+        """Do the whole attempt and return what summary.json has. Collective. Raises JobError: the same on all ranks."""
         self._start_mirror()
         self.train_step.warm_up(self.batches)
         reason = self._train()
@@ -275,4 +271,4 @@ class Trainer:
             self._wait_for_mirror(summary, HASTY_PATIENCE)
 
     def _continue_command(self, config: TrainConfig) -> str:
-        return continue_command(config, self.context, self.program)
+        return continue_command(config, self.context, self.workload)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ddp_mnist.config import TrainConfig, parse
-from ddp_mnist.distributed.launcher import command
+from ddp_mnist.distributed.launcher import entry_point
 from ddp_mnist.errors import JobError, UsageError
 
 OURS = "-m ddp_mnist.train"
@@ -55,7 +55,7 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
     return config
 
 
-@command
+@entry_point
 def main() -> int:
     """Run the command. Return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.check", usage="%(prog)s [options] -- TRAINING_FLAGS")

@@ -20,7 +20,7 @@ import submitit
 from submitit.helpers import TorchDistributedEnvironment
 
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.distributed.launcher import command, hard_exit, show_warnings
+from ddp_mnist.distributed.launcher import entry_point, hard_exit, show_warnings
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED
 
@@ -63,7 +63,7 @@ class Job:
         """Return the next attempt. submitit calls it in its signal handler, on rank 0 alone: no collective, no save."""
         return submitit.helpers.DelayedSubmission(replace(self, attempt=self.attempt + 1))
 
-    @command
+    @entry_point
     def _train(self, env: submitit.JobEnvironment) -> int:
         show_warnings(main=env.global_rank == 0)
         logging.getLogger("submitit").propagate = False  # it prints by itself

@@ -23,7 +23,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_load
 
-from ddp_mnist.distributed.launcher import command
+from ddp_mnist.distributed.launcher import entry_point
 from ddp_mnist.errors import JobError, UsageError
 from launch.check import check
 from launch.job import Job
@@ -150,7 +150,7 @@ def follow(job: submitit.Job, cluster: str) -> int:
     return code
 
 
-@command
+@entry_point
 def main() -> int:
     """Run the command. Return its exit code."""
     given = parse_options()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import command
+from ddp_mnist.distributed.launcher import entry_point
 
 
-@command
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0 when all four files are good, 1 when they are not or could not be had."""
     parser = argparse.ArgumentParser(

@@ -7,6 +7,7 @@ permutation, at every world size; a rank takes every world_size-th row of it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ class Batch:
     labels: Tensor
     """int64 (n,)."""
     count: int
-    """Leading rows that count: all, or 0 where an epoch's last batch has no item for this rank. Then the only row is a
-    dummy, since many networks cannot take an empty batch."""
+    """Number of real items: len(labels), or 0 where an epoch's last batch has none for this rank. Then the one row is
+    a dummy, since many networks cannot take an empty batch."""
     global_size: int
     """Items in the global batch, over all ranks."""
     seed: int
@@ -95,7 +96,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Return the steps of an epoch, the same on every rank."""
-        return -(-len(self.split) // self.batch_size)
+        return math.ceil(len(self.split) / self.batch_size)
 
     def global_size(self, step_in_epoch: int) -> int:
         """Return how many items that global batch has: `batch_size`, or fewer in the epoch's last one."""

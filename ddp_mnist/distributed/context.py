@@ -1,4 +1,7 @@
-"""The ranks of a job: how many there are, which one this is, what they agree on, and what happens when one is lost."""
+"""The ranks of a job: how many there are, which one this is, what they agree on, and what happens when one is lost.
+
+A function that is "Collective" is called on every rank, in the same order: it waits until all have done so.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +57,8 @@ class Context:
             UsageError: fp16 without a GPU, or a launcher's variable that is no number.
         """
         check_environment()
-        self.size = world_size_from_environment()
-        on_cpu = not torch.cuda.is_available() and not (self.size == 1 and torch.backends.mps.is_available())
+        self.world_size = world_size_from_environment()
+        on_cpu = not torch.cuda.is_available() and not (self.world_size == 1 and torch.backends.mps.is_available())
         if on_cpu and config.mixed_precision == "fp16":
             raise UsageError(
                 f"--mixed-precision fp16 needs a GPU and there is none on {socket.gethostname()}: use bf16 or no.",
@@ -76,8 +79,8 @@ class Context:
         backend, timeout = "gloo" if on_cpu or self.shares_gpus else "nccl", timedelta(minutes=config.timeout_minutes)
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         try:
-            if self.size > 1:
-                _init_process_group(backend, self.size, timeout)
+            if self.world_size > 1:
+                _init_process_group(backend, self.world_size, timeout)
                 handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
             self.accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
@@ -90,20 +93,20 @@ class Context:
         except (RuntimeError, ValueError) as error:  # a busy port, an unreachable address, a missing variable
             self.close()
             raise JobError(
-                f"the {self.size} ranks could not be brought together on {socket.gethostname()}: {error} "
+                f"the {self.world_size} ranks could not be brought together on {socket.gethostname()}: {error} "
                 "Check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start with accelerate launch or torchrun.",
                 local=True,
             ) from error
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         found = self.accelerator.num_processes if self.accelerator.use_distributed else 1
-        if found != self.size:
+        if found != self.world_size:
             with contextlib.suppress(RuntimeError):
                 dist.barrier()  # the others may still be connecting to this rank
             self.close()
             raise JobError(
-                f"the launcher says WORLD_SIZE={self.size}, Accelerate counts {found}: the ranks would each train "
-                "alone. Start with accelerate launch or torchrun, which set RANK, LOCAL_RANK and WORLD_SIZE."
+                f"the launcher says WORLD_SIZE={self.world_size}, Accelerate counts {found}: the ranks would each "
+                "train alone. Start with accelerate launch or torchrun, which set RANK, LOCAL_RANK and WORLD_SIZE."
             )
 
     @property
@@ -127,7 +130,7 @@ class Context:
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all ranks. Collective."""
-        return self.accelerator.reduce(values, "sum") if self.size > 1 else values
+        return self.accelerator.reduce(values, "sum") if self.world_size > 1 else values
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank; it is pickled on the way. Collective."""
@@ -135,7 +138,7 @@ class Context:
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors with rank 0's. Collective."""
-        if self.size > 1:
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
@@ -149,14 +152,13 @@ class Context:
                 is raised unchanged on its own rank.
         """
         failure: Exception | None = None
+        report = None
         try:
             result = action()
+        except JobError as error:
+            failure, report = error, (str(error), error.exit_code, error.stop_reason)
         except Exception as error:
-            failure = error
-        report = None
-        if failure is not None:
-            kind = failure if isinstance(failure, JobError) else JobError
-            report = (str(failure) if kind is failure else repr(failure), kind.exit_code, kind.stop_reason)
+            failure, report = error, (repr(error), JobError.exit_code, JobError.stop_reason)
         for rank, found in enumerate(gather_object([report])):
             if found is not None:
                 if failure is not None and not isinstance(failure, JobError):
@@ -167,11 +169,7 @@ class Context:
         return result
 
     def run_on_main(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0 alone. Collective.
-
-        Raises:
-            JobError: It failed; on all ranks.
-        """
+        """Run `action` on rank 0 alone. Collective. Raises JobError: it failed; on all ranks."""
         self.run_on_all_ranks(lambda: action() if self.is_main else None)
 
 

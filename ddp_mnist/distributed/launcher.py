@@ -65,7 +65,7 @@ def _number(name: str) -> int:
     return int(text)
 
 
-def command(main: Callable[P, int]) -> Callable[P, int]:
+def entry_point(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate a main function that returns the job's exit code: report its JobError, return this rank's exit code."""
 
     @functools.wraps(main)
@@ -127,7 +127,7 @@ def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
     srun --kill-on-bad-exit ends all ranks with the first that fails, and takes the exit code of those that it killed:
     rank 0 must leave last. It waits until the kernel closes the connections of the dead processes.
     """
-    if context.size == 1:
+    if context.world_size == 1:
         return
     server = None
     with contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
             return
         with server:
             server.settimeout(timeout)
-            connections = [server.accept()[0] for _ in range(context.size - 1)]
+            connections = [server.accept()[0] for _ in range(context.world_size - 1)]
             for connection in connections:
                 connection.settimeout(timeout)
                 connection.recv(1)

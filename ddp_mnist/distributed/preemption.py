@@ -58,7 +58,7 @@ class StopSignal:
 
     def agreed(self, context: Context, step: int) -> str | None:
         """Return why to stop, or None to go on; the same on all ranks. Collective: call it at every step."""
-        if context.size == 1:
+        if context.world_size == 1:
             return self._local_reason()
         if step < self._next_step:
             return None

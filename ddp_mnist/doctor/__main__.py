@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ddp_mnist.distributed.launcher import check_environment, command, hard_exit, is_first_on_its_machine
+from ddp_mnist.distributed.launcher import check_environment, entry_point, hard_exit, is_first_on_its_machine
 from ddp_mnist.errors import JobError, UsageError
 
 
-@command
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank's part of the doctor and return its exit code. Rank 0 alone reports problems, with code 1."""
     parser = argparse.ArgumentParser(

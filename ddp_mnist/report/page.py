@@ -10,7 +10,7 @@ from typing import Any
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import command
+from ddp_mnist.distributed.launcher import entry_point
 from ddp_mnist.errors import JobError
 from ddp_mnist.report.runs import RunLog, comparison, format_table, read_runs
 from ddp_mnist.run.directory import format_setting, write_atomic
@@ -88,7 +88,7 @@ def _test_images(run: RunLog, data_dir: Path | None) -> Any:
     return images[[*rows]]
 
 
-@command
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m ddp_mnist.report", description="Draw one run, or compare several.")

@@ -47,7 +47,10 @@ DAMAGE = (
 
 @dataclass
 class TrainState:
-    """The position and totals of a run; with weights and optimizer, all that continuing means."""
+    """The position and totals of a run; with weights and optimizer, all that continuing means.
+
+    One object for the whole attempt: the trainer moves the position on, `Metrics` the sums and seconds.
+    """
 
     epoch: int = 0
     """Epoch in progress, from 0."""
@@ -89,7 +92,7 @@ class Snapshot:
     weights: dict[str, Tensor]
     """fp32, on the CPU, by parameter name"""
     optimizer: dict[str, Tensor]
-    """`<parameter>.<exp_avg|exp_avg_sq|step>`, on the CPU"""
+    """`<parameter>.<name of the state>`, on the CPU"""
     scaler: dict[str, Any]
     """fp16's loss scaler; empty for other precisions"""
     metrics_bytes: int
@@ -213,7 +216,7 @@ def weights(network: nn.Module) -> dict[str, Tensor]:
 def publish_weights(network: nn.Module, path: Path) -> None:
     """Write `model.safetensors`, without metadata: equal weights are equal files. Raises: JobError."""
     content = safetensors.torch.save(weights(network))
-    with directory.writing(path):
+    with directory.translate_write_errors(path):
         directory.write_atomic(path, content)
 
 
@@ -227,16 +230,13 @@ def load_weights(network: nn.Module, path: Path, *, of_run: bool = False) -> Non
     named = str(path) if of_run else f"--init-from {path}"
     try:
         tensors = safetensors.torch.load_file(path)
-    except FileNotFoundError as error:
-        raise JobError(f"{named} does not exist.") from error
+        network.load_state_dict(tensors)
     except (OSError, safetensors.SafetensorError) as error:
-        raise JobError(f"{named} is not a whole safetensors file: {error}") from error
-    try:
-        _fill(network, tensors)
-    except ValueError as error:
+        raise JobError(f"{named} cannot be read: {error}") from error
+    except RuntimeError as error:
         if of_run:
-            raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it: {error}.") from error
-        raise UsageError(f"{named} does not fit this network: {error}. Do the --widths agree?") from error
+            raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it. {error}") from error
+        raise UsageError(f"{named} does not fit this network; do the --widths agree? {error}") from error
     if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise JobError(f"{named} holds weights that are not finite; use another file.")
 
@@ -274,8 +274,8 @@ def open_saved(run_dir: Path) -> SavedRun:
         for checkpoint in reversed(Checkpoints(run_dir, config.keep_checkpoints).steps()):
             try:
                 snapshot = read(checkpoint)
-                _fill(network, snapshot.weights)
-            except (OSError, *DAMAGE) as error:
+                network.load_state_dict(snapshot.weights)
+            except (OSError, RuntimeError, *DAMAGE) as error:
                 log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
                 continue
             step = snapshot.state.step
@@ -287,14 +287,3 @@ def open_saved(run_dir: Path) -> SavedRun:
         )
     load_weights(network, path, of_run=True)
     return SavedRun(config, network, path, summary.get("steps") if scored else None, summary if scored else {})
-
-
-def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the tensors. Raises: ValueError naming those that do not fit."""
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-    if differing:  # of a foreign file there may be hundreds
-        named = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in differing]
-        raise ValueError("; ".join(named[:3]) + (f"; and {len(named) - 3} more" if len(named) > 3 else ""))
-    network.load_state_dict(tensors)

@@ -60,17 +60,10 @@ def _make_new(path: Path) -> Path:
 
 
 def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None:
-    """Hold the directory for this job until it releases the returned lock or its process dies.
+    """Hold the run directory until the returned lock is released or the process dies.
 
-    Args:
-        path: The run directory.
-        patience: Seconds to wait for a predecessor that is still saving.
-
-    Returns:
-        The lock; None, after a warning, where the file system has none.
-
-    Raises:
-        JobError: Another job keeps the directory.
+    `patience`: seconds to wait for a job before this one that is still saving. Returns None, after a warning, where the
+    file system has no locks. Raises JobError: another job keeps the directory.
     """
     # What filelock would fall back to, a file that is there or not, outlives a killed job.
     holder = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
@@ -115,11 +108,7 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def read_settings(path: Path) -> TrainConfig:
-    """Return the settings of the run in directory `path`.
-
-    Raises:
-        JobError: There is no run, or its config.json is damaged or of another version.
-    """
+    """Return the settings of the run in directory `path`. Raises JobError: there are none that this version reads."""
     file = path / CONFIG
     try:
         return TrainConfig.from_dict(json.loads(file.read_bytes())["settings"])
@@ -142,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def translate_write_errors(path: Path) -> Iterator[Path]:
     """Raise JobError where the file cannot be written."""
     try:
         yield path

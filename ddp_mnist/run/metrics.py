@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ class Metrics:
     def __init__(self, run: Run, context: Context) -> None:
         """Note the totals before this attempt."""
         self.run, self.config, self.context, self.state = run, run.config, context, run.state
-        self._before = self._last_line = replace(self.state)
+        self._before = copy(self.state)
+        self._last_line = copy(self.state)
         self._started = self._resumed = time.perf_counter()
         self._unread: list[tuple[Tensor, Tensor, int]] = []
         """Loss, correct predictions and global batch of each step that has not been read from the device."""
@@ -51,28 +53,30 @@ class Metrics:
         self._file: MetricsFile | None = None
         self._bar: Any = None
 
-    def open(self, batches: Batches, test_images: int, network: str | None, norm: Callable[[], Tensor]) -> None:
+    def open(
+        self, batches: Batches, test_images: int, network: str | None, gradient_norm: Callable[[], Tensor]
+    ) -> None:
         """Write config.json, open metrics.jsonl, cut it to what the checkpoint knows of, print the banner. Collective.
 
         Args:
             batches: The training set.
             test_images: How many the test set has.
             network: The name of the script's own class; None: the network is ours.
-            norm: Returns the norm of the last step's gradient, a scalar.
+            gradient_norm: Returns the norm of the last step's gradient, a scalar.
 
         Raises:
             JobError: A file cannot be written; on all ranks.
         """
         self._started = time.perf_counter()  # loading the data is no part of the run's time
-        self.steps_per_epoch, self._norm = len(batches), norm
+        self.steps_per_epoch, self._gradient_norm = len(batches), gradient_norm
         self.total_steps = self.steps_per_epoch * self.config.epochs
         self.context.run_on_main(lambda: self._open_files(network))
         self.say(self._banner(batches, test_images))
 
     def _open_files(self, network: str | None) -> None:
         content = {"settings": self.config.to_dict(), "network": network, "steps_per_epoch": self.steps_per_epoch}
-        with directory.writing(self.run.path / directory.CONFIG) as path:
-            directory.write_json(path, content | facts(self.context.size))
+        with directory.translate_write_errors(self.run.path / directory.CONFIG) as path:
+            directory.write_json(path, content | facts(self.context.world_size))
         keep = self.run.snapshot.metrics_bytes if self.run.snapshot else 0
         self._file = MetricsFile(self.run.path / directory.METRICS, keep=keep)
         if self.config.progress and sys.stderr is not None and sys.stderr.isatty():
@@ -87,7 +91,7 @@ class Metrics:
     # --- Steps and scores ---
 
     def resume_timer(self) -> None:
-        """Count time as training time from now on; scores, lines and checkpoints are not part of it."""
+        """Count time as training time from now on. What has passed since `_stop_timer` (a score, a save) is dropped."""
         self._resumed = time.perf_counter()
 
     def _stop_timer(self) -> None:
@@ -159,7 +163,7 @@ class Metrics:
             "lr": self._rate,
             "train/loss": state.interval_loss / state.interval_images,
             "train/accuracy": state.interval_correct / state.interval_images,
-            "train/gradient_norm": self._norm().item(),
+            "train/gradient_norm": self._gradient_norm().item(),
         } | self._speed()
         if state.skipped_steps:
             record["train/skipped_steps"] = state.skipped_steps
@@ -179,9 +183,9 @@ class Metrics:
     def _speed(self) -> dict[str, Any]:
         """Return this attempt's speed since the last line, with each rank's seconds a step. Collective."""
         state, last, context = self.state, self._last_line, self.context
-        self._last_line = replace(state)
+        self._last_line = copy(state)
         passed = state.train_seconds - last.train_seconds
-        by_rank = torch.zeros(context.size, device=context.device)
+        by_rank = torch.zeros(context.world_size, device=context.device)
         by_rank[context.rank] = passed / (state.step - last.step)
         each = context.sum(by_rank).tolist()
         speed = {
@@ -231,7 +235,7 @@ class Metrics:
             "epochs": config.epochs,
             "steps": state.step,
             "samples_seen": state.samples_seen,
-            "world_size": self.context.size,
+            "world_size": self.context.world_size,
             "device": self.context.device.type,
             "mixed_precision": config.mixed_precision,
             "threads": self.context.threads,
@@ -250,7 +254,7 @@ class Metrics:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, on rank 0. Raises: JobError."""
         if self.context.is_main:
-            with directory.writing(self.run.path / directory.SUMMARY) as path:
+            with directory.translate_write_errors(self.run.path / directory.SUMMARY) as path:
                 directory.write_json(path, summary)
 
     def try_to_write_summary(self, summary: dict[str, Any]) -> None:
@@ -274,7 +278,7 @@ class Metrics:
 
     def _banner(self, batches: Batches, test_images: int) -> str:
         config, context = self.config, self.context
-        ranks = _count(context.size, "rank") + (" sharing GPUs over gloo" if context.shares_gpus else "")
+        ranks = _count(context.world_size, "rank") + (" sharing GPUs over gloo" if context.shares_gpus else "")
         device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
         parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
         threads = _count(context.threads, "thread")

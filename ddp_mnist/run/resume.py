@@ -21,7 +21,7 @@ from ddp_mnist.run.checkpoint import MODEL, Checkpoints, Snapshot, TrainState
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
-    from ddp_mnist.program import Program
+    from ddp_mnist.workload import Workload
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def open_run(config: TrainConfig, context: Context) -> Iterator[Run]:
                 stack.callback(holder.release)
             found = _find(config, path)
             if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
-                with directory.writing(path / directory.SUMMARY) as summary:
+                with directory.translate_write_errors(path / directory.SUMMARY) as summary:
                     summary.unlink(missing_ok=True)
             return found
 
@@ -126,10 +126,10 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
             )
 
 
-def continue_command(config: TrainConfig, context: Context, program: Program) -> str:
-    """Return what to type to go on: the launcher that this attempt was started with, the program and its flags."""
-    config, asked = replace(config, fresh=False), program.script_config
-    name = shlex.quote(sys.argv[0]) if program.is_script else "-m ddp_mnist.train"
+def continue_command(config: TrainConfig, context: Context, workload: Workload) -> str:
+    """Return what to type to go on: launcher, script and flags."""
+    config, asked = replace(config, fresh=False), workload.script_config
+    name = shlex.quote(sys.argv[0]) if workload.is_script else "-m ddp_mnist.train"
     flags = config.flags() if asked is None else sys.argv[1:]
     command = f"{_launcher(context, name, precision=asked is not None)} {shlex.join(flags)}".strip()
     if asked is None:
@@ -161,15 +161,16 @@ def _launcher(context: Context, module: str, *, precision: bool) -> str:
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = local_world_size_from_environment()
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        several = "--multi_gpu " if context.size > 1 else ""
-        several += f"--num_processes {context.size} "  # the default is all GPUs
-        if context.size > local:
-            several += f"--num_machines {context.size // local} --machine_rank ... --main_process_ip ... "
+        several = "--multi_gpu " if context.world_size > 1 else ""
+        several += f"--num_processes {context.world_size} "  # the default is all GPUs
+        if context.world_size > local:
+            several += f"--num_machines {context.world_size // local} --machine_rank ... --main_process_ip ... "
         if precision:
             several += f"--mixed_precision {shlex.quote(os.environ['ACCELERATE_MIXED_PRECISION'])} "
-        on_cpu = "ACCELERATE_USE_CPU=1 " if context.size > 1 and context.device.type == "cpu" else ""
+        on_cpu = "ACCELERATE_USE_CPU=1 " if context.world_size > 1 and context.device.type == "cpu" else ""
         return f"{on_cpu}accelerate launch {several}{module}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        nodes = f"--nnodes {context.size // local} --node-rank ... --master-addr ... " if context.size > local else ""
-        return f"torchrun {nodes}--nproc-per-node {local} {module}"
+        nodes = context.world_size // local
+        several = f"--nnodes {nodes} --node-rank ... --master-addr ... " if nodes > 1 else ""
+        return f"torchrun {several}--nproc-per-node {local} {module}"
     return f"python {module}"

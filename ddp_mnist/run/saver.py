@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_TIME = 0.01
-"""What automatic checkpoints at the ends of epochs may take."""
-SECONDS_WITHOUT = 600.0
-"""After which one is due within an epoch."""
+MAX_SHARE_OF_TIME = 0.01
+"""An epoch ends with an automatic checkpoint if saving takes no more of the time since the last one."""
+MAX_SECONDS = 600.0
+"""After so long without one, an automatic checkpoint is due within an epoch too."""
 
 
 class Saver:
@@ -46,41 +46,45 @@ class Saver:
             if due:
                 self.metrics.sync()
         else:
-            # Rank 0 alone reads the clock, and only where no loss is pending: reading them is collective.
+            # Rank 0 decides by its own clock. So it must save alone: only when no loss has to be summed over the ranks.
             due = self.context.is_main and not self.metrics.has_unread and self._is_time(epoch_end=epoch_end)
         if due:
-            self._save()
+            self._try_to_save()
             self.metrics.resume_timer()
 
     def _is_time(self, *, epoch_end: bool) -> bool:
         since = time.monotonic() - self._last_save
-        return since >= SECONDS_WITHOUT or (epoch_end and self._cost <= SHARE_OF_TIME * since)
+        return since >= MAX_SECONDS or (epoch_end and self._cost <= MAX_SHARE_OF_TIME * since)
 
     def save(self) -> None:
         """Save now, at a stop or at the end. Collective. Raises: JobError, on all ranks."""
         self.metrics.sync()
-        if failure := self.context.broadcast(self.context.run_on_all_ranks(self._save)):
-            raise failure
+        self.context.run_on_main(self._save)
 
     def publish_weights(self) -> None:
         """Write the final weights, `model.safetensors`. Collective. Raises: JobError, on all ranks."""
         path = self.run_dir / directory.WEIGHTS
         self.context.run_on_main(lambda: publish_weights(self.train_step.network, path))
 
-    def _save(self) -> JobError | None:
-        """Publish a checkpoint, on rank 0. Return what went wrong, after a warning."""
-        if not self.context.is_main:
-            return None
+    def _try_to_save(self) -> None:
+        if self.context.is_main:
+            try:
+                self._save()
+            except JobError as error:
+                log.warning("%s", error)
+
+    def _save(self) -> None:
+        """Publish a checkpoint. Raises: JobError."""
         started = time.monotonic()
         try:
             self.checkpoints.publish(self._snapshot())
-            return None
         except (OSError, JobError) as error:
-            what = f"the checkpoint of step {self.state.step} could not be saved ({error})."
             last = self.checkpoints.last_step()
             kept = "There is none before it." if last is None else f"The one of step {last} is kept."
-            log.warning("%s %s", what, kept)
-            return JobError(what, stop_reason=error.stop_reason if isinstance(error, JobError) else "save_failed")
+            raise JobError(
+                f"the checkpoint of step {self.state.step} could not be saved ({error}). {kept}",
+                stop_reason=error.stop_reason if isinstance(error, JobError) else "save_failed",
+            ) from error
         finally:
             self._last_save = time.monotonic()
             self._cost = self._last_save - started

@@ -19,13 +19,13 @@ from conftest import STEPS
 
 from ddp_mnist import fit
 from ddp_mnist.config import parse
-from ddp_mnist.distributed.launcher import command
+from ddp_mnist.distributed.launcher import entry_point
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR2")
-ALONE: Any = SimpleNamespace(size=1)
+ALONE: Any = SimpleNamespace(world_size=1)
 
 
 def send(*names: str) -> None:
@@ -101,7 +101,7 @@ def test_ctrl_c_twice_leaves_at_once_whatever_began_the_stop(first: str, gone: b
 
 
 def test_ctrl_c_before_training_ends_a_command_without_a_traceback() -> None:
-    @command
+    @entry_point
     def main() -> int:
         raise KeyboardInterrupt
 

@@ -51,7 +51,7 @@ LAYERS = (
     ("config",),
     ("run.directory",),
     ("model", "cuda_graph", "optimizer", "data", "distributed"),
-    ("run", "program", "evaluate", "step"),
+    ("run", "workload", "evaluate", "step"),
     ("wandb_mirror", "report", "predict"),
     ("trainer",),
     ("train", "doctor", ""),

@@ -37,8 +37,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_step.py::test_another_loss_is_trained_with",
     ),
     "backward goes past Accelerate": (
-        "self.context.accelerator.backward(loss * self.context.size)",
-        "(loss * self.context.size).backward()",
+        "self.context.accelerator.backward(loss * self.context.world_size)",
+        "(loss * self.context.world_size).backward()",
         "tests/training/test_step.py::test_every_step_is_a_backward_of_accelerate[1]",
     ),
     "scoring writes over the data": (
@@ -74,7 +74,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     ),
     "an uneven last batch is averaged by rank": (
         ".sum() / global_size",
-        ".sum() / max(1, count) / self.context.size",
+        ".sum() / max(1, count) / self.context.world_size",
         "tests/distributed/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-whole]",
     ),
     "the ranks keep their gradients": (
@@ -98,8 +98,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/run/test_checkpoint.py::test_whatever_happens_to_a_files_bytes_a_checkpoint_is_right_or_not_used",
     ),
     "the ranks do not agree on a stop": (
-        "if context.size == 1:\n            return self._local_reason()",
-        "if context.size >= 1:\n            return self._local_reason()",
+        "if context.world_size == 1:\n            return self._local_reason()",
+        "if context.world_size >= 1:\n            return self._local_reason()",
         "tests/distributed/test_distributed.py::test_all_ranks_stop_at_the_same_step_where_one_of_them_has_a_reason[2]",
     ),
     "a failure of wandb is not caught": (
@@ -114,12 +114,12 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/run/test_properties.py::test_what_a_kill_takes_back_is_done_again_and_nothing_else",
     ),
     "Adam's averages are not restored": (
-        "optimizer.state[parameter][key] = home.copy_(value)",
-        "optimizer.state[parameter][key] = home.zero_()",
+        "optimizer.state[parameter][key] = target.copy_(value)",
+        "optimizer.state[parameter][key] = target.zero_()",
         "tests/run/test_resume.py::test_every_kind_of_run_continues_with_the_same_bytes[--schedule]",
     ),
     "buckets are not warmed up at 4 ranks": (
-        "range(2 if self.context.size > 1 else 0)",
+        "range(2 if self.context.world_size > 1 else 0)",
         "range(0)",
         "tests/training/test_own.py::test_it_is_killed_and_resumed_bit_for_bit",
     ),

@@ -26,8 +26,8 @@ from ddp_mnist.distributed.context import Context
 from ddp_mnist.distributed.launcher import hard_exit
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.program import Program
 from ddp_mnist.step import TrainStep
+from ddp_mnist.workload import Workload
 
 BATCH = 24
 IMAGES = (49, 50, 51, 53)  # in the data set: 1, 2, 3 or 5 are left for the last batch
@@ -52,9 +52,9 @@ STEPS_PER_SECOND = 1024  # by rank 0's clock, where the ranks agree to stop
 def gradients(context: Context, data: Split, settings: dict[str, Any], images: int) -> dict[str, Tensor]:
     """Return the gradient of each batch of an epoch, flat, with its norm before clipping and the batch's loss."""
     split = Split(data.images[:images], data.labels[:images])
-    batches = Batches(split, batch_size=BATCH, rank=context.rank, world_size=context.size, seed=0)
+    batches = Batches(split, batch_size=BATCH, rank=context.rank, world_size=context.world_size, seed=0)
     config = TrainConfig(batch_size=BATCH, threads=1, mixed_precision="no", **settings)
-    step = TrainStep(config, context, Program().build_network(config, context, None))
+    step = TrainStep(config, context, Workload().build_network(config, context, None))
     step.warm_up(batches)
     found = {}
     for number, batch in enumerate(batches.epoch(0)):
@@ -71,7 +71,7 @@ def failure(context: Context, error: Exception) -> dict[str, Any]:
     """Return how an action ends on this rank that fails on the last rank alone."""
 
     def action() -> None:
-        if context.rank == context.size - 1:
+        if context.rank == context.world_size - 1:
             raise error
 
     try:
@@ -118,7 +118,7 @@ def whole_runs(root: Path, folder: Path) -> dict[str, Any]:
 def main(root: Path, folder: Path) -> None:
     train, _ = sources.load("fashion-mnist", root)
     with Context(TrainConfig(threads=2, mixed_precision="no")) as context:
-        rank, size = context.rank, context.size
+        rank, size = context.rank, context.world_size
         found: dict[str, Any] = {"threads": torch.get_num_threads()}
         torch.set_num_threads(1)
         tensor = torch.full((2,), float(rank))

@@ -162,7 +162,7 @@ def test_our_network_is_captured_on_one_nvidia_gpu_and_a_users_on_request(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     accelerator = SimpleNamespace(scaler=scaler)
-    context: Any = SimpleNamespace(device=torch.device(device), size=size, accelerator=accelerator)
+    context: Any = SimpleNamespace(device=torch.device(device), world_size=size, accelerator=accelerator)
     cases = itertools.product((None, True, False), (True, False))
     assert [can_capture(CONFIG.replace(cuda_graphs=asked), context, ours=ours) for asked, ours in cases] == captured
 

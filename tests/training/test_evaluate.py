@@ -286,10 +286,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "config.json").write_text('{"settings": {"depth": 3}}'),
         "config.json is damaged, or not what this version writes: unknown setting depth",
     ),
-    "cut weights": (cut_weights, "model.safetensors is not a whole safetensors file"),
+    "cut weights": (cut_weights, "model.safetensors cannot be read"),
     "other widths": (
         lambda run: save_file(CNN(widths=(4, 4)).state_dict(), run / "model.safetensors"),
-        "conv1.weight is (4, 1, 3, 3), expected (8, 1, 3, 3); ",
+        "does not fit the network of config.json beside it",
     ),
     "ruined weights": (ruin_weights, "model.safetensors holds weights that are not finite"),
     "no weights": (forget_all_weights, "holds no weights yet"),

@@ -445,8 +445,8 @@ def test_mnist_without_files_and_network_says_how_to_get_it(train: Train, tmp_pa
 @pytest.mark.parametrize(
     ("content", "more", "code", "why"),
     [
-        (None, [], 1, "does not exist"),
-        (b"not safetensors", [], 1, "not a whole safetensors file"),
+        (None, [], 1, "No such file"),
+        (b"not safetensors", [], 1, "cannot be read"),
         ({}, ["--widths", "4", "4"], 2, "--widths"),
         ({"conv1.bias": torch.full((8,), math.nan)}, [], 1, "not finite"),
     ],

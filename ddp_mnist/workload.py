@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Program:
+class Workload:
     """What was started: our own command, or a script with a network, data or settings of its own."""
 
     model: Callable[[], nn.Module] | None = None
@@ -32,13 +32,13 @@ class Program:
     data_name: str | None = None
     """Stands for exactly these data: it has a hash of them."""
     script_config: TrainConfig | None = None
-    """The settings in the script's source; None: the program takes our flags."""
+    """The settings in the script's source; None: the script takes our flags."""
 
     @classmethod
     def of(
         cls, model: Callable[[], nn.Module] | None, data: UserData | None, script_config: TrainConfig | None
-    ) -> Program:
-        """Return the program with its data checked. Raises: UsageError."""
+    ) -> Workload:
+        """Return the workload with its data checked. Raises: UsageError."""
         if data is None:
             return cls(model, script_config=script_config)
         with report_once_per_host():
@@ -54,7 +54,7 @@ class Program:
         """Return this rank's batches and the test set, on its device. Collective. Raises: JobError, on all ranks."""
         train, test = self.data or context.run_on_all_ranks(lambda: load(config.dataset, config.data_dir))
         train, test = train.to(context.device), test.to(context.device)
-        shard = {"rank": context.rank, "world_size": context.size, "seed": config.seed}
+        shard = {"rank": context.rank, "world_size": context.world_size, "seed": config.seed}
         return Batches(train, batch_size=config.batch_size, **shard), test
 
     def check_same_data(self, context: Context) -> None:
