@@ -114,7 +114,7 @@ class TrainConfig:
     lr: Annotated[Float, Field(gt=0, le=10)] = 1e-3
     """Adam's learning rate; the peak of it unless --schedule is constant."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
-    """Adam's decay of the squared gradients; a short run learns more with less."""
+    """Adam's decay of the squared gradients; a lower one suits a short run."""
     schedule: Schedule = "constant"
     """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine.
     linear: up over the first tenth, then down in a straight line."""

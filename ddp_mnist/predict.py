@@ -126,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.predict",
-        description="Say what a trained run takes pictures for, with the three highest probabilities.",
-        epilog="Assumed of a picture: one digit, upright, in one ink on an even background, darker or lighter than "
-        "it, with any margin. It is cropped to its ink, scaled into 20 x 20 and centred by mass in 28 x 28, as MNIST "
+        description="Classify pictures with a trained run; print the three highest probabilities.",
+        epilog="Each picture should show one upright digit in one ink, darker or lighter than an even background, "
+        "with any margin. It is cropped to its ink, scaled into 20 x 20 and centred by mass in 28 x 28, as MNIST "
         "was made. For a run on fashion-mnist: one piece of clothing that fills the picture, which is only scaled. "
         f"Transparent parts are background; of several frames the first is used. {', '.join(FORMATS)}.",
     )

@@ -42,7 +42,7 @@ def parse_options() -> argparse.Namespace:
     places = "local: this machine, in the background; debug: this process"
     add("--cluster", places, "slurm", choices=["slurm", "local", "debug"])
     add("--nodes", "machines", 1, type=int)
-    add("--gpus-per-node", "GPUs, and with them ranks, on each; 0: CPU", 0, type=int)
+    add("--gpus-per-node", "GPUs per node, one rank each; 0: CPU", 0, type=int)
     add("--tasks-per-node", "ranks on each (default: one per GPU, else 1)", type=int)
     add("--cpus-per-task", "CPUs of a rank", 1, type=int)
     add("--mem-gb", "memory of a node in GB (default: the cluster's)", type=float)
