@@ -186,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.evaluate",
-        description="Score a run's weights again on both sets, or an unfinished run's newest checkpoint. Counts that differ "
-        "from summary.json are an error. Any number of ranks counts the same: start several with torchrun.",
+        description="Score a run's weights again on both sets, or an unfinished run's newest checkpoint. Counts that "
+        "differ from summary.json are an error. Any number of ranks counts the same: start several with torchrun.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: the run's, else $DDP_MNIST_DATA or data")

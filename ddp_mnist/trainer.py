@@ -98,8 +98,8 @@ def run_attempt(
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
+        # Before any rank waits for another: to ask the W&B server may take seconds.
         mirror = stack.enter_context(Mirror(config, is_main=rank_from_environment() == 0))
-        mirror.decide()  # before any rank waits for another: it may take seconds
         context = stack.enter_context(Context(config))
         trainer = None
         try:
@@ -236,12 +236,11 @@ class Trainer:
 
     def _start_mirror(self) -> None:
         """Let W&B follow the run, whose config.json is written, and say where it is to be seen."""
-        self.mirror.follow(self.run_dir)
-        if greeting := self.mirror.greeting():
+        if where := self.mirror.follow(self.run_dir):
             if self.mirror.mode.surprising:
-                log.warning("W&B is %s", greeting)
+                log.warning("W&B is %s", where)
             else:
-                self.metrics.say(f"  W&B     {greeting}")
+                self.metrics.say(f"  W&B     {where}")
 
     def _wait_for_mirror(self, summary: dict[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
         """Give the mirror `patience` seconds to end. Return the summary with the mode that W&B has ended in."""
