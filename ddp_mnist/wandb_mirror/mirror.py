@@ -127,7 +127,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         """Mirror that run, whose config.json is written. Return one line about where it can be seen, maybe empty."""
         self.folder = run_dir / directory.WANDB
         try:
-            if self.mode.name != "disabled" and not self._process:
+            if self.mode.name != "disabled":
                 self.folder.mkdir(exist_ok=True)
                 state = {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)}
                 state |= directory.read_json(run_dir / directory.WANDB_STATE)
@@ -175,13 +175,6 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
                 )
         os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
         return process
-
-    def decide(self) -> None:
-        """Do nothing. TODO: goes with its call in trainer.py."""
-
-    def greeting(self) -> str:
-        """Return what `follow` has returned. TODO: goes with its call in trainer.py."""
-        return self.follow(self.folder.parent)
 
     def end(self, *, preempted: bool, exit_code: int) -> None:
         """Say that the run has ended. Returns at once; `wait` waits. Only the first call counts."""
