@@ -40,6 +40,7 @@ Float = Annotated[float, _numpy_to_python]
 _expand_home = AfterValidator(lambda path: Path(os.path.expanduser(path)))  # noqa: PTH111 - takes unknown users as text
 UserPath = Annotated[Path, Field(strict=False), _expand_home]
 Width = Annotated[Int, Field(ge=1, le=4096)]
+# `fit` puts "own-<hash>" into `dataset` for the data of a script.
 _or_user_data = WrapValidator(lambda v, check: v if isinstance(v, str) and v.startswith(USER_DATA_PREFIX) else check(v))
 # Defaults are checked too: some come from the environment.
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -195,7 +196,7 @@ class TrainConfig:
     def flags(self) -> list[str]:
         """Return the command line that gives this configuration in any environment, without the defaults."""
         arguments: list[str] = []
-        without_environment: dict[str, Any] = {  # None, no default, where the environment has a say
+        without_environment: dict[str, Any] = {  # None, so always a flag, where a variable is set
             "data_dir": None if "DDP_MNIST_DATA" in os.environ else Path("data"),
             "mixed_precision": None if "ACCELERATE_MIXED_PRECISION" in os.environ else "no",
         }

@@ -23,7 +23,7 @@ class Adam(torch.optim.Adam):
 
 def make_adam(config: TrainConfig, network: nn.Module) -> Adam:
     """Return Adam for all parameters of the network, with the configured rate and beta2."""
-    # The fused kernel would hide from fp16's scaler that it has skipped a step.
+    # With the fused kernel Accelerate does not notice that fp16's scaler has skipped a step.
     fused = config.mixed_precision != "fp16"
     return Adam(network.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
@@ -73,7 +73,7 @@ def load_state(network: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapp
         if value.shape == parameter.shape and key != "step":
             # In the parameter's own memory layout: the fused kernel walks both in storage order.
             target = torch.empty_like(parameter, requires_grad=False)
-        else:
+        else:  # Adam's `step` is on the CPU, unless fused or capturable
             group = group_of[parameter]
             on_device = key != "step" or group.get("fused") or group.get("capturable")
             target = torch.empty_like(value, device=parameter.device if on_device else "cpu")

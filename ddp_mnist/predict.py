@@ -25,7 +25,7 @@ SIZE = 28
 DIGIT = 20
 """Longer side of a digit in MNIST, in pixels."""
 CENTRE = 14.5
-"""Place of a digit's centre of mass in MNIST, in pixels from the edge; measured: within half a pixel, all."""
+"""Place of a digit's centre of mass in MNIST, in pixels from the edge; measured: all are within half a pixel of it."""
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 SCALING = Image.Resampling.BOX
 WORKING_SIZE = 1120

@@ -70,7 +70,7 @@ class TrainStep:
         self.config, self.context, self.network, self.loss = config, context, network, loss
         self.optimizer = optimizer(network) if optimizer else make_adam(config, network)
         accelerator = context.accelerator
-        # Already on the device; asking whether they may be moved imports torch's DTensor, and with it sympy.
+        # They are on the device. To see whether it may move them, Accelerate would import DTensor, and with it sympy.
         self.model: Any = accelerator.prepare(AutocastWrapper(network), device_placement=[False])
         if accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
@@ -131,6 +131,7 @@ class TrainStep:
         loss = self.loss(outputs, labels)[:count].sum() / global_size
         # `loss` is divided by the whole global batch, and DDP divides the sum of the ranks' gradients by the world size
         # once more. Times the world size, the gradient is that of the global mean, however uneven the shares.
+        # (A term that is not per item, such as a weight penalty, would be added times count / global_size.)
         self.context.accelerator.backward(loss * self.context.world_size)
         correct = (outputs.detach().argmax(1) == labels)[:count].sum()
         return loss.detach(), correct
@@ -154,7 +155,9 @@ class TrainStep:
             torch.get_device_module(self.context.device).manual_seed(seed)
 
     def warm_up(self, batches: Batches) -> None:
-        """Let DDP order its buckets, and capture the CUDA graphs. Leave weights, buffers and random state. Collective.
+        """Let DDP order its buckets, and capture the CUDA graphs. Collective.
+
+        Weights, buffers and random state stay as they are.
 
         DDP reorders its buckets in the forward after the first backward, which changes the order of sums at 3 and more
         ranks. Two passes put that before step 1, so that a new run and a resumed one sum in the same order.
@@ -199,8 +202,8 @@ class TrainStep:
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """Return the rate of optimizer step `step` (from 0). It follows from the step alone: resuming needs no state.
 
-    onecycle has the rates of torch's OneCycleLR (its defaults: from 1/25 of the peak, to 1/250,000), up in a straight
-    line over the first quarter and down along a cosine; linear is its linear form, up over the first tenth.
+    onecycle rises in a straight line over the first quarter of all steps and falls along a cosine; linear rises over
+    the first tenth and falls in a straight line. As torch's OneCycleLR, from 1/25 of the peak and to 1/250,000.
     """
     if config.schedule == "constant":
         return config.lr

@@ -8,7 +8,7 @@
 # command for the final table. Each task is slurm/train.sh with its own log, run directory and requeues, and with
 # PROGRAM and the other settings from the environment.
 
-# The same directives as in slurm/train.sh, which has their reasons.
+# sbatch is given this file and reads these lines, not those of slurm/train.sh, which has their reasons.
 #SBATCH --job-name=ddp_mnist
 #SBATCH --nodes=1
 #SBATCH --time=01:00:00

@@ -41,7 +41,7 @@ NAMES: dict[SplitName, tuple[str, str]] = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "synthetic": f"Synthetic-v{synthetic.VERSION}"}
-"""The first two are also names of torchvision's classes."""
+"""Folder below the root; of what is downloaded also the name of torchvision's class."""
 RAW_MD5 = {
     "mnist": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -51,8 +51,8 @@ RAW_MD5 = {
     },
     "synthetic": synthetic.MD5,
 }
-"""Hashes of unpacked files; torchvision knows only those of the .gz, and takes seconds to import."""
-PATIENCE = 20  # time-outs that a download that trickles may take, and the wait for a process that downloads
+"""Hashes of unpacked files, where known; torchvision has those of the .gz only, and takes seconds to import."""
+MAX_TIMEOUTS = 20  # that a whole download may take, and the wait for another process that downloads
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _make_digits = lru_cache(maxsize=1)(synthetic.make_digits)  # both files of a split come from one drawing
 
@@ -71,8 +71,8 @@ def read_split(
 ) -> tuple[Array, Array]:
     """Return the split's images, uint8 (N, 28, 28), and labels, uint8 (N,), verified.
 
-    Without `fetch` nothing is downloaded or written. `timeout` (seconds) bounds each network operation, and 20 times
-    that a file's download from one mirror and the wait for the lock. Raises: DataError.
+    Without `fetch` nothing is downloaded or written. `timeout`: seconds for each network operation; a whole download
+    from one mirror, or the wait for the lock, may take 20 times as long. Raises: DataError.
     """
     paths = _paths(dataset, root, split)
     images, labels = (_read_or_repair(dataset, path, fetch, timeout) for path in paths)
@@ -158,7 +158,9 @@ def _read_or_repair(dataset: str, path: Path, fetch: bool, timeout: float) -> Ar
     if fetch:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(path.parent / ".lock", PATIENCE * timeout, mode=0o666):  # for all who may write here
+            with filelock.FileLock(
+                path.parent / ".lock", MAX_TIMEOUTS * timeout, mode=0o666
+            ):  # for all who may write here
                 for leftover in path.parent.glob(".*.tmp"):  # of a process that was killed while it wrote
                     leftover.unlink()
                 return _make_again(dataset, path, timeout)
@@ -213,10 +215,10 @@ def _unpack(dataset: str, raw: Path, timeout: float, blocked: str) -> bytes:
 
 def _download(url: str, timeout: float) -> bytes:
     """Return what is there. Raises: OSError or HTTPException."""
-    content, end = b"", time.monotonic() + PATIENCE * timeout
+    content, end = b"", time.monotonic() + MAX_TIMEOUTS * timeout
     with urllib.request.urlopen(url, timeout=timeout) as response:
         while chunk := response.read1():
             content += chunk
             if time.monotonic() > end:
-                raise TimeoutError(f"took more than {PATIENCE * timeout:g} s")
+                raise TimeoutError(f"took more than {MAX_TIMEOUTS * timeout:g} s")
     return content

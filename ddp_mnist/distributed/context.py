@@ -73,7 +73,7 @@ class Context:
         self._environment = contextlib.ExitStack()
         self.shares_gpus = local_world_size_from_environment() > torch.cuda.device_count() > 0
         if self.shares_gpus:
-            # Accelerate would name DDP a GPU by LOCAL_RANK, which is not there. Now DDP takes that of the weights.
+            # Accelerate would give DDP the GPU number LOCAL_RANK, which is not there. So DDP uses that of the weights.
             self._environment.enter_context(patch_environment(ACCELERATE_BYPASS_DEVICE_MAP="true"))
         # NCCL takes one rank per GPU.
         backend, timeout = "gloo" if on_cpu or self.shares_gpus else "nccl", timedelta(minutes=config.timeout_minutes)

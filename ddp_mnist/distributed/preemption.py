@@ -72,7 +72,7 @@ class StopSignal:
         self._answer()
 
     def _answer(self) -> str | None:
-        """Return the answer to the last question; it is one interval old, so that nobody waits for it."""
+        """Return the answer to the question of one interval ago. It has arrived by now, so nobody waits."""
         if self._pending is None:
             return None
         (work, tensor), self._pending = self._pending, None

@@ -47,7 +47,7 @@ DAMAGE = (
 
 @dataclass
 class TrainState:
-    """The position and totals of a run; with weights and optimizer, all that continuing means.
+    """The position and totals of a run; with weights, optimizer and scaler, all that is needed to continue.
 
     One object for the whole attempt: the trainer moves the position on, `Metrics` the sums and seconds.
     """
@@ -66,7 +66,7 @@ class TrainState:
     wall_seconds: float = 0.0
     """Over all attempts."""
     interval_loss: float = 0.0
-    """Sum of the loss over the training images since the last line of metrics.jsonl, each as it was trained on."""
+    """Sum of the loss of the images since the last line of metrics.jsonl, each by the weights of its own step."""
     interval_correct: int = 0
     interval_images: int = 0
 
@@ -100,7 +100,7 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Only rank 0 owns one."""
+    """The checkpoints of one run directory. Only rank 0 writes."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         """Name the directory of the run, and how many of the newest to `keep`."""
@@ -258,8 +258,8 @@ class SavedRun:
 def open_saved(run_dir: Path) -> SavedRun:
     """Return the final weights of a run of our own network, or the newest that verify while it is not finished.
 
-    A `model.safetensors` without its counts in summary.json may be of an earlier stop of a run that has gone on: then
-    the newest checkpoint is ahead of it, or equal.
+    If summary.json has no counts, `model.safetensors` may be from an earlier stop at --max-steps: then the newest
+    checkpoint is at least as new.
 
     Raises:
         JobError: There are none, or the network is not ours.

@@ -62,10 +62,10 @@ def _make_new(path: Path) -> Path:
 def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None:
     """Hold the run directory until the returned lock is released or the process dies.
 
-    `patience`: seconds to wait for a job before this one that is still saving. Returns None, after a warning, where the
+    `patience`: seconds to wait for an earlier job that is still saving. Returns None, after a warning, where the
     file system has no locks. Raises JobError: another job keeps the directory.
     """
-    # What filelock would fall back to, a file that is there or not, outlives a killed job.
+    # filelock's fallback, a lock by the mere existence of a file, would outlive a killed job.
     holder = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
     try:
         holder.acquire()

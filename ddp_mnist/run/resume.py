@@ -156,7 +156,7 @@ def advise(error: JobError, config: TrainConfig, command: Callable[[TrainConfig]
 
 
 def _launcher(context: Context, module: str, *, precision: bool) -> str:
-    """Return how to start `module` again. `precision`: pass it to `accelerate launch`, as no flag does."""
+    """Return how to start `module` again. `precision`: repeat that of `accelerate launch`, which no flag has."""
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = local_world_size_from_environment()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SHARE_OF_TIME = 0.01
-"""An epoch ends with an automatic checkpoint if saving takes no more of the time since the last one."""
+"""An epoch ends with an automatic checkpoint if saving takes at most this share of the time since the last one."""
 MAX_SECONDS = 600.0
 """After so long without one, an automatic checkpoint is due within an epoch too."""
 
@@ -46,7 +46,8 @@ class Saver:
             if due:
                 self.metrics.sync()
         else:
-            # Rank 0 decides by its own clock. So it must save alone: only when no loss has to be summed over the ranks.
+            # Rank 0 decides by its own clock, and the others do not hear of it: this save must need no collective. So
+            # it waits while losses are still to be summed over the ranks.
             due = self.context.is_main and not self.metrics.has_unread and self._is_time(epoch_end=epoch_end)
         if due:
             self._try_to_save()

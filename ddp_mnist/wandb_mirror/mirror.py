@@ -31,8 +31,8 @@ LOG = "mirror.log"
 PROBE_SECONDS = 5.0  # for a server to answer at all, before the training starts
 INIT_SECONDS = 30  # for a server to accept the run, while the training goes on
 PATIENCE = 60.0  # that the end of a finished run waits for the mirror
-HASTY_PATIENCE = 10.0  # the same after a stop, whose 25 seconds are for the checkpoint
-NICENESS = 10  # a tenth of a CPU that the training fills; 19 would leave too little to import wandb in a minute
+HASTY_PATIENCE = 10.0  # the same after a stop: what kills the job soon leaves the time to the checkpoint
+NICENESS = 10  # gets a tenth of a CPU that the training fills; at 19, importing wandb would take over a minute
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         self._process: subprocess.Popen[bytes] | None = None
 
     def __exit__(self, *_: object) -> None:
-        """End the process after a bug; otherwise it has heard how the run ended, and is gone."""
+        """End a process that a bug has left; usually `end` and `wait` were called, and it is gone."""
         self.end(preempted=False, exit_code=1)
         self.wait(HASTY_PATIENCE)
 
@@ -208,7 +208,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         return f"W&B: {news['url']}" if news.get("url") else ""
 
     def _sync_command(self) -> str:
-        """Return the command that sends what is not on the server; wandb takes what began online for sent."""
+        """Return the command that sends the rest. wandb takes what began online for sent: hence the option."""
         option, prefix = ("", "offline-") if self.mode.name == "offline" else (" --include-online", "*")
         # The last star: of attempts that begin in one second, wandb gives the later ones a number behind the id.
         return f"wandb sync{option} {shlex.quote(str(self.folder))}/{prefix}run-*-{self.id}*"

@@ -81,12 +81,12 @@ def mirror(options: dict[str, Any], training: Training) -> None:
     mode = "offline" if run.offline else "online"
     training.report(mode=mode, url=run.url or "")
     path = run_dir / directory.WANDB_STATE
-    # A server knows best what it has, also of a mirror that was killed; offline adds to what was sent in any way.
+    # Online the server knows best what it has, also from a killed mirror; offline, wandb.json says what was written.
     sent = int(run.summary.get("step") or -1) if mode == "online" else directory.read_json(path).get("sent", -1)
     rest, ended = b"", False
     with (run_dir / directory.METRICS).open("rb") as file:
         while not ended:
-            ended = training.wait_for_end(POLL_SECONDS)  # before reading what was written before it
+            ended = training.wait_for_end(POLL_SECONDS)  # asked before reading: no line from before the end is missed
             state = directory.read_json(path)
             if state.get("id") != run.id:  # after --fresh
                 sys.exit(f"{run_dir} belongs to another W&B run by now")

@@ -303,7 +303,7 @@ def test_after_a_bad_mirror_comes_the_next(
     tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch, bad: str
 ) -> None:
     # Either limit alone must do: the socket's time-out, and, for what never runs into it, the patience.
-    monkeypatch.setattr(files, "PATIENCE", 3 if bad == "trickle" else 1000)
+    monkeypatch.setattr(files, "MAX_TIMEOUTS", 3 if bad == "trickle" else 1000)
     folder, packed = fill(tmp_path, RAW), f"{IMAGES}.gz"
     (folder / IMAGES).unlink()
     server.use(bad, "good")
