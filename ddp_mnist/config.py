@@ -254,6 +254,7 @@ def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> Tr
         UsageError: A value is wrong.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    # "--recipe X" or "--recipe=X": its values become tyro's defaults, which flags beat.
     recipes = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
     defaults = next(({"recipe": name, **RECIPES[name]} for name in reversed(recipes) if name in RECIPES), {})
     if any(re.match("--mixed[-_]precision(=|$)", word) for word in args):

@@ -34,7 +34,7 @@ def make_capturable(optimizer: Adam) -> None:
         group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
         group["capturable"] = True
         for parameter in filter(lambda each: each.requires_grad, group["params"]):
-            # Now, since a capture puts back only tensors that exist before it.
+            # Made here: a capture restores only tensors that exist before it.
             state = optimizer.state[parameter]
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)

@@ -79,7 +79,7 @@ class TrainStep:
             torch.compiler.reset()  # earlier compilations of this process count towards a limit
             self.model = torch.compile(self.model, dynamic=False)
         self._norm: Tensor | None = None
-        """Of the last step's gradient, where it was computed in the step."""
+        """Of the last gradient, if clipping or a CUDA graph gave it; else `.grad` has it."""
         self._graph: CUDAGraph | None = None
         if can_capture(config, context, ours=capture) and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)
@@ -131,7 +131,7 @@ class TrainStep:
         loss = self.loss(outputs, labels)[:count].sum() / global_size
         # `loss` is divided by the whole global batch, and DDP divides the sum of the ranks' gradients by the world size
         # once more. Times the world size, the gradient is that of the global mean, however uneven the shares.
-        # (A term that is not per item, such as a weight penalty, would be added times count / global_size.)
+        # (Add a term that is not per item, such as a weight penalty, times count / global_size.)
         self.context.accelerator.backward(loss * self.context.world_size)
         correct = (outputs.detach().argmax(1) == labels)[:count].sum()
         return loss.detach(), correct

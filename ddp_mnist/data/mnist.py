@@ -41,7 +41,7 @@ NAMES: dict[SplitName, tuple[str, str]] = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "synthetic": f"Synthetic-v{synthetic.VERSION}"}
-"""Folder below the root; of what is downloaded also the name of torchvision's class."""
+"""Folder below the root; for downloads also the name of torchvision's class."""
 RAW_MD5 = {
     "mnist": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -102,7 +102,9 @@ def published(dataset: str) -> tuple[list[str], dict[str, str]]:
     except Exception as error:  # one that was built for another torch may raise anything
         why = f"torchvision, which knows mirrors and hashes, cannot be imported ({type(error).__name__}: {error})"
         raise ImportError(f"{why}: first run `pip install --force-reinstall torch torchvision`") from error
-    source = getattr(datasets, FOLDERS[dataset])
+    source = getattr(datasets, FOLDERS[dataset], None)
+    if source is None:
+        raise ImportError(f"torchvision has no {FOLDERS[dataset]}: there is nowhere to download it from")
     return source.mirrors, dict(source.resources)
 
 
