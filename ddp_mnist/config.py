@@ -243,17 +243,24 @@ class _Unchecked(TrainConfig):
         vars(self).update(values)
 
 
+_SWITCH = re.compile("(?i)--(cuda-graphs|pictures|progress|compile|fresh|wandb-model)=(true|false)")
+
+
+def _expand_switch(word: str) -> list[str]:
+    """Return the flag for --pictures=False and the like, as W&B's sweeps write them; others unchanged."""
+    match = _SWITCH.fullmatch(word.replace("_", "-"))
+    if match is None:
+        return [word]
+    off = [] if match[1] in ("compile", "fresh", "wandb-model") else [f"--no-{match[1]}"]  # the others are off anyway
+    return off if match[2].lower() == "false" else [f"--{match[1]}"]
+
+
 def parse(argv: Sequence[str] | None = None, *, quiet: bool | None = None) -> TrainConfig:
     """Return the settings of a command line. Exit with 2 on a wrong flag and 0 after `--help`, as argparse does.
 
-    Args:
-        argv: Default: the arguments of this process.
-        quiet: Print nothing, not even tyro's messages. Default: on all ranks but the first of a machine.
-
-    Raises:
-        UsageError: A value is wrong.
+    `quiet`: print not even tyro's messages; default: on all ranks but the first of a machine. Raises: UsageError.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [each for word in (sys.argv[1:] if argv is None else argv) for each in _expand_switch(word)]
     # "--recipe X" or "--recipe=X": its values become tyro's defaults, which flags beat.
     recipes = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
     defaults = next(({"recipe": name, **RECIPES[name]} for name in reversed(recipes) if name in RECIPES), {})

@@ -118,8 +118,9 @@ def count_classes(network: nn.Module, split: Split) -> int:
     """Return how many classes the network tells apart. Raises: UsageError if its output does not fit the labels."""
     with evaluation_mode(network):
         logits = network(to_float(split.images[:1].clone()))
-    if logits.dim() != 2:
-        raise UsageError(f"for one image the network gives {tuple(logits.shape)}; expected logits (1, classes).")
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UsageError(f"for one image the network gives {found}; expected logits (1, classes).")
     if (highest := int(split.labels.max())) >= logits.shape[1]:
         raise UsageError(f"the network tells {logits.shape[1]} classes apart; there is a label {highest}.")
     return logits.shape[1]

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.distributed.context import Context
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Maps the network's outputs (n, ...) and the targets (n,) to one loss per item (n,)."""
+Loss = Callable[[Tensor, Tensor], Tensor]  # the network's outputs (n, ...), targets (n,) → one loss per item (n,)
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -57,33 +56,31 @@ class TrainStep:
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
         capture: bool = False,
     ) -> None:
-        """Wrap the network and make its optimizer. Collective.
+        """Wrap the network, which is on the context's device, and make its optimizer. Collective.
 
-        Args:
-            config: Rate, clipping, accumulation and the like.
-            context: The ranks of the job.
-            network: Already on the context's device.
-            loss: Returns one loss per item; the step takes their mean over the global batch.
-            optimizer: Makes the optimizer of a network; default: Adam.
-            capture: Run the step as a CUDA graph where that is possible, if --cuda-graphs does not say otherwise.
+        `loss` returns one loss per item; the step takes their mean over the global batch. `optimizer` makes that of a
+        network; default: Adam. `capture`: run the step as a CUDA graph where possible, unless --no-cuda-graphs is set.
         """
         self.config, self.context, self.network, self.loss = config, context, network, loss
         self.optimizer = optimizer(network) if optimizer else make_adam(config, network)
-        accelerator = context.accelerator
-        # They are on the device. To see whether it may move them, Accelerate would import DTensor, and with it sympy.
-        self.model: Any = accelerator.prepare(AutocastWrapper(network), device_placement=[False])
-        if accelerator.scaler is not None:
+        self.model: Any = self._wrap(network)
+        if context.accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
-            self.optimizer = accelerator.prepare(self.optimizer, device_placement=[False])
-        if config.compile:
-            torch.compiler.reset()  # earlier compilations of this process count towards a limit
-            self.model = torch.compile(self.model, dynamic=False)
+            self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
         self._norm: Tensor | None = None
         """Of the last gradient, if clipping or a CUDA graph gave it; else `.grad` has it."""
         self._graph: CUDAGraph | None = None
         if can_capture(config, context, ours=capture) and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)
             self._graph = CUDAGraph(self._run_captured, self._mutable_state)
+
+    def _wrap(self, network: nn.Module) -> Any:
+        # They are on the device. To see whether it may move them, Accelerate would import DTensor, and with it sympy.
+        model = self.context.accelerator.prepare(AutocastWrapper(network), device_placement=[False])
+        if self.config.compile:
+            torch.compiler.reset()  # earlier compilations of this process count towards a limit
+            model = torch.compile(model, dynamic=False)
+        return model
 
     def __call__(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
         """Take one optimizer step at the learning rate `rate`.
@@ -145,7 +142,7 @@ class TrainStep:
 
     @property
     def was_skipped(self) -> bool:
-        """Whether fp16's loss scaler has left out the last step."""
+        """Return whether fp16's loss scaler has left out the last step."""
         return self.context.accelerator.optimizer_step_was_skipped
 
     def _seed(self, seed: int) -> None:
@@ -166,9 +163,14 @@ class TrainStep:
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             batch = next(batches.epoch(0))
-            for _ in range(2 if self.context.world_size > 1 else 0):
+            for number in range(2 if torch.distributed.is_initialized() else 0):  # also with one rank of torchrun
                 self.optimizer.zero_grad()
                 self._accumulate_gradients(batch.images, batch.labels, batch.count, batch.global_size)
+                if number == 0 and any(each.requires_grad and each.grad is None for each in self.network.parameters()):
+                    # A layer that `forward` does not use: DDP has to be made anew to look for it in every step.
+                    self.context.accelerator._models.clear()
+                    self.context.accelerator.ddp_handler.find_unused_parameters = True
+                    self.model = self._wrap(self.network)
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             if self._graph is not None:

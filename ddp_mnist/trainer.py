@@ -31,7 +31,7 @@ from ddp_mnist.run.resume import Run, advise, continue_command, open_run
 from ddp_mnist.run.saver import Saver, restore
 from ddp_mnist.step import TrainStep, learning_rate
 from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, PATIENCE, Mirror
-from ddp_mnist.workload import Workload
+from ddp_mnist.workload import Workload, check_single_item
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
@@ -157,6 +157,8 @@ class Trainer:
         self.network = self.workload.build_network(config, context, snapshot, train_set.images[:1])
         for split in (train_set, self.test_set):  # an output that does not fit the labels fails here, not in an epoch
             count_classes(self.network, split)
+        last = next(self.batches.epoch(0, len(self.batches) - 1))
+        context.run_on_all_ranks(lambda: check_single_item(self.network, last.images))
         self.train_step = TrainStep(config, context, self.network, capture=self.workload.model is None)
         stack.callback(self.train_step.close)
         if snapshot is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,8 +85,12 @@ class Workload:
         """
         torch.manual_seed(config.seed)
         network = self.model() if self.model else CNN(widths=config.widths)
+        if hasattr(network, "_orig_mod"):  # its weights would be saved under names that the plain module does not have
+            raise UsageError("the network is compiled already; return the module itself, and use --compile.")
         if image is not None:
             _initialize_lazy_layers(network, image)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise UsageError("the network has no parameter to train: all have requires_grad=False, or there is none.")
         path = config.init_from
         if snapshot is not None:
             try:
@@ -99,6 +104,19 @@ class Workload:
     def network_name(self, network: nn.Module) -> str | None:
         """Return the name of the class of the script's network; None if the network is ours."""
         return f"{type(network).__module__}.{type(network).__qualname__}" if self.model else None
+
+
+def check_single_item(network: nn.Module, images: Tensor) -> None:
+    """Raise UsageError if one image is all that a rank gets in a batch, and batch norm, say, cannot train on one."""
+    if len(images) == 1:
+        try:
+            deepcopy(network)(to_float(images))
+        except ValueError as error:
+            layers = sorted({type(each).__name__ for each in network.modules() if "Norm" in type(each).__name__})
+            raise UsageError(
+                f"the last batch of an epoch leaves one item to a rank; {', '.join(layers) or 'the network'} cannot be "
+                f"trained on one ({error}). Choose another --batch-size, or leave an item out of the training set."
+            ) from error
 
 
 def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:

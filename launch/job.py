@@ -80,7 +80,7 @@ class Job:
 
             result = run_attempt(config, stop=stop)
         # Not after TERM: scancel sends it too, and a requeue would bring a cancelled job back to life.
-        requeue = result.exit_code == STOPPED and result.summary["stop_reason"] in ("SIGUSR2", "max_minutes")
+        requeue = result.exit_code == STOPPED and result.summary["stop_reason"] in ("SIGUSR1", "SIGUSR2", "max_minutes")
         if requeue and env.cluster != "debug":
             try:
                 signal.raise_signal(env._usr_sig())

@@ -20,6 +20,10 @@ TRAIN_IMAGES, TEST_IMAGES, BATCH, EPOCHS = 1501, 2303, 60, 2
 STEPS = 26 * EPOCHS
 
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script has started pytest in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Add the markers that follow from others, or from what a test asks for."""
@@ -91,9 +95,11 @@ def process_of_a_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let this process be a rank on the CPU; then put back its signals, excepthook and threads."""
     import torch
 
+    from ddp_mnist.distributed.preemption import SIGNALS
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    numbers = [signal.Signals[name] for name in SIGNALS]
     handlers = [signal.getsignal(number) for number in numbers]
     hook, threads = sys.excepthook, torch.get_num_threads()
     yield

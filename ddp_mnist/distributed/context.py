@@ -192,11 +192,12 @@ def translate_collective_errors(context: Context) -> Iterator[None]:
 
 
 def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
-    """Create the process group under a prefix of its own: the store still has the keys of earlier groups."""
+    """Create the process group under a prefix of its own: the store still has the keys of earlier groups and starts."""
     global _store
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     _store.set_timeout(timeout)
-    store = dist.PrefixStore(f"ddp_mnist/{next(_group_numbers)}", _store)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max-restarts
+    store = dist.PrefixStore(f"ddp_mnist/{start}/{next(_group_numbers)}", _store)
     with batch_scheduling():  # of gloo's threads
         dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)

@@ -44,14 +44,23 @@ def is_first_on_its_machine() -> bool:
 
 
 def has_launcher() -> bool:
-    """Return True if a launcher started this process; `accelerate launch` sets no WORLD_SIZE for a single one."""
-    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    """Return True if a launcher started this process, by marks that a user who sets RANK by hand does not leave."""
+    return any(
+        name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DDP_MNIST_LAUNCHER")
+    )
 
 
 def check_environment() -> None:
-    """Raise UsageError if a launcher's variable is no number, LOCAL_RANK included, which only Accelerate reads."""
+    """Raise UsageError if a variable is no number, LOCAL_RANK included, or asks Accelerate for more than DDP."""
     for name in SMALLEST:
         _number(name)
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
+            raise UsageError(
+                f"the environment says {name}={os.environ[name]}, perhaps by a default config of accelerate; this job "
+                "is DDP. Start it with a file of launch/, such as --config_file launch/multi_gpu.yaml, or torchrun.",
+                local=is_first_on_its_machine(),
+            )
 
 
 def _number(name: str) -> int:
@@ -78,6 +87,15 @@ def entry_point(main: Callable[P, int]) -> Callable[P, int]:
             return report_error(error)
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:
+            return 1
+        finally:  # not at Python's exit, which would print a traceback for `--help | head`
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            except (AttributeError, OSError, ValueError):  # None, a full disk, or closed
+                pass
 
     return run
 

@@ -7,8 +7,10 @@ exchange their flags about every 100 ms, and one rank with a reason to stop is e
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,11 @@ from ddp_mnist.distributed.launcher import has_launcher, world_size_from_environ
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
 
-REASONS = (None, "launcher_died", "max_minutes", "SIGUSR2", "SIGINT", "SIGTERM")
+log = logging.getLogger(__name__)
+
+# A lost terminal, batch systems (SLURM and submitit: USR2; SGE and LSF: USR1, XCPU), Ctrl-C, scancel and most others.
+SIGNALS = ("SIGHUP", "SIGUSR1", "SIGXCPU", "SIGUSR2", "SIGINT", "SIGTERM")
+REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)
 """Why to stop. When the ranks differ, the last of theirs counts."""
 INTERVAL_SECONDS = 0.1
 MAX_INTERVAL = 1000  # steps
@@ -43,8 +49,13 @@ class StopSignal:
         self._pending: Any = None
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is not threading.main_thread():
+            log.warning("started in a thread, where signals cannot be caught: one ends the run without a checkpoint.")
+            return self
+        for name in SIGNALS:
+            number = signal.Signals[name]
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -31,8 +31,8 @@ POLL_SECONDS = 0.5
 
 def main() -> int:
     """Mirror a run until it ends. Return the exit code: 0 if everything went to the server, or to the disk."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):  # `scancel` signals every process
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("HUP", "USR1", "XCPU", "USR2", "INT", "TERM"):  # `scancel` signals every process
+        signal.signal(signal.Signals["SIG" + name], signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options = json.loads(sys.argv[1])
     training = Training(options["news"])

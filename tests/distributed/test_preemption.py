@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,10 @@ from conftest import STEPS
 from ddp_mnist import fit
 from ddp_mnist.config import parse
 from ddp_mnist.distributed.launcher import entry_point
-from ddp_mnist.distributed.preemption import StopSignal
+from ddp_mnist.distributed.preemption import SIGNALS, StopSignal
 from ddp_mnist.step import TrainStep
 
 Train = Callable[..., jobs.Ended]
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR2")
 ALONE: Any = SimpleNamespace(world_size=1)
 
 
@@ -66,16 +66,27 @@ def test_the_time_limit_counts_from_when_it_is_set(monkeypatch: pytest.MonkeyPat
         assert unlimited.agreed(ALONE, 0) is None
 
 
-def test_a_shell_that_is_gone_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["none", "set by hand"])
+def test_a_shell_that_is_gone_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     """`nohup python -m ... & exit`; for launchers that are gone, see test_stop.py."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     stop = StopSignal()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert stop.agreed(ALONE, 0) is None
 
 
+def test_nohup_is_respected(process_of_a_job: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        send("SIGHUP")
+        assert stop.agreed(ALONE, 0) is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 CTRL_C_TWICE = """
 import os, signal
-from ddp_mnist.distributed.preemption import StopSignal
+from ddp_mnist.distributed.preemption import SIGNALS, StopSignal
 if {gone}:
     reader, writer = os.pipe()
     os.dup2(writer, 2)
@@ -167,6 +178,18 @@ def test_a_run_of_limited_minutes_stops_with_75_and_goes_on(
     assert path.stat().st_ino == before and faults.checkpoint_steps(tmp_path) == [0]
     assert train("--output-dir", tmp_path).code == 0
     faults.assert_same_result(tmp_path, run_at(1))
+
+
+def test_fit_in_a_thread_trains_without_handlers(
+    flags: list[str], tmp_path: Path, process_of_a_job: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes: list[int] = []
+    config = parse([*flags, "--max-steps", "2", "--output-dir", str(tmp_path)])
+    thread = threading.Thread(target=lambda: codes.append(fit(config).exit_code))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert len([record for record in caplog.records if "started in a thread" in record.getMessage()]) == 1
 
 
 def test_fit_puts_back_the_handlers_it_found(flags: list[str], tmp_path: Path, process_of_a_job: None) -> None:

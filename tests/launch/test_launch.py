@@ -232,7 +232,7 @@ def test_a_local_job_that_fails_is_no_success(checkout: Path, flags: list[str]) 
     (checkout / "taken").touch()
     ended = jobs.run([*SUBMIT, "--cluster=local", "--follow", "--", *flags, "--output-dir=taken"])
     assert ended.code == 1
-    assert "error: --output-dir taken is a file" in ended.out and "Traceback" not in ended.out
+    assert "error: --output-dir taken cannot be written: it is a file" in ended.out and "Traceback" not in ended.out
     assert re.search(r"^error: job \d+ is FAILED", ended.err, re.MULTILINE)
 
 

@@ -67,6 +67,20 @@ def no_data_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DDP_MNIST_DATA", raising=False)
 
 
+@pytest.mark.parametrize(
+    ("word", "name", "value"),
+    [
+        ("--pictures=False", "pictures", False),
+        ("--pictures=true", "pictures", True),
+        ("--cuda_graphs=false", "cuda_graphs", False),
+        ("--fresh=false", "fresh", False),
+        ("--fresh=True", "fresh", True),
+    ],
+)
+def test_switches_may_be_written_as_sweeps_of_wandb_do(word: str, name: str, value: bool) -> None:
+    assert getattr(parse([word]), name) is value
+
+
 def test_the_command_line_has_exactly_these_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         parse(["--help"])

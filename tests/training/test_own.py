@@ -282,6 +282,15 @@ def test_a_run_is_not_resumed_as_another(
 ONE = torch.zeros(4, 3, 4)
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = linear()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return self.net(images), 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -292,6 +301,10 @@ ONE = torch.zeros(4, 3, 4)
         ({"data": (points(101),)}, r"the data are 1 of them; expected a \(training, test\) pair"),
         ({"data": "a pair"}, r"the data are a str; expected a \(training, test\) pair"),
         ({"model": lambda: nn.Linear(4, 3)}, "expected logits"),
+        ({"model": lambda: Pair()}, "the network gives a tuple; expected logits"),
+        ({"model": lambda: linear().requires_grad_(False)}, "no parameter to train"),
+        ({"model": lambda: torch.compile(linear(), backend="eager")}, "compiled already"),
+        ({"model": lambda: nn.Sequential(linear(), nn.BatchNorm1d(3))}, "BatchNorm1d cannot be trained on one"),
         ({"data": (points(101), (torch.zeros(3, 4, 4), torch.arange(3)))}, r"a test image torch.float32 \(4, 4\)"),
         ({"data": (points(101), [1, 2, 3])}, "the test set is a list"),
     ],
@@ -387,6 +400,28 @@ def test_all_ranks_score_with_rank_0s_buffers(tmp_path: Path) -> None:
     shift = load_file(tmp_path / "run" / "model.safetensors")["shift"].item()
     confusion = jobs.read_json(tmp_path / "run" / "summary.json")["test_confusion"]
     assert confusion == [[500 if answer == shift % 5 else 0 for answer in range(5)]] * 5
+
+
+PART_UNUSED = """
+class network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 5)
+    def forward(self, images):
+        return self.used(images.flatten(1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_layer_that_forward_never_uses_is_trained_around_at_any_number_of_ranks(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    counts = []
+    for ranks in (1, 2):
+        jobs.succeeded(run_script(tmp_path, ranks, PART_UNUSED, output_dir=f"run-{ranks}", lr=0.1))
+        counts.append(jobs.read_json(tmp_path / f"run-{ranks}" / "summary.json")["test_correct"])
+        assert "unused.weight" in load_file(tmp_path / f"run-{ranks}" / "model.safetensors")
+    assert counts[0] == pytest.approx(counts[1], abs=5)
 
 
 # 101 images in batches of 20: in the last step of an epoch rank 1 has none, and `view` cannot tell 0 rows from others.

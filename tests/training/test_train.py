@@ -293,6 +293,18 @@ def test_a_bad_precision_of_accelerate_launch_is_named_like_a_flag(tmp_path: Pat
     assert "--mixed-precision is fp8" in jobs.the_message(ended, 2)
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_what_a_default_config_of_accelerate_asks_for_beyond_ddp_is_refused(tmp_path: Path, name: str) -> None:
+    ended = jobs.run_ranks(2, cwd=tmp_path, variables={name: "true"})
+    assert f"the environment says {name}=true" in jobs.the_message(ended, 2)
+
+
+def test_help_into_a_pipe_that_closes_is_quiet() -> None:
+    command = f"{shlex.join(jobs.TRAIN)} --help | head -n 3"
+    ended = jobs.run(["bash", "-o", "pipefail", "-c", command])
+    assert ended.out.count("\n") == 3 and ended.err == ""
+
+
 @pytest.mark.parametrize(("name", "value"), [("RANK", "two"), ("LOCAL_WORLD_SIZE", "0"), ("WORLD_SIZE", "")])
 def test_a_launchers_variable_that_is_no_number_is_named(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
