@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -84,7 +85,13 @@ def entry_point(main: Callable[P, int]) -> Callable[P, int]:
             rank_from_environment()  # if it is wrong, nothing that relies on it has happened yet
             return exit_code_for_rank(main(*args, **kwargs))
         except JobError as error:
-            return report_error(error)
+            code = report_error(error)
+            wait_for_first_rank_to_exit()
+            return code
+        except SystemExit as error:
+            if error.code:  # a wrong flag, on all ranks
+                wait_for_first_rank_to_exit()
+            raise
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
@@ -133,10 +140,30 @@ def install_excepthook() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, JobError):
             sys.stderr = sys.__stderr__  # torch.distributed's hook puts a buffer there, to label its lines
-            hard_exit(report_error(error))
+            code = report_error(error)
+            wait_for_first_rank_to_exit()
+            hard_exit(code)
         previous(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
+    """Let this machine's first rank, which reports for the others, leave before them.
+
+    Launchers end all ranks with the first one that fails. The ranks may not have met, so look for it among the
+    processes that the launcher has started, as far as the system shows them.
+    """
+    deadline = time.monotonic() + timeout
+    while not is_first_on_its_machine() and time.monotonic() < deadline:
+        environments: list[bytes] = []
+        for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                with contextlib.suppress(OSError):  # gone meanwhile; of a process that has ended it is empty
+                    environments.append(Path(f"/proc/{pid}/environ").read_bytes())
+        if not any(b"LOCAL_RANK=0" in each.split(b"\0") for each in environments):
+            return
+        time.sleep(0.05)
 
 
 def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:

@@ -299,6 +299,29 @@ def test_what_a_default_config_of_accelerate_asks_for_beyond_ddp_is_refused(tmp_
     assert f"the environment says {name}=true" in jobs.the_message(ended, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (("--batch-size", "64"), "error: --batch-size 64 does not divide by 3 ranks"),
+        (("--lr", "-1"), "error: --lr is -1.0"),
+        (("--epochz", "3"), "Unrecognized options: --epochz"),
+    ],
+)
+def test_a_mistake_is_reported_under_torchrun_also_by_a_rank_0_that_starts_late(
+    tmp_path: Path, mistake: tuple[str, str], message: str
+) -> None:
+    """torchrun ends all ranks with the first one that fails."""
+    late = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    path = os.pathsep.join([str(tmp_path), jobs.environment()["PYTHONPATH"]])
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "-m", "ddp_mnist.train", *mistake]
+    ended = jobs.run([sys.executable, *command], {"PYTHONPATH": path})
+    assert ended.code != 0
+    assert (ended.out + ended.err).count(message) == 1, ended.err
+
+
 def test_help_into_a_pipe_that_closes_is_quiet() -> None:
     command = f"{shlex.join(jobs.TRAIN)} --help | head -n 3"
     ended = jobs.run(["bash", "-o", "pipefail", "-c", command])
