@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_CLASSES = 100
+"""Above, what grows with their number or its square stays out of files, pictures and W&B."""
+
 
 class Metrics:
     """Collects losses on the device; every `log_every` steps they are summed over the ranks, read and written."""
@@ -123,6 +126,10 @@ class Metrics:
         """
         self.sync()
         self._write_line(score)
+        if self.state.epoch == 0 and len(score.confusion) > MAX_CLASSES:
+            self.say(
+                f"  more than {MAX_CLASSES} classes: no confusion matrix and no accuracy of single classes is kept"
+            )
 
     @property
     def has_unread(self) -> bool:
@@ -171,10 +178,10 @@ class Metrics:
             record |= {
                 "test/loss": score.loss,
                 "test/accuracy": score.accuracy,
-                "test/class_accuracy": score.class_accuracy(),
-                "test/confusion": score.confusion,
                 "test/mistakes": [asdict(mistake) for mistake in score.mistakes],
             }
+            if len(score.confusion) <= MAX_CLASSES:
+                record |= {"test/class_accuracy": score.class_accuracy(), "test/confusion": score.confusion}
         state.interval_loss, state.interval_correct, state.interval_images = 0.0, 0, 0
         if self._file is not None:
             self._file.append(record)
@@ -222,6 +229,9 @@ class Metrics:
         state, config, before = self.state, self.config, self._before
         state.wall_seconds = self.wall_seconds()
         seconds = state.train_seconds - before.train_seconds
+        confusion = None
+        if test is not None and len(test.confusion) <= MAX_CLASSES:
+            confusion = [list(row) for row in test.confusion]
         scores: dict[str, Any] = {}
         for name, score in {"train": train, "test": test}.items():
             for key in ("correct", "count", "accuracy", "loss"):
@@ -247,7 +257,7 @@ class Metrics:
             "images_per_second": round((state.samples_seen - before.samples_seen) / seconds, 1) if seconds else None,
             "resumed_from": before.step if self.run.snapshot else None,
             "wandb_mode": wandb_mode,
-            "test_confusion": test and [list(row) for row in test.confusion],
+            "test_confusion": confusion,
             "test_mistakes": test and [asdict(mistake) for mistake in test.mistakes],
         }
 

@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 from ddp_mnist import Result, TrainConfig, evaluate, fit, train
 from ddp_mnist.errors import UsageError
+from ddp_mnist.report.page import draw
 
 README = Path(__file__).parents[2] / "README.md"
 STEPS = 3 * 32
@@ -214,6 +215,18 @@ def test_an_error_of_a_network_reaches_the_caller_unchanged(fit_here: Callable[.
 
     with pytest.raises(RuntimeError, match=r"^a mistake of its own$"):
         fit_here(model=lambda: Failing(12, 3))
+
+
+def test_many_classes_are_scored_without_a_confusion_matrix(
+    fit_here: Callable[..., Result], capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = fit_here(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 101)))
+    assert result.summary["test_count"] == 31 and result.summary["test_confusion"] is None
+    scored = [line for line in jobs.read_metrics(result.run_dir) if "test/accuracy" in line]
+    assert len(scored) == 2 and not any({"test/confusion", "test/class_accuracy"} & line.keys() for line in scored)
+    assert capfd.readouterr().out.count("more than 100 classes") == 1
+    draw([result.run_dir])
+    assert {path.name for path in result.run_dir.glob("*.png")} == {"curves.png"}
 
 
 def test_steps_that_fp16_skips_are_counted_and_a_resumed_run_keeps_its_scale(
