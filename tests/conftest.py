@@ -20,8 +20,10 @@ TRAIN_IMAGES, TEST_IMAGES, BATCH, EPOCHS = 1501, 2303, 60, 2
 STEPS = 26 * EPOCHS
 
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script has started pytest in its background
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# As at a terminal, also where a script has started pytest in its background, or by nohup.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)
