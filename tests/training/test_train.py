@@ -555,11 +555,14 @@ train.hard_exit(train.main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_no_rank_exits_before_the_error_is_reported(flags: list[str], tmp_path: Path) -> None:
-    """As srun --kill-on-bad-exit ends rank 0 with the first that exits."""
+    """As srun --kill-on-bad-exit ends rank 0 with the first that exits, also one on another machine."""
     init, program = write_weights(tmp_path / "init.safetensors", OVERFLOWING), tmp_path / "slow.py"
     program.write_text(SLOW_DISK)
     arguments = [*flags, "--init-from", init, "--output-dir", tmp_path / "run"]
-    with faults.start(2, *arguments, program=(sys.executable, str(program))) as job:
+    command = [sys.executable, str(program), *map(str, arguments)]
+    machine = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environments = [jobs.environment(rank | machine) for rank in jobs.rank_variables(2)]
+    with faults.Job([command] * 2, environments) as job:
         faults.wait_for(lambda: job.processes[1].poll() is not None, "the end of rank 1", job)
         job.signal(signal.SIGKILL, 0)
         first, second = job.wait(60)
