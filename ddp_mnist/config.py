@@ -142,7 +142,7 @@ class TrainConfig:
     """Save a checkpoint every so many steps. A stop and the end of the run always save one.
     0: automatic, after an epoch if saving takes under 1 % of the time, and at least every 10 minutes."""
     keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
-    """How many of the newest checkpoints to keep."""
+    """Keep this many of the newest checkpoints."""
     fresh: Annotated[bool, FlagCreatePairsOff] = False
     """Start over in a directory that holds a run; what was there is set aside."""
     max_steps: Annotated[Int, Field(ge=0, le=2**53)] = 0

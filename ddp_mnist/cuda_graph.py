@@ -35,9 +35,9 @@ def can_capture(config: TrainConfig, context: Context, *, ours: bool) -> bool:
 @dataclass(frozen=True)
 class _Recording:
     inputs: list[Tensor]
-    """Where the graph reads the tensor arguments."""
+    """Tensors from which the graph reads its arguments."""
     output: Tensor
-    """What the graph overwrites at each replay."""
+    """Tensor that each replay overwrites."""
     graph: Any
 
 

@@ -68,7 +68,7 @@ class TrainStep:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
             self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
         self._norm: Tensor | None = None
-        """Of the last gradient, if clipping or a CUDA graph gave it; else `.grad` has it."""
+        """Norm of the last gradient, if clipping or a CUDA graph gave it; else None, and `.grad` has the gradient."""
         self._graph: CUDAGraph | None = None
         if can_capture(config, context, ours=capture) and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)

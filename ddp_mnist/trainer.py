@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a run, on this rank."""
+    """The outcome of a run, on this rank."""
 
     run_dir: Path
     summary: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What is trained: the network and the data, ours or those of the script that has called `fit`."""
+"""The network and the data to train: ours or those of the script that has called `fit`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """What was started: our own command, or a script with a network, data or settings of its own."""
+    """The network and data of our own command, or those that a script brings, with its settings."""
 
     model: Callable[[], nn.Module] | None = None
     """Makes the script's network; None: ours."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 SMALLEST = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-"""What launchers set, and the smallest value of each, which is also the one without a launcher."""
+"""Variables that launchers set, with the smallest value of each, which is also the one without a launcher."""
 
 
 def rank_from_environment() -> int:
@@ -158,14 +158,19 @@ def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
         return
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        environments: list[bytes] = []
-        for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
-            for pid in children.read_text().split():
-                with contextlib.suppress(OSError):  # gone meanwhile; of a process that has ended it is empty
-                    environments.append(Path(f"/proc/{pid}/environ").read_bytes())
+        lists = [_read(path) for path in Path(f"/proc/{os.getppid()}/task").glob("*/children")]
+        environments = [_read(Path(f"/proc/{int(pid)}/environ")) for pids in lists for pid in pids.split()]
         if not any(b"LOCAL_RANK=0" in each.split(b"\0") for each in environments):
             return
         time.sleep(0.05)
+
+
+def _read(path: Path) -> bytes:
+    """Return the file of /proc; b"" of a process that has ended or is another user's."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # A lost terminal, batch systems (SLURM and submitit: USR2; SGE and LSF: USR1, XCPU), Ctrl-C, scancel and most others.
 SIGNALS = ("SIGHUP", "SIGUSR1", "SIGXCPU", "SIGUSR2", "SIGINT", "SIGTERM")
 REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)
-"""Why to stop. When the ranks differ, the last of theirs counts."""
+"""Reasons to stop. When those of the ranks differ, the last one in this order counts."""
 INTERVAL_SECONDS = 0.1
 MAX_INTERVAL = 1000  # steps
 

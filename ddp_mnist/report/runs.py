@@ -1,4 +1,4 @@
-"""What runs have written so far, and how they compare. Reads files alone; imports no torch."""
+"""Read and compare what runs have written so far: from files alone, without torch."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ CAUSES = (*RESUME_FIELDS, "recipe", "mixed_precision", "compile", "max_steps")
 
 @dataclass(frozen=True)
 class RunLog:
-    """What one run has written; {} or [] where there is nothing yet."""
+    """The files of one run; {} or [] where there is nothing yet."""
 
     path: Path
     name: str

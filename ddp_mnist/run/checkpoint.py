@@ -42,7 +42,7 @@ DAMAGE = (
     *(FileNotFoundError, NotADirectoryError, IsADirectoryError),
     *(ValueError, KeyError, TypeError, safetensors.SafetensorError),
 )
-"""What reading a damaged checkpoint raises; a disk that does not answer raises another OSError."""
+"""Exceptions of reading a damaged checkpoint; a disk that does not answer raises another OSError."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a run says of itself: the console, a bar on a terminal, config.json, metrics.jsonl and summary.json.
+"""Write what a run says of itself: the console, a bar on a terminal, config.json, metrics.jsonl and summary.json.
 
 Every rank owns a `Metrics` and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
 """

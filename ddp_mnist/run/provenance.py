@@ -1,4 +1,4 @@
-"""What a result came from: versions, commit and launch."""
+"""Collect what a result came from: versions, commit and launch."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Which run this is: a new one, the continuation of a stopped one, or one that is finished."""
+"""Find out which run this is: a new one, the continuation of a stopped one, or one that is finished."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What all ranks agree on before anything is built."""
+    """The run as all ranks agree on it, before anything is built."""
 
     path: Path
     config: TrainConfig
@@ -36,7 +36,7 @@ class Run:
     state: TrainState
     """Position and totals, which training moves on."""
     snapshot: Snapshot | None = None
-    """Where to go on; None: from the start."""
+    """Checkpoint to go on from; None: from the start."""
     finished: dict[str, Any] = field(default_factory=dict)
     """The summary of a run with nothing left to do; else empty."""
 

@@ -1,4 +1,4 @@
-"""When a checkpoint is saved, and what goes into it."""
+"""Decide when a checkpoint is saved, and what goes into it."""
 
 from __future__ import annotations
 

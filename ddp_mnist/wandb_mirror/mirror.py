@@ -37,7 +37,7 @@ NICENESS = 10  # gets a tenth of a CPU that the training fills; at 19, importing
 
 @dataclass(frozen=True)
 class Mode:
-    """Where a run is mirrored to."""
+    """The place that a run is mirrored to."""
 
     name: str  # online, offline or disabled
     why: str = ""  # the reason, where it is not simply what was asked for
