@@ -21,12 +21,10 @@ OURS = "-m ddp_mnist.train"
 
 
 def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainConfig:
-    """Return the configuration that these training flags give.
-
-    Data files are verified, not downloaded. A `program` of the user's own has data of its own.
+    """Return the configuration that these training flags give; a `program` of the user's own has data of its own.
 
     Raises:
-        JobError: The job would fail.
+        JobError: The job would fail. Data files are verified, not downloaded.
         SystemExit: A flag is wrong (2), or it is --help (0).
     """
     kind, _, module = program.partition(" ")
@@ -48,10 +46,8 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
             for split in mnist.NAMES:
                 mnist.read_split(config.dataset, config.data_dir, split, fetch=False)
         except JobError as error:
-            raise JobError(
-                f"the {config.dataset} files are not staged; that is for the login node, as compute nodes seldom have "
-                f"internet access. {error}"
-            ) from error
+            where = "that is for the login node, as compute nodes seldom have internet access"
+            raise JobError(f"the {config.dataset} files are not staged; {where}. {error}") from error
     return config
 
 

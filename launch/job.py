@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,25 +37,24 @@ class Job:
     attempt: int = 0
 
     def __call__(self) -> int:
-        """Run this rank's part of the job and return its exit code; on a cluster only if it is 0."""
+        """Run this rank's part of the job. Return 0, or end the process with another exit code."""
         env = submitit.JobEnvironment()
         # SLURM has assigned the GPUs; NCCL wants every rank to see those of its neighbours.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        attempt, meeting = self.attempt, f"127.0.0.1:{os.environ['MASTER_PORT']}"
         if env.cluster == "slurm":
-            meet = [str(MEET), ",".join(env.hostnames), str(self.attempt)]
+            attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # submitit does not count those after a dead node
+            meet = [str(MEET), ",".join(env.hostnames), str(attempt)]
             meeting = subprocess.run(meet, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-        else:  # as there: not a port that the kernel assigns by itself, and another one for every job and attempt
-            meeting = f"127.0.0.1:{10_000 + (zlib.crc32(env.job_id.encode()) + self.attempt) % 22_000}"
         os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = meeting.rpartition(":")
         os.environ["DDP_MNIST_LAUNCHER"] = self.launcher
         os.environ["DDP_MNIST_JOB_ID"] = env.job_id
-        os.environ["DDP_MNIST_RESTARTS"] = str(self.attempt)
-        code = self._train(env)
-        if env.cluster != "debug":  # which runs in the user's process
-            if code:
-                hard_exit(code)
-            # submitit has yet to write the result, and may fail.
-            atexit.register(lambda: hard_exit(1 if hasattr(sys, "last_type") else 0))
+        os.environ["DDP_MNIST_RESTARTS"] = str(attempt)
+        # --fresh is for the first start: a requeued job would throw away what there is.
+        if code := self._train(env, self.config.replace(fresh=self.config.fresh and attempt == 0)):
+            hard_exit(code)
+        # submitit has yet to write the result, and may fail.
+        atexit.register(lambda: hard_exit(1 if hasattr(sys, "last_type") else 0))
         return code
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -64,21 +62,15 @@ class Job:
         return submitit.helpers.DelayedSubmission(replace(self, attempt=self.attempt + 1))
 
     @entry_point
-    def _train(self, env: submitit.JobEnvironment) -> int:
+    def _train(self, env: submitit.JobEnvironment, config: TrainConfig) -> int:
         show_warnings(main=env.global_rank == 0)
         logging.getLogger("submitit").propagate = False  # it prints by itself
-        config = self.config
         if env.cluster == "slurm" and config.output_dir is None:  # as in slurm/train.sh: the same after a requeue
             config = config.replace(output_dir=Path("runs") / f"slurm-{env.job_id}")
-        if env.cluster != "debug" and env.global_rank == 0:
-            started = env.paths.folder / f"{env.job_id}_started"
-            if started.exists():  # --fresh is for the first start: a requeued job would throw away what there is
-                config = config.replace(fresh=False)
-            started.touch()
         with StopSignal() as stop:
-            from ddp_mnist.trainer import run_attempt  # imports torch
+            from ddp_mnist.trainer import Workload, run_attempt  # imports torch
 
-            result = run_attempt(config, stop=stop)
+            result = run_attempt(Workload(config), stop=stop)
         # Not after TERM: scancel sends it too, and a requeue would bring a cancelled job back to life.
         requeue = result.exit_code == STOPPED and result.summary["stop_reason"] in ("SIGUSR1", "SIGUSR2", "max_minutes")
         if requeue and env.cluster != "debug":

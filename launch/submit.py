@@ -8,15 +8,14 @@ What follows `--` are training flags. Run it from the repository's root, on a di
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
-import secrets
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def parse_options() -> argparse.Namespace:
     add("--partition", "SLURM partition (default: the cluster's)")
     add("--account", "SLURM account (default: yours)")
     add("--sbatch", "any other option of sbatch; repeatable", [], action="append", metavar="NAME=VALUE")
-    add("--setup", "shell command before the ranks start", [], action="append", metavar="COMMAND")
+    add("--setup", "shell command before the ranks start; repeatable", [], action="append", metavar="COMMAND")
     add("--max-requeues", "how often the job may be put back into the queue", 20, type=int)
     add("--job-name", "what squeue shows", "ddp_mnist")
     add("--folder", "submitit's files and the logs", "runs/submitit/%j")
@@ -58,27 +57,13 @@ def parse_options() -> argparse.Namespace:
     add("flags", "as for python -m ddp_mnist.train", nargs="*")
     given = parser.parse_args()
     given.tasks_per_node = given.tasks_per_node or given.gpus_per_node or 1
-    given.ranks = given.nodes * given.tasks_per_node
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "time_min"):
         if (value := getattr(given, name)) < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected a whole number above 0")
-    if given.cluster != "slurm" and given.nodes > 1:
-        parser.error(f"--cluster {given.cluster} is this machine alone: --nodes is {given.nodes}, expected 1")
-    if given.cluster == "debug" and given.ranks > 1:
-        parser.error(f"--cluster debug is one process: {given.ranks} ranks were asked for, expected 1")
-    if wrong := [word for word in given.sbatch if "=" not in word]:
-        parser.error(f"--sbatch {wrong[0]}: expected NAME=VALUE")
+    for cluster, name in (("local", "nodes"), ("debug", "nodes"), ("debug", "tasks_per_node")):
+        if given.cluster == cluster and (value := getattr(given, name)) > 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected 1 for --cluster {cluster}")
     return given
-
-
-def default_flags(given: argparse.Namespace) -> list[str]:
-    """Return training flags that the user's own beat."""
-    flags = ["--dataset", "mnist"]
-    if given.cluster == "slurm":  # it assigns CPUs to ranks; elsewhere the job itself divides them
-        flags += ["--threads", str(given.cpus_per_task)]
-    if given.cluster == "local":  # its job ids are process ids, which come again
-        flags += ["--output-dir", f"runs/local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"]
-    return flags
 
 
 def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
@@ -94,6 +79,7 @@ def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
     )
     # srun does not take the CPUs over from sbatch, and one dead rank must not leave the others waiting.
     srun = [f"--cpus-per-task={given.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"]
+    others = (word.partition("=") for word in given.sbatch)
     executor.update_parameters(
         name=given.job_name,
         nodes=given.nodes,
@@ -108,7 +94,7 @@ def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
         slurm_signal_delay_s=120,  # as in slurm/train.sh: two minutes to save
         slurm_srun_args=srun,
         slurm_setup=[*given.setup, import_check],
-        slurm_additional_parameters={"requeue": True} | dict(word.split("=", 1) for word in given.sbatch),
+        slurm_additional_parameters={"requeue": True} | {name: value or True for name, _, value in others},
     )
     return executor
 
@@ -136,14 +122,12 @@ def follow(job: submitit.Job, cluster: str) -> int:
     print("following the log; Ctrl-C ends that, not the job", flush=True)
     position, ended = 0, None
     while ended is None:
+        time.sleep(2)
         ended = outcome(job, cluster)  # before reading, so that the last lines are not missed
-        if job.paths.stdout.exists():
-            with job.paths.stdout.open(errors="replace") as file:
-                file.seek(position)
-                print(file.read(), end="", flush=True)
-                position = file.tell()
-        if ended is None:
-            time.sleep(2)
+        with suppress(FileNotFoundError), job.paths.stdout.open(errors="replace") as file:
+            file.seek(position)
+            print(file.read(), end="", flush=True)
+            position = file.tell()
     state, code = ended
     if code:
         print(f"error: job {job.job_id} is {state}, exit code {code}", file=sys.stderr)
@@ -156,10 +140,18 @@ def main() -> int:
     given = parse_options()
     if program := os.environ.get("PROGRAM"):
         raise UsageError(f"PROGRAM is {program!r}, which is for slurm/train.sh: use sbatch, or `unset PROGRAM`.")
-    config = check([*default_flags(given), *given.flags], given.ranks)
+    if given.cluster == "slurm":  # it assigns CPUs to ranks; elsewhere the job itself divides them
+        defaults = ["--threads", str(given.cpus_per_task)]
+    else:  # not by the job's id, which is a process's and comes again
+        defaults = ["--output-dir", f"runs/local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+    ranks = given.nodes * given.tasks_per_node
+    config = check(["--dataset", "mnist", *defaults, *given.flags], ranks)
     if given.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UsageError("there is no sbatch on PATH: submit from a login node of a cluster, or use --cluster local.")
-    options = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
+    # A job that is submitted from inside another one would inherit its number, tasks and GPUs.
+    for name in [each for each in os.environ if each.startswith("SLURM_") and each != "SLURM_CONF"]:
+        del os.environ[name]
+    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     launcher = shlex.join(["python", "-m", "launch.submit", *(word for word in options if word != "--follow"), "--"])
     try:
         job = make_executor(given).submit(Job(config, launcher))
@@ -169,7 +161,7 @@ def main() -> int:
         raise JobError(str(error)) from error
     if given.cluster == "debug":
         return job.result()
-    print(f"job {job.job_id} on {given.cluster}: {given.ranks} rank{'s' if given.ranks > 1 else ''}")
+    print(f"job {job.job_id} on {given.cluster}, ranks: {ranks}")
     print(f"  run   {config.output_dir or Path('runs') / f'slurm-{job.job_id}'}")
     print(f"  log   {job.paths.stdout}", flush=True)
     return follow(job, given.cluster) if given.follow else 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets $python: by ENV_SETUP (see slurm/train.sh), the active environment, or .venv here.
+# Sets $python: by ENV_SETUP, the active environment, or .venv here.
 # For the other scripts, in the repository's root: `source slurm/python.sh`.
 set -euo pipefail
 
@@ -11,13 +11,11 @@ elif [[ -z ${VIRTUAL_ENV:-} && ${CONDA_DEFAULT_ENV:-base} == base && -f .venv/bi
     # shellcheck disable=SC1091 # exists on the user's machine only
     source .venv/bin/activate
 fi
-if ! python=$(command -v python || command -v python3); then
-    echo "error: no python on $(hostname): set ENV_SETUP, see slurm/train.sh" >&2
-    exit 1
-fi
+python=$(command -v python || command -v python3 || echo python)
 modules=$("$python" -c 'from importlib.util import find_spec
-print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))')
+print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))') ||
+    modules="it does not run"
 if [[ -n $modules ]]; then
-    echo "error: not importable on $(hostname) with $python: $modules. Set ENV_SETUP, see slurm/train.sh" >&2
+    echo "error: not importable on $(hostname) with $python: $modules. Set ENV_SETUP, see docs/cluster.md" >&2
     exit 1
 fi

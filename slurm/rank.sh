@@ -32,8 +32,4 @@ for word in "$@"; do # up to a script, or to the module behind -m
 done
 export DDP_MNIST_LAUNCHER=${DDP_MNIST_LAUNCHER:-"srun --ntasks=$WORLD_SIZE slurm/rank.sh ${program[*]}"}
 
-if ! command -v "$1" >/dev/null; then
-    echo "error: $1 is not on $(hostname): keep the environment on a disk that all nodes share" >&2
-    exit 127
-fi
 exec "$@"

@@ -1,21 +1,10 @@
 #!/usr/bin/env bash
-# Train on a cluster. From the repository's root:
+# Train on a cluster. From the repository's root, with SLURM's options in front and the training's behind:
 #
-#   sbatch slurm/train.sh [training flags]                                     one node, one process on CPU
-#   sbatch --gpus-per-node=8 --cpus-per-gpu=4 slurm/train.sh                   one node, 8 GPUs
+#   sbatch slurm/train.sh                                                      one process on a CPU
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=4 slurm/train.sh --epochs 20
-#   sbatch --ntasks-per-node=4 --cpus-per-task=2 slurm/train.sh                four processes on CPUs
 #
-# The log is slurm-<job>.out in the directory of submission, the run directory runs/slurm-<job>; in an array
-# slurm-<array>_<task>. A job that stops with a checkpoint (time limit near, TERM, preemption) requeues itself and
-# goes on in the same directory. Settings from the environment of sbatch:
-#
-#   ENV_SETUP      shell commands that make Python available, such as "module load python; source ~/env/bin/activate"
-#                  (default: the environment active at submission, else .venv here)
-#   MAX_REQUEUES   how often the job may put itself back into the queue (default 20)
-#   PROGRAM        what Python runs: a script that uses ddp_mnist.run, such as mine.py, or "-m package.module"
-#                  (default: -m ddp_mnist.train)
-#
+# docs/cluster.md has more, such as the settings from the environment of sbatch: ENV_SETUP, MAX_REQUEUES, PROGRAM.
 # Each line below is a default: an option of the sbatch command and SBATCH_* variables beat it.
 
 # The name that squeue shows.
@@ -45,16 +34,22 @@ cd "$SLURM_SUBMIT_DIR"
 # shellcheck source=slurm/python.sh
 source slurm/python.sh
 
-# An array task has a name of its own: requeueing by the bare job id would take the whole array along.
-job=$SLURM_JOB_ID
-[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-restarts=${SLURM_RESTART_COUNT:-0}
+# From SLURM, because a job that is submitted from inside another one inherits that one's variables.
+shown=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ")
+field() { sed -nE "s/.* $1=([^ ]+).*/\1/p" <<<"$shown"; }
+job=$SLURM_JOB_ID array=$(field ArrayJobId)
+# Requeueing a task of an array by the bare job id would take the whole array along.
+[[ -z $array ]] || job=${array}_$(field ArrayTaskId)
+restarts=$(field Restarts)
 max_requeues=${MAX_REQUEUES:-20}
 
-# --- Tasks: one per GPU; without GPUs as many as were asked for, else one per node. `shape` asks sbatch for the same. --
+# Tasks: one per GPU; without GPUs as many as were asked for, else one per node. `shape` asks sbatch for the same.
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
 layout=() shape="" cpus_option=--cpus-per-task
+# With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too. Newer SLURMs say
+# it in the second variable; the third and --ntasks-per-node exclude each other.
+unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
 if ((gpus)); then
     tasks=$((gpus * nodes))
     asked=${SLURM_GPUS:-$tasks} # may have a type in front: a100:8
@@ -62,11 +57,8 @@ if ((gpus)); then
         fail 2 "the $asked GPUs are spread unevenly over $nodes nodes: ask with --gpus-per-node instead of --gpus"
     layout+=(--ntasks-per-node="$gpus")
     shape=" --gpus-per-node=$gpus" cpus_option=--cpus-per-gpu
-    # With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too. Newer SLURMs
-    # say it in the second variable; the third and --ntasks-per-node exclude each other.
-    unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
 else
-    tasks=${SLURM_NTASKS:-$nodes}
+    tasks=$(field NumTasks)
     ((tasks == nodes)) || shape=" --ntasks=$tasks"
 fi
 ((nodes == 1)) || shape=" --nodes=$nodes$shape"
@@ -84,7 +76,6 @@ fi
 ((cpus == 1)) || shape+=" $cpus_option=$cpus"
 layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
 
-# --- Run --------------------------------------------------------------------------------------------------------------
 meeting=$(slurm/meet.sh "$SLURM_JOB_NODELIST" "$restarts")
 export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
 # The user's flags come last: they beat these.
@@ -111,13 +102,11 @@ echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CP
 "$python" -m launch.check --world-size "$tasks" --program="${PROGRAM:-}" -- "${flags[@]}"
 
 code=0
-# Without --kill-on-bad-exit the ranks would wait for a dead one until the time limit. Where a whole node died, srun
-# waits until SLURM has noticed it, and SLURM requeues. --export: a job submitted with --export=NONE has none for srun.
-# --wait: rank 0 draws the pictures when the others are done, for longer than a cluster's WaitTime may be.
+# --kill-on-bad-exit: or the ranks would wait for a dead one until the time limit. --wait: rank 0 draws the pictures when
+# the others are done, for longer than a cluster's WaitTime may be. --export: after sbatch --export=NONE srun has none.
 srun "${layout[@]}" --export=ALL --kill-on-bad-exit=1 --wait=0 --label \
     slurm/rank.sh "$python" "${program[@]}" "${flags[@]}" || code=$?
 
-((code != 140)) || echo "hint: USR2 came before training could start: ask for a longer --time" >&2
 if ((code > 128)); then # rank 0 says how to go on, but it may be the one that was killed
     printf 'to continue from the last checkpoint, if there is one, type\n  %s\n' "$again" >&2
 fi

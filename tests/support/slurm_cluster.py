@@ -1,6 +1,6 @@
-"""A real SLURM with two nodes on one machine: loopback, free ports, a temporary directory.
+"""A real SLURM with four nodes on one machine: loopback, free ports, a temporary directory.
 
-`Cluster()` starts munged, slurmctld and two slurmd, and stops exactly what it has started (see reaper.py). It needs
+`Cluster()` starts munged, slurmctld and four slurmd, and stops exactly what it has started (see reaper.py). It needs
 no system service, no /run/munge and no entry in /etc/hosts, and disturbs neither.
 """
 
@@ -56,8 +56,8 @@ SlurmdParameters=config_overrides
 # What a cluster may have set and the scripts must not depend on: jobs are not requeued, logs are cut at a restart.
 JobRequeue=0
 JobFileAppend=0
-# A slow machine is no dead node, except where a test wants a dead node noticed.
-SlurmdTimeout={dead_after}
+# A slow machine is no dead node.
+SlurmdTimeout=600
 BatchStartTimeout=60
 MessageTimeout=60
 ReturnToService=2
@@ -70,10 +70,14 @@ GresTypes=gpu
 NodeName=DEFAULT CPUs=16 RealMemory=16000 Gres=gpu:4
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]}
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[4]}
+PartitionName=debug Nodes=n[0-1] Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
+# Here a test may kill a node while others run.
+PartitionName=mortal Nodes=n[2-3] MaxTime=INFINITE DefaultTime=30 State=UP
 """
 # Devices that every machine has, in place of GPUs: SLURM deals them out, torch sees none and trains on the CPU.
-GRES = "NodeName=n[0-1] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
+GRES = "NodeName=n[0-3] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
 
 
 def missing() -> str:
@@ -91,17 +95,24 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
+def soon(condition: Callable[[], bool]) -> bool:
+    """Return True at once when `condition()` is true, and False if it is not within three seconds."""
+    deadline = time.monotonic() + 3
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
 class Cluster:
     """Start the daemons in a `with` block."""
 
-    def __init__(self, *, dead_after: int = 600) -> None:
-        """`dead_after`: seconds until a node that does not answer is down."""
+    def __init__(self) -> None:
         # Not below pytest's own folder, which only its owner may enter: munge would refuse its socket there.
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.dir.chmod(0o755)
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        values = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser(), "dead_after": dead_after}
-        conf = CONF.format(dir=self.dir, ports=[free_port() for _ in range(3)], **values)
+        host = socket.gethostname().split(".")[0]
+        conf = CONF.format(dir=self.dir, ports=[free_port() for _ in range(5)], host=host, user=getpass.getuser())
         (self.dir / "slurm.conf").write_text(conf)
         (self.dir / "gres.conf").write_text(GRES)
         (self.dir / "state").mkdir()
@@ -121,9 +132,9 @@ class Cluster:
             self._start("munged", "--foreground", "--force", *options)
             wait_for(lambda: (self.dir / "munge.socket").exists(), "munged's socket")
             self._start("slurmctld", "-D", "-i")
-            self.start_node("n0")
-            self.start_node("n1")
-            wait_for(lambda: self._idle() == 2, "two idle nodes")
+            for node in ("n0", "n1", "n2", "n3"):
+                self.start_node(node)
+            wait_for(lambda: self._idle() == 4, "four idle nodes")
         except BaseException as error:
             error.add_note(self.logs())
             self.__exit__()
@@ -194,7 +205,7 @@ class Job:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def until(self, condition: Callable[[dict[str, str]], Any], what: str, every: float = 0.5) -> dict[str, str]:
+    def until(self, condition: Callable[[dict[str, str]], Any], what: str, every: float = 1.0) -> dict[str, str]:
         """Wait while the job goes on, and return what SLURM says of it when the condition holds."""
         deadline = time.monotonic() + 300
         while not condition(found := self.show()):
@@ -210,7 +221,7 @@ class Job:
         self.until(lambda found: int(found["Restarts"]) >= 1, "restarted")
 
     def train_until_saved(self) -> None:
-        self.until(lambda _: list(self.run_dir.glob("checkpoints/step-*")), "training", 0.2)
+        self.until(lambda _: soon(lambda: any(self.run_dir.glob("checkpoints/step-*"))), "training", 0)
 
     def ranks(self) -> list[int]:
         """Return the process ids of the ranks that are running on this machine, by rank."""
@@ -221,7 +232,7 @@ class Job:
     def freeze(self) -> list[int]:
         """Stop all ranks in the middle of training, so that what comes next does not race with its end."""
         metrics = self.run_dir / "metrics.jsonl"
-        self.until(lambda _: metrics.exists() and metrics.read_text(), "training", 0.2)
+        self.until(lambda _: soon(lambda: metrics.exists() and metrics.stat().st_size > 0), "training", 0)
         pids = self.ranks()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
