@@ -21,42 +21,30 @@ from ddp_mnist.distributed.launcher import entry_point, report_error, show_warni
 from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
 
-SIZE = 28
-DIGIT = 20
-"""Longer side of a digit in MNIST, in pixels."""
-CENTRE = 14.5
-"""Place of a digit's centre of mass in MNIST, in pixels from the edge; measured: all are within half a pixel of it."""
+SIZE, DIGIT = 28, 20  # sides of MNIST's images and of the digits in them, in pixels
+CENTRE = 14.5  # of a digit's mass in MNIST, in pixels from the edge; measured: all are within half a pixel of it
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 SCALING = Image.Resampling.BOX
-WORKING_SIZE = 1120
-"""Longest side that is worked on, in pixels; larger pictures are averaged down first."""
-CONTRAST = 16
-"""Smallest difference between ink and background, of the 255 of a colour channel."""
-INK = 50
-"""Share of the full ink, of 255, from which a pixel counts for the bounding box: above JPEG's noise around an edge."""
-
-
-class PictureError(JobError):
-    """A picture that cannot be used."""
+CONTRAST = 16  # smallest difference between ink and background, of the 255 of a colour channel
+INK = 50  # part of the full ink, of 255, from which a pixel counts: above JPEG's noise around an edge
 
 
 def prepare(path: Path, dataset: str) -> NDArray[np.uint8]:
     """Return the picture as the data set would have it: uint8 (28, 28), light on black.
 
     Raises:
-        PictureError: It cannot be read, or there is nothing on it.
+        JobError: It cannot be read, or there is nothing on it.
     """
     pixels = np.asarray(_read(path), dtype=np.float32)
     background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     ink = np.abs(pixels - background).max(axis=2)  # darker or lighter, whatever the colours
     if ink.max() < CONTRAST:
-        raise PictureError(f"{path} is of one colour: there is nothing to see in it.")
+        raise JobError(f"{path} is of one colour: there is nothing to see in it.")
     image = Image.fromarray(np.rint(ink * (255 / ink.max())).astype(np.uint8))
     if dataset == "fashion-mnist":  # fills its images
         return np.asarray(ImageOps.pad(image, (SIZE, SIZE), SCALING))
     digit = image.crop(image.point(lambda level: level >= INK).getbbox())
-    width, height = (max(1, round(DIGIT * side / max(digit.size))) for side in digit.size)
-    digit = digit.resize((width, height), SCALING)
+    digit = digit.resize([max(1, round(DIGIT * side / max(digit.size))) for side in digit.size], SCALING)
     mass = np.asarray(digit, dtype=np.float64)
     centre = [mass.sum(axis) @ (np.arange(side) + 0.5) / mass.sum() for axis, side in enumerate(digit.size)]
     whole = Image.new("L", (SIZE, SIZE))
@@ -65,19 +53,16 @@ def prepare(path: Path, dataset: str) -> NDArray[np.uint8]:
 
 
 def _read(path: Path) -> Image.Image:
-    """Return the first frame upright, RGB, on grey where it is transparent. Raises: PictureError."""
+    """Return the first frame upright, RGB, on grey where it is transparent. Raises: JobError."""
     try:
         with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # greys of 16 bits, which `convert` would cut at 255
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        image = image.convert("RGBA")
+            image = ImageOps.exif_transpose(file).convert("RGBA")
     except UnidentifiedImageError as error:
-        raise PictureError(f"{path} is not a picture in one of the formats {', '.join(FORMATS)}.") from error
+        raise JobError(f"{path} is not a picture in one of the formats {', '.join(FORMATS)}.") from error
     except Exception as error:  # pillow's decoders raise almost anything on damaged files
         why = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise PictureError(f"{path} cannot be read: {why}.") from error
-    image.thumbnail((WORKING_SIZE, WORKING_SIZE), SCALING)
+        raise JobError(f"{path} cannot be read: {why}.") from error
+    image.thumbnail((1120, 1120), SCALING)  # a photo has more pixels than a digit needs
     return Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image).convert("RGB")
 
 
@@ -104,19 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in options.images:
         try:
             images[path] = prepare(path, dataset)
-        except PictureError as error:
+        except JobError as error:
             results[path] = {"error": str(error)}
             report_error(error)
     names = class_names(dataset)
     rows = predict(options.run_dir, list(images.values())) if images else ()
-    for path, probabilities in zip(images, rows, strict=True):
-        top: list[dict[str, Any]] = []
-        for label in np.argsort(-probabilities, kind="stable")[:3].tolist():
-            name = {} if names[label] == str(label) else {"name": names[label]}
-            top.append({"label": label, "probability": float(probabilities[label]), **name})
+    for path, chances in zip(images, rows, strict=True):
+        best = np.argsort(-chances, kind="stable")[:3].tolist()
+        top = [{"label": label, "name": names[label], "probability": float(chances[label])} for label in best]
         results[path] = {**top[0], "top": top}
         if not options.json:
-            print(f"{path}: " + ", ".join(f"{names[each['label']]} {each['probability']:.1%}" for each in top))
+            print(f"{path}: " + ", ".join(f"{each['name']} {each['probability']:.1%}" for each in top))
     if options.json:
         print(json.dumps([{"image": str(path), **results[path]} for path in options.images], indent=2))
     return int(len(images) < len(results))
@@ -126,10 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.predict",
         description="Classify pictures with a trained run; print the three highest probabilities.",
-        epilog="Each picture should show one upright digit in one ink, darker or lighter than an even background, "
-        "with any margin. It is cropped to its ink, scaled into 20 x 20 and centred by mass in 28 x 28, as MNIST "
-        "was made. For a run on fashion-mnist: one piece of clothing that fills the picture, which is only scaled. "
-        f"Transparent parts are background; of several frames the first is used. {', '.join(FORMATS)}.",
+        epilog="A picture shows one upright digit in one ink on an even background, dark or light, with any margin; "
+        f"for a run on fashion-mnist, one piece of clothing that fills it. {', '.join(FORMATS)}.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run that has a checkpoint, finished or not")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")

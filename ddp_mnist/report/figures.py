@@ -5,70 +5,48 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
 from ddp_mnist.data.mnist import class_names
-from ddp_mnist.report.runs import RunLog, comparison, format_table
+from ddp_mnist.report.runs import RunLog, comparison
 
-TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "synthetic": "GENERATED DIGITS (NOT MNIST)"}
 # Okabe and Ito's colours for the colour-blind. Seven and four have no common divisor: the first 28 runs look different.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES, GREY, ALARM = ("-", "--", "-.", ":"), "#666666", "#B00020"
+STYLES = ("-", "--", "-.", ":")
 
 
 def curves_figure(runs: Sequence[RunLog]) -> Figure:
-    """Draw loss above accuracy, training (thin) and test (with marks), of one run or of several over each other."""
-    table = format_table(comparison(runs)) if len(runs) > 1 else []
-    figure = _figure(8, 8 + 0.2 * len(table), runs, "loss and accuracy")
-    loss, accuracy = figure.subplots(2, sharex=True)
+    """Draw the losses of one run or several, above the accuracies if there are any: training thin, test thick.
+
+    Scaled by logarithms, accuracy by the share of errors: 98 and 99 % are as far apart as 80 and 90 %.
+    """
+    keys = ["loss", "accuracy"] if any(run.series("train/accuracy")[0] for run in runs) else ["loss"]
+    figure = _figure(8, 4 * len(keys) + 0.2 * len(runs), runs, " and ".join(keys))
     sizes = [run.config.get("steps_per_epoch", 0) for run in runs]
-    for number, run in enumerate(runs):
-        for axes, key in (loss, "loss"), (accuracy, "accuracy"):
-            _plot(axes, key, run, number, sizes[number] if all(sizes) else 1)
-    if table:
-        font = {"family": "monospace", "size": min(8.5, 850 / max(map(len, table)))}  # as wide as the figure
-        texts, lines = [line.replace("$", r"\$") for line in table], [Line2D([], [], ls=""), *accuracy.lines[1::2]]
-        title = "thin: training, with marks: test"
-        figure.legend(lines, texts, loc="outside lower left", handlelength=4, prop=font, title=title, alignment="left")
-    else:
-        for axes, form in (loss, "{:.4f}"), (accuracy, "{:.2%}"):
-            for point in np.asarray(axes.lines[1].get_xydata())[-1:]:
-                axes.annotate(form.format(point[1]), point, (0, 8), textcoords="offset points", ha="right")
-            axes.legend()
-    _scale(loss, accuracy)
-    accuracy.set_xlabel("epoch" if all(sizes) else "step")
-    return figure
-
-
-def _plot(axes: Axes, key: str, run: RunLog, number: int, scale: int) -> None:
-    """Draw the training and test values of the `number`-th run, with `scale` steps to a unit of x."""
-    colour, style = (each[number % len(each)] for each in (COLOURS, STYLES))
-    steps, values = run.series(f"train/{key}")
-    dot = "." if len(steps) == 1 else ""  # a line of one point would not be seen
-    axes.plot(np.divide(steps, scale), values, color=colour, lw=0.8, alpha=0.6, marker=dot, label="training")
-    steps, values = run.series(f"test/{key}")
-    axes.plot(np.divide(steps, scale), values, color=colour, ls=style, lw=2, marker="o", ms=5, label="test")
-
-
-def _scale(loss: Axes, accuracy: Axes) -> None:
-    """Scale both by logarithms, accuracy by the share of errors: 98 and 99 % are as far apart as 80 and 90 %."""
-    loss.set(ylabel="loss", yscale="log", xlim=(0, None))
-    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    loss.yaxis.set_minor_locator(LogLocator(subs=()))
-    loss.yaxis.set_major_formatter("{x:g}")
-    to_height = (lambda a: -np.log10(np.maximum(1.001 - a, 1e-9)), lambda y: 1.001 - np.power(10.0, -y))  # 100 % too
-    accuracy.set_yscale("function", functions=to_height)
-    lowest = min(0.9, *(value for line in accuracy.lines for value in np.asarray(line.get_ydata())))
-    accuracy.set(ylabel="accuracy", yticks=[0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999], ylim=(lowest, 1.0003))
-    accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    for axes in loss, accuracy:
+    every_axes = figure.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
+    for axes, key in zip(every_axes, keys, strict=True):
+        for number, (run, size) in enumerate(zip(runs, sizes, strict=True)):
+            style = {"color": COLOURS[number % len(COLOURS)], "ls": STYLES[number % len(STYLES)]}
+            for part, look in ("train", {"lw": 0.8, "alpha": 0.6, "ls": "-"}), ("test", {"lw": 2, "marker": "o"}):
+                steps, values = run.series(f"{part}/{key}")
+                heights = np.maximum(1 - np.array(values), 1e-4) if key == "accuracy" else values
+                dot = {"marker": "."} if len(steps) == 1 else {}  # a line of one point would not be seen
+                axes.plot(np.divide(steps, size if all(sizes) else 1), heights, **style | dot | look)
+        axes.set(ylabel=key, yscale="log", xlim=(0, None))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(LogLocator(subs=()))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25)
+    every_axes[-1].set_xlabel("epoch" if all(sizes) else "step")
+    if keys[1:]:
+        every_axes[1].invert_yaxis()
+        every_axes[1].yaxis.set_major_formatter(lambda error, _: f"{100 - 100 * error:g}%")
+    names, title = [row[0].replace("$", r"\$") for row in comparison(runs)[1:]], "thin: training, with marks: test"
+    lines = every_axes[0].lines[1::2]
+    figure.legend(lines, names, loc="outside lower left", handlelength=4, title=title, alignment="left")
+    return figure
 
 
 def confusion_figure(run: RunLog) -> Figure:
@@ -80,15 +58,13 @@ def confusion_figure(run: RunLog) -> Figure:
     axes = figure.subplots()
     axes.set(xlabel="predicted", ylabel="true class", facecolor="#ebebeb")  # which the diagonal lets through
     share = np.ma.array(counts / np.maximum(total, 1)[:, None], mask=np.eye(len(counts), dtype=bool))
-    norm = PowerNorm(0.5, 0, 1.3 * share.max())
-    axes.imshow(share, cmap="Oranges", norm=norm, aspect="auto")
-    if len(counts) > 30:  # for 200 classes the numbers take a minute to draw, and nobody can read them
+    axes.imshow(share**0.5, cmap="Oranges", vmin=0, vmax=1.6 * share.max() ** 0.5 or 1, aspect="auto")
+    if len(counts) > 30:  # the numbers of more take long to draw, and nobody can read them
         return figure
     for row, column in zip(*counts.nonzero(), strict=True):
-        colour = GREY if row == column else "white" if norm(share[row, column]) > 0.65 else "black"
-        axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=colour)
+        axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center")
     names = class_names(run.dataset, len(counts))
-    axes.set_xticks(classes, names, fontsize=10 if max(map(len, names)) < 4 else 8)
+    axes.set_xticks(classes, names, fontsize=8)
     axes.set_yticks(classes, names)
     accuracies = axes.secondary_yaxis("right")
     accuracies.set_yticks(classes, [f"{part:.1%}" for part in right / np.maximum(total, 1)])
@@ -108,7 +84,6 @@ def mistakes_figure(run: RunLog, images: Any) -> Figure:
     for number, (image, mistake) in enumerate(zip(images, mistakes, strict=True)):
         left, top = 1.4 * (number % 5), 1.48 * (number // 5)
         axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(left, left + 1, top + 1, top))
-        axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor="#cccccc"))
         text = f"{names[mistake['label']]} → {names[mistake['prediction']]}\n{mistake['confidence']:.2%}"
         axes.text(left + 0.5, top - 0.05, text, fontsize=9, ha="center", va="bottom")
     axes.set(xlim=(-0.2, 6.8), ylim=(1.48 * rows - 0.43, -0.43))
@@ -119,10 +94,11 @@ def _figure(width: float, height: float, runs: Sequence[RunLog], what: str, capt
     """Make an empty figure, in inches, with a title that names the data."""
     figure = Figure((width, height), dpi=150, layout="constrained")
     name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    data = " + ".join(dict.fromkeys(TITLES.get(run.dataset, run.dataset) for run in runs))
-    colour = ALARM if any(run.dataset == "synthetic" for run in runs) else "black"
+    data = " + ".join(dict.fromkeys(run.dataset for run in runs))
+    colour = "#B00020" if "synthetic" in data else "black"
+    data = data.replace("synthetic", "GENERATED DIGITS (NOT MNIST)")
     figure.suptitle(f"{name}\n{data}: {what}", x=0.02, ha="left", weight="bold", color=colour, parse_math=False)
-    figure.supxlabel(caption, x=0.02, ha="left", fontsize=10, color=GREY)
+    figure.supxlabel(caption, x=0.02, ha="left", fontsize=10, color="#666666")
     return figure
 
 

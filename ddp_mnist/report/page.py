@@ -1,6 +1,5 @@
 """The page of a run, or of several beside each other, with its pictures. Imports no torch, and matplotlib to draw."""
 
-import argparse
 import base64
 import logging
 import shlex
@@ -10,10 +9,9 @@ from typing import Any
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.distributed.launcher import entry_point
 from ddp_mnist.errors import JobError
-from ddp_mnist.report.runs import RunLog, comparison, format_table, read_runs
-from ddp_mnist.run.directory import format_setting, write_atomic
+from ddp_mnist.report.runs import RunLog, comparison, read_runs
+from ddp_mnist.run.directory import format_setting, translate_write_errors, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -38,22 +36,18 @@ def draw(run_dirs: Sequence[Path], *, output: Path | None = None, data_dir: Path
     import jinja2  # like matplotlib only to draw
 
     runs = read_runs(run_dirs)
-    notes = [note for run in runs for note in run.missing()]
+    notes: list[str] = []
     files = _draw_pictures(runs, data_dir, notes)
     source = Path(__file__).with_name("page.html.j2").read_text()
     template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     tools = {"base64": base64.b64encode, "setting": format_setting}
     files[PAGE] = template.render(tools, runs=runs, table=comparison(runs), pictures=files, notes=notes).encode()
-    folder = output or (runs[0].path if len(runs) == 1 else Path("report"))
-    try:
+    with translate_write_errors(output or (runs[0].path if len(runs) == 1 else Path("report"))) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        if len(runs) == 1:
-            for name in {CURVES, CONFUSION, MISTAKES} - files.keys():  # of a run that --fresh has set aside
-                (folder / name).unlink(missing_ok=True)
+        for name in {CURVES, CONFUSION, MISTAKES} - files.keys() if len(runs) == 1 else ():
+            (folder / name).unlink(missing_ok=True)  # of a run that --fresh has set aside
         for name, content in files.items():
             write_atomic(folder / name, content)
-    except OSError as error:
-        raise JobError(f"{folder} cannot be written: {error.strerror}. Choose another place with --output.") from error
     return [*notes, *(f"wrote {folder / name}" for name in files)]
 
 
@@ -61,17 +55,17 @@ def _draw_pictures(runs: Sequence[RunLog], data_dir: Path | None, notes: list[st
     """Return the pictures for which there are numbers; add to `notes` where the mistakes have no images."""
     from ddp_mnist.report import figures
 
-    run, score = runs[0], runs[0].score if len(runs) == 1 else {}
     drawn = {}
-    if measured := [each for each in runs if each.lines]:
+    if measured := [run for run in runs if run.lines]:
         drawn[CURVES] = figures.curves_figure(measured)
+    score = runs[0].score if len(runs) == 1 else {}
     if score.get("test/confusion"):
-        drawn[CONFUSION] = figures.confusion_figure(run)
+        drawn[CONFUSION] = figures.confusion_figure(runs[0])
     if score.get("test/mistakes"):
         try:
-            drawn[MISTAKES] = figures.mistakes_figure(run, _test_images(run, data_dir))
+            drawn[MISTAKES] = figures.mistakes_figure(runs[0], _test_images(runs[0], data_dir))
         except JobError as error:
-            notes.append(f"{run.path}: no picture of the mistakes. {error}")
+            notes.append(f"{runs[0].path}: no picture of the mistakes. {error}")
     return {name: figures.png(figure) for name, figure in drawn.items()}
 
 
@@ -86,21 +80,3 @@ def _test_images(run: RunLog, data_dir: Path | None) -> Any:
     if max(rows) >= len(labels) or labels[[*rows]].tolist() != [*expected]:
         raise JobError("The test images found are not those that the run was scored on. Name theirs with --data-dir.")
     return images[[*rows]]
-
-
-@entry_point
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ddp_mnist.report", description="Draw one run, or compare several.")
-    add = parser.add_argument
-    add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    add("--output", type=Path, metavar="DIR", help="where to write (default: the one run's directory, else report/)")
-    add("--data-dir", type=Path, metavar="DIR", help="test images (default: the run's, else $DDP_MNIST_DATA)")
-    add("--table", action="store_true", help="only print a table: one row per run, best test accuracy first")
-    options = parser.parse_args(argv)
-    if options.table:
-        lines = format_table(comparison(read_runs(options.run_dirs)))
-    else:
-        lines = draw(options.run_dirs, output=options.output, data_dir=options.data_dir)
-    print(*lines, sep="\n")
-    return 0

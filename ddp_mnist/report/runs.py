@@ -1,6 +1,7 @@
 """Read and compare what runs have written so far: from files alone, without torch."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class RunLog:
     @property
     def score(self) -> dict[str, Any]:
         """Return the line with the newest test score; {} before the first."""
-        return next((line for line in reversed(self.lines) if line.get("test/accuracy") is not None), {})
+        return next((line for line in reversed(self.lines) if "test/loss" in line), {})
 
     @property
     def state(self) -> str:
@@ -49,35 +50,25 @@ class RunLog:
         lines = [line for line in self.lines if line.get(key) is not None]
         return [line["step"] for line in lines], [line[key] for line in lines]
 
-    def missing(self) -> list[str]:
-        """Return a sentence for everything that is not known yet."""
-        sentences = {
-            f"{CONFIG} is missing or damaged: the settings are not known.": self.config,
-            f"There is no {SUMMARY} yet: the run is still going, or was killed.": self.summary,
-            f"{METRICS} has no loss yet: no curves.": self.series("train/loss")[0],
-            "There is no test score before the end of an epoch: no confusion matrix, no mistakes.": self.score,
-        }
-        return [f"{self.path}: {sentence}" for sentence, known in sentences.items() if not known]
-
 
 def read_runs(paths: Sequence[Path]) -> list[RunLog]:
-    """Read one run, or several, of which some may not have started; best test accuracy first. Raises: JobError."""
+    """Read one run, or several, of which some may not have started; the best score first. Raises: JobError."""
     runs = [_read_run(path) for path in paths]
-    if len(runs) == 1 and runs[0].state == "not started":
-        raise JobError(f"{paths[0]} is not a run directory of ddp_mnist. Name what training was given as --output-dir.")
-    return sorted(runs, key=lambda run: (-run.score.get("test/accuracy", -1), run.name))
+    for path, run in zip(paths, runs, strict=True):
+        if not path.is_dir() or (len(runs) == 1 and run.state == "not started"):
+            raise JobError(f"{path} is not a run directory of ddp_mnist. Name what training was given as --output-dir.")
+    runs.sort(key=lambda run: (run.score.get("test/loss") or math.inf, run.name))  # where there is no accuracy
+    return sorted(runs, key=lambda run: -(run.score.get("test/accuracy") or 0))
 
 
 def _read_run(path: Path) -> RunLog:
-    if not path.is_dir():
-        raise JobError(f"{path} is no directory; expected a run directory: the --output-dir of a job that has started.")
     config, summary, lines = read_json(path / CONFIG), read_json(path / SUMMARY), _read_metrics(path / METRICS)
     settings = config.get("settings")
     if not isinstance(settings, dict):  # another program's, or damaged
         config, settings = {}, {}
-    dataset = str(settings.get("dataset") or summary.get("dataset") or "unknown data")
+    dataset = settings.get("dataset") or summary.get("dataset") or "unknown data"
     run = RunLog(path, path.resolve().name, config, settings, dataset, summary, lines)
-    if summary.get("test_accuracy") is not None and run.score.get("step") != run.step:  # --max-steps within an epoch
+    if summary.get("test_loss") is not None and run.score.get("step") != run.step:  # --max-steps within an epoch
         score = {name.replace("_", "/", 1): value for name, value in summary.items() if name.startswith("test_")}
         lines.append({"step": run.step} | score)
     return run

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import configparser
 import contextlib
-import http.client
 import importlib.util
 import json
 import netrc
@@ -60,12 +59,20 @@ def decide(config: TrainConfig) -> Mode:
     return Mode("offline", error, surprising=asked == "online") if error else Mode("online")
 
 
+def _home(otherwise: Path) -> Path:
+    """Return the user's home, or `otherwise` in a container that has neither HOME nor a name for the user."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return otherwise
+
+
 def _setting(name: str) -> str | None:
     """Return what wandb's settings files say: the one in this folder (`wandb disabled`) before the user's (`login`)."""
     settings = configparser.ConfigParser(interpolation=None)
-    users = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb", "settings")
-    with contextlib.suppress(configparser.Error, UnicodeDecodeError, RuntimeError):  # no home
-        settings.read([users.expanduser(), Path(os.environ.get("WANDB_DIR") or "", "wandb", "settings")])
+    folders = os.environ.get("WANDB_CONFIG_DIR") or _home(Path()) / ".config/wandb", os.environ.get("WANDB_DIR") or ""
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):
+        settings.read([Path(folders[0], "settings"), Path(folders[1], "wandb", "settings")])
     return settings.get("default", name, fallback=None)
 
 
@@ -81,27 +88,27 @@ def credentials_error() -> str | None:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
     _, host = _server()
-    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError, RuntimeError):
-        if netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host):
+    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        if netrc.netrc(os.environ.get("NETRC") or _home(Path()) / ".netrc").authenticators(host):
             return None
     return f"no key for {host} (WANDB_API_KEY, or `wandb login`)"
 
 
 def server_error() -> str | None:
-    """Return why the W&B server cannot be reached; None if it answers, whatever it says, within PROBE_SECONDS."""
+    """Return why the W&B server cannot be used, or None. Takes up to PROBE_SECONDS."""
     scheme, host = _server()
     error: str | None = f"{host} does not answer within {PROBE_SECONDS:g} s"
 
     def probe() -> None:
         nonlocal error
         try:
-            with contextlib.suppress(urllib.error.HTTPError):  # a 404 is an answer, too
-                urllib.request.urlopen(f"{scheme}://{host}", timeout=PROBE_SECONDS).close()
+            urllib.request.urlopen(f"{scheme}://{host}", timeout=PROBE_SECONDS).close()
             error = None
-        except (OSError, ValueError, http.client.HTTPException) as raised:
+        except Exception as raised:  # an address that is none, and whatever else lies at a port
             reason = getattr(raised, "reason", raised)
-            # wandb may know a certificate that Python does not.
-            error = None if isinstance(reason, ssl.SSLError) else f"{host} cannot be reached ({reason})"
+            # A 404 is an answer, too; and wandb may know a certificate that Python does not.
+            is_there = isinstance(raised, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError)
+            error = None if is_there else f"{host} cannot be reached ({reason})"
 
     thread = threading.Thread(target=probe, daemon=True)  # looking up a name has no time limit of its own
     thread.start()
@@ -114,7 +121,6 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
 
     def __init__(self, config: TrainConfig, *, is_main: bool) -> None:
         """Decide where to mirror to. Takes up to PROBE_SECONDS."""
-        self.config = config
         self.mode = decide(config) if is_main else Mode("disabled")  # after `wait` as it turned out
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -129,10 +135,10 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         try:
             if self.mode.name != "disabled":
                 self.folder.mkdir(exist_ok=True)
-                state = {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)}
-                state |= directory.read_json(run_dir / directory.WANDB_STATE)
+                before = directory.read_json(run_dir / directory.WANDB_STATE)
+                self.id = before.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+                state = {"id": self.id, "sent": before.get("sent", -1)}
                 directory.write_json(run_dir / directory.WANDB_STATE, state)  # before wandb hears of it
-                self.id = state["id"]
                 self._process = self._start()
         except OSError as error:
             self.mode = Mode("disabled", f"the mirror could not be started ({error})", surprising=True)
@@ -143,36 +149,27 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start the process. It also ends when its standard input closes, as it does when this process dies."""
-        config, run_dir = self.config, self.folder.parent
-        with (self.folder / LOG).open("ab") as log:
-            reading, writing = os.pipe()
-            self._news = os.fdopen(reading)
-            options = {
-                "mode": self.mode.name,
-                "model": config.wandb_model,
-                "news": writing,
-                "init": {
-                    "dir": str(run_dir.absolute()),
-                    "id": self.id,
-                    "project": config.wandb_project or os.environ.get("WANDB_PROJECT") or "ddp_mnist",
-                    "entity": config.wandb_entity,
-                    "group": config.wandb_group,
-                    "name": config.wandb_name or os.environ.get("WANDB_NAME") or run_dir.resolve().name,
-                    "tags": list(config.wandb_tags) or None,
-                },
-            }
-            # W&B's telemetry would try for 10 s without a network. The process finds its modules where this one did.
-            own = {"WANDB_MODE": self.mode.name, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            with os.fdopen(writing, "wb"):
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "ddp_mnist.wandb_mirror.process", json.dumps(options)],
-                    env={"WANDB_ERROR_REPORTING": "false", "WANDB_INIT_TIMEOUT": str(INIT_SECONDS)} | os.environ | own,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[writing],
-                    process_group=0,  # Ctrl-C and a launcher's signals to the group are the training's to answer
-                )
+        folder = self.folder.absolute()
+        defaults = {
+            "WANDB_ERROR_REPORTING": "false",  # without a network it would try for 10 s
+            "WANDB_INIT_TIMEOUT": str(INIT_SECONDS),
+            "WANDB_DATA_DIR": str(folder),  # files that `wandb sync` sends later; a home may be read-only
+        }
+        given = {name: value for name, value in os.environ.items() if value or not name.startswith("WANDB_")}
+        ours = {
+            "WANDB_MODE": self.mode.name,
+            "HOME": str(_home(folder)),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it finds its modules where this process did
+        }
+        with (folder / LOG).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ddp_mnist.wandb_mirror.process", self.mode.name, self.id, folder.parent],
+                env=defaults | given | ours,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                process_group=0,  # Ctrl-C and a launcher's signals to the group are the training's to answer
+            )
         os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
         return process
 
@@ -180,32 +177,31 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         """Say that the run has ended. Returns at once; `wait` waits. Only the first call counts."""
         if self._process and (stdin := self._process.stdin) and not stdin.closed:
             with contextlib.suppress(OSError), stdin:
-                stdin.write(json.dumps({"preempted": preempted, "exit_code": exit_code}).encode())
+                stdin.write(json.dumps({"preempted": preempted, "exit_code": exit_code}).encode() + b"\n")
 
     def wait(self, patience: float = PATIENCE) -> str:
         """Wait up to `patience` seconds until all is sent. Return what the user should know; empty if nothing."""
         if self._process is None:
             return ""
         process, self._process = self._process, None
-        news = {"mode": "disabled"}  # until it reports another one
+        problem = ""
         try:
             if code := process.wait(patience):
-                news["problem"] = f"its process ended with {code}"
+                problem = f"its process ended with {code}"
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            news["problem"] = f"not everything was sent within {patience:.0f} s"
-        with self._news:
-            for line in self._news:
-                news |= json.loads(line)
-        self.mode = Mode(news["mode"])
-        if "problem" in news:
-            advice = "" if self.mode.name == "disabled" else f" Send what is missing with: {self._sync_command()}"
-            return f"W&B: {news['problem']} (see {self.folder / LOG}); metrics.jsonl has everything.{advice}"
+            problem = f"not everything was sent within {patience:.0f} s"
+        state = directory.read_json(self.folder.parent / directory.WANDB_STATE)
+        self.mode = Mode(state.get("mode", "disabled"))
+        if problem:
+            problem = state.get("problem", problem)
+            advice = "" if self.mode.name == "disabled" else f" Send what wandb has with: {self._sync_command()}"
+            return f"W&B: {problem} (see {self.folder / LOG}); metrics.jsonl has everything.{advice}"
         if self.mode.name == "offline":
-            refused = f"; the server did not take it ({news['refusal']})" if "refusal" in news else ""
+            refused = f"; the server did not take it ({state['refusal']})" if "refusal" in state else ""
             return f"W&B: the run is in {self.folder}{refused}; send it with: {self._sync_command()}"
-        return f"W&B: {news['url']}" if news.get("url") else ""
+        return f"W&B: {state['url']}"
 
     def _sync_command(self) -> str:
         """Return the command that sends the rest. wandb takes what began online for sent: hence the option."""

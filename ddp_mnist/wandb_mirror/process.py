@@ -1,6 +1,6 @@
 """The mirror's own process: follow metrics.jsonl and summary.json, the truth, and send them to Weights & Biases.
 
-The only module that imports wandb. `mirror.py` starts it as `python -m ddp_mnist.wandb_mirror.process OPTIONS`.
+The only module that imports wandb. `mirror.py` starts it with the arguments MODE RUN_DIR ID.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 START_SECONDS = 300.0  # for wandb's service to start: a training on every core leaves it little CPU
 LOCK_SECONDS = START_SECONDS + 180.0  # for the mirror of a killed attempt to end: wandb's limits, added up
 POLL_SECONDS = 0.5
+FLUSH_SECONDS = 0.1  # until wandb has a line on the disk, where it outlives a kill; wandb's default is 15
 
 
 def main() -> int:
@@ -34,108 +35,104 @@ def main() -> int:
     for name in ("HUP", "USR1", "XCPU", "USR2", "INT", "TERM"):  # `scancel` signals every process
         signal.signal(signal.Signals["SIG" + name], signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    options = json.loads(sys.argv[1])
-    training = Training(options["news"])
+    mode, run_id, run_dir = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    end: dict[str, Any] = {}
     try:
-        _lock = directory.lock(Path(options["init"]["dir"], directory.WANDB), LOCK_SECONDS)  # until this process ends
+        _lock = directory.lock(run_dir / directory.WANDB, LOCK_SECONDS)  # until this process ends
         try:
-            mirror(options, training)
+            mirror(run_dir, run_id, mode, end)
         except Exception:  # signals to every process, as SLURM sends them, end wandb's service
             log.exception("once more")
             with contextlib.suppress(Exception):
                 wandb.teardown()
-            mirror(options, training)
+            mirror(run_dir, run_id, mode, end)
     except Exception as error:
         log.exception("the mirror has failed")
-        training.report(problem=f"{type(error).__name__}: {error}")
+        note(run_dir, run_id, problem=f"{type(error).__name__}: {error}")
         return 1
     return 0
 
 
-class Training:
-    """The training, at the other end of standard input and of the pipe `news`."""
-
-    def __init__(self, news: int) -> None:
-        self.ended = self.preempted = False
-        self.exit_code = 1  # of a training that is killed and cannot say it
-        self._news = news
-
-    def wait_for_end(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the end of the training. Return True if it has come."""
-        if not self.ended and select.select([sys.stdin], [], [], seconds)[0]:
-            self.ended = True
-            with contextlib.suppress(ValueError):  # cut short, or empty
-                said = json.loads(sys.stdin.read())
-                self.preempted, self.exit_code = said["preempted"], said["exit_code"]
-        return self.ended
-
-    def report(self, **news: str) -> None:
-        """Send `mode`, `url`, `refusal` or `problem` to the training, if it is still there."""
-        with contextlib.suppress(OSError):
-            os.write(self._news, json.dumps(news).encode() + b"\n")
-
-
-def mirror(options: dict[str, Any], training: Training) -> None:
+def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
     """Send what is new in metrics.jsonl until the training has ended, then its summary. Raises what wandb raises."""
-    run_dir, run = Path(options["init"]["dir"]), start_run(options, training)
+    run = start_run(run_dir, run_id, mode)
     mode = "offline" if run.offline else "online"
-    training.report(mode=mode, url=run.url or "")
-    path = run_dir / directory.WANDB_STATE
     # Online the server knows best what it has, also from a killed mirror; offline, wandb.json says what was written.
-    sent = int(run.summary.get("step") or -1) if mode == "online" else directory.read_json(path).get("sent", -1)
+    sent = directory.read_json(run_dir / directory.WANDB_STATE).get("sent", -1)
+    if mode == "online":
+        sent = int(run.summary.get("step") or -1)
     rest, ended = b"", False
     with (run_dir / directory.METRICS).open("rb") as file:
         while not ended:
-            ended = training.wait_for_end(POLL_SECONDS)  # asked before reading: no line from before the end is missed
-            state = directory.read_json(path)
-            if state.get("id") != run.id:  # after --fresh
-                sys.exit(f"{run_dir} belongs to another W&B run by now")
+            ended = wait_for_end(end, POLL_SECONDS)  # before reading: no line from before the end is missed
+            note(run_dir, run_id, mode=mode, url=run.url, sent=sent)  # of the turn before: wandb has flushed it by now
             *lines, rest = (rest + file.read()).split(b"\n")
             for record in map(json.loads, lines):
                 if record["step"] > sent:
                     log_record(run, record, run_dir)
                     sent = record["step"]
-            if sent > state.get("sent", -1):
-                directory.write_json(path, state | {"sent": sent})
     summary = directory.read_json(run_dir / directory.SUMMARY) | {"wandb_mode": mode}
     run.summary.update({key: value for key, value in summary.items() if not isinstance(value, list)})
-    if options["model"] and summary.get("finished"):
-        model = wandb.Artifact(f"model-{run.id}", type="model", metadata={"test_accuracy": summary["test_accuracy"]})
+    if run.config["settings"].get("wandb_model") and summary.get("finished"):
+        model = wandb.Artifact(f"model-{run_id}", type="model", metadata={"test_accuracy": summary["test_accuracy"]})
         model.add_file(str(run_dir / directory.WEIGHTS))
         run.log_artifact(model)
-    if training.preempted:
+    if end["preempted"]:
         run.mark_preempting()
-    run.finish(exit_code=training.exit_code)
+    run.finish(exit_code=end["exit_code"])
+    note(run_dir, run_id, sent=sent)
 
 
-def start_run(options: dict[str, Any], training: Training) -> wandb.Run:
+def wait_for_end(end: dict[str, Any], seconds: float) -> bool:
+    """Wait up to `seconds` for the end of the training. Return True if it has come; `end` then says how."""
+    if not end and select.select([sys.stdin], [], [], seconds)[0]:
+        end.update(preempted=False, exit_code=1)  # of a training that was killed and could not say it
+        with contextlib.suppress(ValueError):
+            end.update(json.loads(sys.stdin.readline()))  # it stays open while a loader's process has it
+    return bool(end)
+
+
+def note(run_dir: Path, run_id: str, **facts: Any) -> None:
+    """Write facts into wandb.json. End the process if the run directory belongs to another W&B run by now."""
+    state = directory.read_json(run_dir / directory.WANDB_STATE)
+    if state.get("id") != run_id:  # after --fresh
+        sys.exit(f"{run_dir} belongs to another W&B run by now")
+    if not facts.items() <= state.items():
+        directory.write_json(run_dir / directory.WANDB_STATE, state | facts)
+
+
+def start_run(run_dir: Path, run_id: str, mode: str) -> wandb.Run:
     """Return wandb's run: offline also where the server turns out not to take it. Raises what wandb raises."""
+    config = directory.read_json(run_dir / directory.CONFIG)
+    asked = {name: config["settings"].get(f"wandb_{name}") for name in ("project", "entity", "group", "name", "tags")}
+    asked["project"] = asked["project"] or os.environ.get("WANDB_PROJECT", "ddp_mnist")
+    asked["name"] = asked["name"] or os.environ.get("WANDB_NAME", run_dir.resolve().name)
     settings = wandb.Settings(
         console="off",
         disable_code=True,
         disable_git=True,  # ours is in the config; a remote's address may hold a token
         x_stats_pid=os.getppid(),  # the training's
-        x_transaction_log_flush_interval=1.0,  # seconds of lines that a kill loses; wandb's default is 15
+        x_transaction_log_flush_interval=FLUSH_SECONDS,
         x_service_wait=START_SECONDS,
         finish_timeout=PATIENCE - 5,
         finish_timeout_raises=True,
     )
-    config = directory.read_json(Path(options["init"]["dir"], directory.CONFIG))
-    given = {**options["init"], "config": config, "resume": "allow", "allow_val_change": True, "settings": settings}
-    if options["mode"] == "online":
+    given = {**asked, "dir": str(run_dir), "id": run_id, "config": config, "settings": settings}
+    given |= {"resume": "allow", "allow_val_change": True}
+    if mode == "online":
         try:
             return wandb.init(**given, mode="online")
         except Exception as error:  # not only wandb.Error, when its service dies
-            training.report(refusal=str(error).partition("\n")[0] or type(error).__name__)
+            note(run_dir, run_id, refusal=str(error).partition("\n")[0] or type(error).__name__)
             wandb.teardown()
     settings.init_timeout = START_SECONDS
     return wandb.init(**given, mode="offline")
 
 
-def log_record(run: Any, record: dict[str, Any], run_dir: Path) -> None:
+def log_record(run: wandb.Run, record: dict[str, Any], run_dir: Path) -> None:
     """Log a line of metrics.jsonl. Our step is also wandb's own, so that it goes on in the next attempt."""
     numbers = {key: value for key, value in record.items() if not isinstance(value, list)}
-    for label, accuracy in enumerate(record.get("test/class_accuracy", ())):
+    for label, accuracy in enumerate(record.get("test/class_accuracy") or ()):
         numbers[f"test/class_accuracy/{label}"] = accuracy
     try:
         run.log(numbers | media(record, run_dir), step=record["step"], commit=True)
