@@ -4,26 +4,28 @@ import argparse
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import baselines
 import report
 from report import line
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
 from ddp_mnist.data.sources import load, resolve
-from ddp_mnist.errors import JobError
+from ddp_mnist.distributed.launcher import entry_point, limit_spinning
 
 HERE, TUTORIAL = Path(__file__).resolve().parent, "the tutorial's loop"
 Lines = list[dict[str, Any]]
@@ -36,11 +38,15 @@ QUICK = {"images": 6_000, "steps": 50, "turns": 2, "slow_turns": 1, "epochs": 1}
 class Worker:
     """Processes of `worker.py` for one side, until its row ends. `number`: threads, 0: all; or runs of `overhead`."""
 
-    def __init__(self, setup: Any, side: str, number: int = 0, ranks: int = 0) -> None:
+    def __init__(self, setup: Any, side: str, number: int = 0, ranks: int = 0, *, spins: bool = False) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
         words = [str(HERE / "worker.py"), side, setup.dataset, str(setup.data_dir), str(number)]
-        # Ranks are compared on the CPU, also where there is a GPU, which two of them could only share.
-        variables = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if ranks else {})
+        with mock.patch.dict(os.environ):
+            if side in ("ours", "overhead") and not spins:
+                limit_spinning()  # as the job's command does
+            # Ranks are compared on the CPU, also where there is a GPU, which two of them could only share.
+            variables = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if ranks else {})
+        variables["TMPDIR"] = str(setup.scratch)  # loader processes that are ended leave folders there
         self.side, self.errors = side, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the row
         options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
         options |= {"env": variables, "cwd": setup.scratch, "start_new_session": True}  # Ctrl-C is not for them
@@ -59,10 +65,10 @@ class Worker:
         said = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*[Ee]rror: .+)", self.errors.read(), re.MULTILINE)
         raise RuntimeError(f"{self.side} failed: {said[-1] if said else 'it said nothing'}")
 
-    def speed(self, steps: int, seed: int, **settings: Any) -> float:
-        """Return the images/s of so many steps of a new network, after a few that are not timed."""
+    def speed(self, request: dict[str, int], seed: int, **settings: Any) -> float:
+        """Return the images/s of a new network's turn as the request says, after a few steps that are not timed."""
         self.ask(seed, limit=5, settings=settings)
-        found = self.ask(limit=steps)
+        found = self.ask(**request)
         return found["images"] / found["seconds"]
 
 
@@ -82,12 +88,21 @@ def in_turn(turns: int, *actions: Callable[[int], Any]) -> list[list[Any]]:
     return found
 
 
-def step(setup: Any) -> Lines:
-    """Compare the images/s of training with two loops."""
+def step(setup: Any, what: str = "batch 64, Adam 1e-3", targets: Any = (">= 2.5", ">= 2.3"), **turn: int) -> Lines:
+    """Compare the images/s of training with two loops. `turn`: what is timed, for `ask`; default: some steps."""
     sides = start(*(Worker(setup, side) for side in ("ours", "tutorial", "accelerate")))
-    ours, tutorial, example = in_turn(setup.turns, *(partial(side.speed, setup.steps) for side in sides))
-    compare = partial(line, "training, batch 64, Adam 1e-3", "images/s", ours)
-    return [compare((TUTORIAL, tutorial), ">= 2.5"), compare(("Accelerate's example", example), ">= 2.3")]
+    speeds = (partial(side.speed, turn or {"limit": setup.steps}) for side in sides)
+    ours, tutorial, example = in_turn(setup.turns, *speeds)
+    compare = partial(line, f"training, {what}", "images/s", ours)
+    return [compare((TUTORIAL, tutorial), targets[0]), compare(("Accelerate's example", example), targets[1])]
+
+
+def files(setup: Any) -> Lines:
+    """Compare the same with PNGs, which two processes of each side decode, crop and flip."""
+    folder, count = setup.scratch / "pictures", setup.images // 30
+    baselines.write_pictures(folder, count)
+    setup = SimpleNamespace(**vars(setup) | {"dataset": "own-files", "data_dir": folder})
+    return step(setup, f"{count:,} PNGs, 2 loader processes", (">= 0.94", ""), epochs=3)
 
 
 def epoch(setup: Any) -> Lines:
@@ -97,21 +112,21 @@ def epoch(setup: Any) -> Lines:
     return [line("one epoch of training", "s", ours, (TUTORIAL, theirs))]
 
 
-def until(target: float, recipe: str, epochs: int, baseline: tuple[str, str], most: int, setup: Any) -> Lines:
+def until(target: float, recipe: str, epochs: int, baseline: tuple[str, str, int], goal: str, setup: Any) -> Lines:
     """Compare the seconds of training to the first epoch's end that scores `target`, over the seeds that reach it."""
-    side, name_of_side = baseline
+    side, name, most = baseline
     workers = start(Worker(setup, "ours"), Worker(setup, side))
     ours = partial(workers[0].ask, epochs=epochs, target=target, settings={"recipe": recipe, "epochs": epochs})
     theirs = partial(workers[1].ask, epochs=most, target=target)
     found = in_turn(setup.turns // 2 if side == "tutorial" else setup.turns, ours, theirs)
     reached = [[run["seconds"] for run in runs if run["accuracy"] >= target] for runs in found]
     notes = []
-    for name, runs, seconds in zip(("ours", "baseline"), found, reached, strict=True):
+    for whose, runs, seconds in zip(("ours", "baseline"), found, reached, strict=True):
         values = [100 * run["accuracy"] for run in runs]
         accuracy = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f}) %"
-        notes.append(f"{name}: {len(seconds)} of {len(runs)} seeds, {accuracy}")
+        notes.append(f"{whose}: {len(seconds)} of {len(runs)} seeds, {accuracy}")
     what = f"training until {target:.0%}: `--recipe {recipe} --epochs {epochs}`"
-    return [line(what, "s", reached[0], (name_of_side, reached[1]), note="; ".join(notes)) | {"seeds": found}]
+    return [line(what, "s", reached[0], (name, reached[1]), goal, "; ".join(notes)) | {"seeds": found}]
 
 
 def command(setup: Any) -> Lines:
@@ -124,21 +139,35 @@ def command(setup: Any) -> Lines:
 
     data = "--dataset", setup.dataset, "--data-dir", setup.data_dir, "--epochs", setup.epochs
     job = "-m", "ddp_mnist.train", *data, "--wandb", "disabled", "--output-dir"
-    script = HERE / "baselines.py", setup.dataset, setup.data_dir, setup.epochs
+    script = HERE / "baselines.py", setup.data_dir, setup.epochs
     found = in_turn(setup.slow_turns, lambda turn: seconds(*job, setup.scratch / str(turn)), lambda _: seconds(*script))
     what = f"`python -m ddp_mnist.train`, epochs {setup.epochs}, scores, pictures"
     return [line(what, "s", found[0], ("the tutorial's script", found[1]), "<= 0.42")]
 
 
-def ranks(setup: Any) -> Lines | str:
-    """Compare 2 ranks with 2 threads, or return why not."""
-    if len(os.sched_getaffinity(0)) < 2:
-        return "it takes 2 cores"
+def ranks(setup: Any) -> Lines:
+    """Compare 2 ranks with 2 threads."""
     sides, lines = start(Worker(setup, "ours", 1, ranks=2), Worker(setup, "ours", 2, ranks=1)), []
     for batch, steps, target in ((64, setup.steps, ""), (512, setup.steps // 5, ">= 0.8")):
-        ours, theirs = in_turn(2 * setup.turns, *(partial(side.speed, steps, batch_size=batch) for side in sides))
+        speeds = (partial(side.speed, {"limit": steps}, batch_size=batch) for side in sides)
+        ours, theirs = in_turn(2 * setup.turns, *speeds)
         what = f"CPU, batch {batch}: 2 ranks x 1 thread"
         lines.append(line(what, "images/s", ours, ("1 rank x 2 threads", theirs), target))
+    return lines
+
+
+def side_by_side(setup: Any, most: int = 3) -> Lines:
+    """Compare one run, and each of `most` at once, with and without our bound on how long OpenMP's threads spin."""
+    bound, free = (start(*(Worker(setup, "ours", spins=spins) for _ in range(most))) for spins in (False, True))
+
+    def speed(runs: tuple[Worker, ...], turn: int) -> float:
+        with ThreadPoolExecutor() as threads:
+            return statistics.mean(threads.map(lambda run: run.speed({"limit": setup.steps // 3}, turn), runs))
+
+    lines = []
+    for what, count in (("one run alone", 1), (f"each of {most} runs at once", most)):
+        ours, theirs = in_turn(setup.turns, partial(speed, bound[:count]), partial(speed, free[:count]))
+        lines.append(line(what, "images/s", ours, ("without the bound on spinning", theirs)))
     return lines
 
 
@@ -152,33 +181,30 @@ def overhead(setup: Any) -> Lines:
     return lines
 
 
-ROWS: dict[str, Callable[[Any], Lines | str]] = {
+ROWS: dict[str, Callable[[Any], Lines]] = {
     "step": step,
     "epoch": epoch,
-    "to-98": partial(until, 0.98, "fast", 1, ("tutorial", TUTORIAL), 5),
-    "to-99": partial(until, 0.99, "record", 2, ("published", "the published fast recipe"), 1),
+    "to-98": partial(until, 0.98, "fast", 1, ("tutorial", TUTORIAL, 5), "<= 0.083"),  # 12 times less
+    "to-99": partial(until, 0.99, "record", 2, ("published", "the published fast recipe", 1), ""),
     "command": command,
     "ranks": ranks,
+    "side-by-side": side_by_side,
+    "files": files,
     "overhead": overhead,
 }
 
 
-def stage(name: str, data_dir: Path, images: int, scratch: Path) -> tuple[str, Path]:
-    """Return the name and folder of the first `images` digits to train with, and a sixth as many to test with.
-
-    All but whole MNIST get the file names of Fashion-MNIST, whose raw files neither side checks by hash.
-    """
-    splits = load(name, data_dir)
-    if name == "mnist" and images == len(splits[0]):
-        return name, data_dir.resolve()
-    folder = scratch / "FashionMNIST" / "raw"
+def stage(name: str, data_dir: Path, images: int, root: Path) -> None:
+    """Write the first `images` digits to train with, and a sixth as many to test with, for every side."""
+    # By the names of Fashion-MNIST: the job checks those of MNIST by hash.
+    folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
-    for prefix, split, count in zip(("train", "t10k"), splits, (images, images // 6), strict=True):
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(mnist.pack(split.images[:count, 0].numpy()))
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(mnist.pack(split.labels[:count].byte().numpy()))
-    return "fashion-mnist", scratch
+    for prefix, split, count in zip(("train", "t10k"), load(name, data_dir), (images, images // 6), strict=True):
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(mnist.pack(split.inputs[:count, 0].numpy()))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(mnist.pack(split.targets[:count].byte().numpy()))
 
 
+@entry_point
 def main() -> int:
     """Return 0: measured, 1: a row failed, 2: a wrong flag, 130: interrupted. What was measured is printed and kept."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -191,33 +217,27 @@ def main() -> int:
     if unknown := [row for row in options.rows.split(",") if row not in ROWS]:
         print(f"error: there is no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}.", file=sys.stderr)
         return 2
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    found: dict[str, Any] = {"machine": report.machine(), "quick": options.quick, "rows": {}, "skipped": {}}
+    found: dict[str, Any] = {"machine": report.machine(), "quick": options.quick, "rows": {}}
     code = 0
     with tempfile.TemporaryDirectory(prefix="ddp-mnist-bench-") as folder:
+        setup = SimpleNamespace(**QUICK if options.quick else FULL, dataset="fashion-mnist")
+        setup.scratch = setup.data_dir = Path(folder)
+        found |= {"dataset": resolve(options.dataset, options.data_dir), "images": setup.images}
+        stage(found["dataset"], options.data_dir, setup.images, setup.data_dir)
         try:
-            setup = SimpleNamespace(**QUICK if options.quick else FULL, scratch=Path(folder))
-            name = resolve(options.dataset, options.data_dir)
-            found |= {"dataset": name, "images": setup.images}
-            setup.dataset, setup.data_dir = stage(name, options.data_dir, setup.images, setup.scratch)
             for row in options.rows.split(","):
                 started = time.monotonic()
                 try:
                     with ExitStack() as setup.stack:
-                        lines = ROWS[row](setup)
+                        found["rows"][row] = ROWS[row](setup)
+                    print(f"{row}: {time.monotonic() - started:.0f} s", file=sys.stderr)
                 except (RuntimeError, subprocess.CalledProcessError) as error:
-                    lines, code = str(error), 1
-                found["skipped" if isinstance(lines, str) else "rows"][row] = lines
+                    print(f"error: {row}: {error}", file=sys.stderr)
+                    code = 1
                 if options.json is not None:
                     report.write(options.json, found)
-                print(f"{row}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-        except (JobError, KeyboardInterrupt) as error:
-            print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-            code = error.exit_code if isinstance(error, JobError) else 130
-    if found["rows"] or found["skipped"]:
-        print(report.table(found))
+        finally:  # also where it is interrupted
+            print(report.table(found))
     return code
 
 

@@ -34,10 +34,8 @@ def can_capture(config: TrainConfig, context: Context, *, ours: bool) -> bool:
 
 @dataclass(frozen=True)
 class _Recording:
-    inputs: list[Tensor]
-    """Tensors from which the graph reads its arguments."""
-    output: Tensor
-    """Tensor that each replay overwrites."""
+    inputs: list[Tensor]  # from which the graph reads its arguments
+    output: Tensor  # which each replay overwrites
     graph: Any
 
 
@@ -48,14 +46,11 @@ class CUDAGraph:
     """
 
     def __init__(self, function: Callable[..., Tensor], mutable_state: Callable[[], Iterable[Tensor]]) -> None:
-        """Wrap `function`.
+        """Wrap `function` of tensors and hashable constants, which must not wait for the GPU.
 
-        Args:
-            function: Takes tensors and hashable constants. It must not wait for the GPU.
-            mutable_state: Returns all tensors that `function` changes in place. They are put back after a capture.
+        `mutable_state` returns all tensors that it changes in place. They are put back after a capture.
         """
-        self._function = function
-        self._mutable_state = mutable_state
+        self._function, self._mutable_state = function, mutable_state
         self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -67,11 +62,7 @@ class CUDAGraph:
         return recording.output.clone()
 
     def capture(self, *arguments: Any) -> _Recording:
-        """Return the recording for such arguments; make it the first time, which changes nothing.
-
-        Raises:
-            JobError: The function cannot be captured.
-        """
+        """Return the recording for such arguments; make it the first time. Raises JobError: it cannot be captured."""
         key = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in arguments)
         if key not in self._recordings:
             changed = list(self._mutable_state())

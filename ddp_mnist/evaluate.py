@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, recursively_apply
 from torch import Tensor, nn
 
 from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import sources
-from ddp_mnist.data.batches import Split, evaluation_batches, to_float
-from ddp_mnist.distributed.context import Context, translate_collective_errors
+from ddp_mnist.data.batches import Split, check_labels, evaluation_batches
+from ddp_mnist.distributed.context import Context, translate_errors
 from ddp_mnist.distributed.launcher import entry_point, hard_exit, rank_from_environment, show_warnings, suppress_output
 from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.model import CNN
 from ddp_mnist.run import directory
 from ddp_mnist.run.checkpoint import SavedRun, open_saved
-from ddp_mnist.workload import move_to_device
+from ddp_mnist.step import Loss, call, cross_entropy
 
 WORST = 25  # mistakes that a Score remembers
 
@@ -42,63 +42,92 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one network on one whole data set, each image counted once; equal on all ranks."""
+    """The score of one network on one whole data set, each item counted once; equal on all ranks."""
 
     loss: float
-    """Mean cross-entropy over all images."""
-    confusion: tuple[tuple[int, ...], ...]
-    """confusion[label][prediction]: number of images."""
+    """Mean loss over all items."""
+    count: int
+    """Number of items that were scored."""
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    """confusion[label][prediction]: number of images; None: the targets are no class labels."""
     mistakes: tuple[Mistake, ...] = ()
     """The most confident ones first; at most WORST, the same at every world size."""
 
     @property
-    def correct(self) -> int:
-        """Return how many images were classified correctly."""
-        return sum(row[label] for label, row in enumerate(self.confusion))
+    def correct(self) -> int | None:
+        """Return how many images were classified correctly; None without class labels."""
+        return None if self.confusion is None else sum(row[label] for label, row in enumerate(self.confusion))
 
     @property
-    def count(self) -> int:
-        """Return how many images were scored."""
-        return sum(map(sum, self.confusion))
-
-    @property
-    def accuracy(self) -> float:
-        """Return the correct part of the images, 0-1."""
-        return self.correct / self.count
+    def accuracy(self) -> float | None:
+        """Return the correct part of the images, 0-1; None without class labels."""
+        return None if self.correct is None else self.correct / self.count
 
     def class_accuracy(self) -> list[float | None]:
         """Return the accuracy of each class, 0-1; None for a class that the data set does not have."""
-        return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(self.confusion)]
+        return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(self.confusion or ())]
 
     def sentence(self) -> str:
-        """Return the tutorial's line."""
+        """Return the tutorial's line, or that of a network that is scored by its loss alone."""
+        if self.accuracy is None:
+            return f"Got a mean loss of {self.loss:.6g} over {self.count}"
         return f"Got {self.correct} / {self.count} with accuracy {100 * self.accuracy:.2f}"
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, split: Split, context: Context) -> Score:
-    """Return the network's exact score, in fp32, the same on every rank. Collective. Raises: as `count_classes`."""
-    classes = count_classes(network, split)
+def evaluate(
+    network: nn.Module, split: Split, context: Context, *, loss: Loss = cross_entropy, classes: int | None
+) -> Score:
+    """Return the network's exact score, in fp32, the same on every rank. Collective.
+
+    `loss` returns one value per item. `classes`: what `check_outputs` has returned for both.
+    """
     context.broadcast_tensors(network.buffers())  # such as batch norm's averages: each rank has seen other images
+    cells = classes * classes if classes is not None else 0
     # float64 holds the counts exactly and makes the loss the same at every world size; MPS has no float64.
     home = torch.device("cpu") if context.device.type == "mps" else context.device
-    totals = torch.zeros(1 + classes * classes, dtype=torch.float64, device=home)
+    totals = torch.zeros(2 + cells, dtype=torch.float64, device=home)
     mistakes: list[Mistake] = []
-    size = 250 if context.device.type == "cpu" else 10_000  # on a CPU what fits its caches
-    size = max(1, size * 784 // max(784, split.images[0].numel()))  # larger images, as much memory
+    size = chunk_size(split, context.device)
     first = context.rank * size
     with evaluation_mode(network):
-        for images, labels in evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size):
-            logits = network(to_float(images.clone()))  # a copy: a network may work in place on its input
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            cells = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-            totals += torch.cat([loss.view(1), cells]).to(home)
-            mistakes = _worst([*mistakes, *_mistakes(logits, labels, first)])
+        for inputs, targets in evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size):
+            outputs = call(network, inputs)
+            sums = [loss(outputs, targets).sum().view(1), torch.full((1,), len(targets), device=targets.device)]
+            if classes is not None:
+                sums.append(torch.bincount(targets * classes + outputs.argmax(1), minlength=cells))
+                mistakes = _worst([*mistakes, *_mistakes(outputs, targets, first)])
+            totals += torch.cat([each.to(home, torch.float64) for each in sums])
             first += context.world_size * size
-    loss_sum, *counts = context.sum(totals).tolist()
-    confusion = tuple(tuple(map(int, counts[start : start + classes])) for start in range(0, len(counts), classes))
-    assert sum(counts) == len(split), f"scored {sum(counts)} of {len(split)} images"
-    return Score(loss_sum / len(split), confusion, tuple(_worst(gather_object(mistakes))))
+    context.run_on_all_ranks(split.check)
+    loss_sum, count, *counts = context.sum(totals).tolist()
+    assert count == len(split), f"scored {count} of {len(split)} items"
+    if classes is None:
+        return Score(loss_sum / len(split), len(split))
+    confusion = tuple(tuple(map(int, counts[start : start + classes])) for start in range(0, cells, classes))
+    return Score(loss_sum / len(split), len(split), confusion, tuple(_worst(gather_object(mistakes))))
+
+
+def chunk_size(split: Split, device: torch.device) -> int:
+    """Return how many items to score at once, whatever the world size: the larger an item, the fewer."""
+    numbers = 0
+
+    def count(tensor: Tensor) -> None:
+        nonlocal numbers
+        numbers += tensor.numel()
+
+    recursively_apply(count, split.load(torch.zeros(1, dtype=torch.int64), 0)[0])
+    size = 250 if device.type == "cpu" else 10_000  # on a CPU what fits its caches
+    return max(1, size * 784 // max(784, numbers))
+
+
+def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move the network to the device, in place, and return it. Training and scoring use it, so both round alike."""
+    network.to(device)
+    # With NCHW weights a step takes 1.8 times as long on a CPU. Not for other networks: `view` may fail in them.
+    if device.type == "cpu" and isinstance(network, CNN):
+        network.to(memory_format=torch.channels_last)
+    return network
 
 
 @contextlib.contextmanager
@@ -114,16 +143,35 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def count_classes(network: nn.Module, split: Split) -> int:
-    """Return how many classes the network tells apart. Raises: UsageError if its output does not fit the labels."""
+def check_outputs(network: nn.Module, split: Split, loss: Loss = cross_entropy) -> int | None:
+    """Return how many classes the network tells apart; None if the targets are no class labels.
+
+    Raises:
+        UsageError: Outputs, targets and loss do not fit each other.
+    """
+    inputs, targets = split.load(torch.arange(min(2, len(split))), 0)
     with evaluation_mode(network):
-        logits = network(to_float(split.images[:1].clone()))
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UsageError(f"for one image the network gives {found}; expected logits (1, classes).")
-    if (highest := int(split.labels.max())) >= logits.shape[1]:
-        raise UsageError(f"the network tells {logits.shape[1]} classes apart; there is a label {highest}.")
-    return logits.shape[1]
+        outputs = call(network, inputs)
+    labels = not targets.is_floating_point() and targets.dim() == 1
+    logits = isinstance(outputs, Tensor) and outputs.dim() == 2
+    if loss is cross_entropy and not logits:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise UsageError(f"for {len(targets)} items the network gives {found}; expected logits (items, classes).")
+    if loss is cross_entropy and not labels:
+        found = f"{targets.dtype} {tuple(targets.shape[1:])}"
+        raise UsageError(f"a target is {found}; cross entropy expects a class, an integer. Give a `loss` of your own.")
+    classes = outputs.shape[1] if labels and logits else None
+    if classes is not None:
+        split.limit_labels(classes)
+        check_labels(targets, classes)
+    values = loss(outputs, targets)
+    if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
+        found = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise UsageError(
+            f"for {len(targets)} items the loss is {found}; expected one value per item, ({len(targets)},): "
+            'reduction="none", and a mean over what an item has several of.'
+        )
+    return classes
 
 
 def _mistakes(logits: Tensor, labels: Tensor, first: int) -> Iterator[Mistake]:
@@ -147,7 +195,8 @@ def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[Sa
     root = data_dir or (own if own.exists() else default_data_dir())
     splits = context.run_on_all_ranks(lambda: sources.load(saved.config.dataset, root))
     network = move_to_device(saved.network, context.device)  # as in training: the same rounding
-    return saved, [evaluate(network, split.to(context.device), context) for split in splits]
+    sets = [split.to(context.device) for split in splits]
+    return saved, [evaluate(network, each, context, classes=check_outputs(network, each)) for each in sets]
 
 
 @entry_point
@@ -158,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.nullcontext() if is_main else suppress_output():  # one message for a wrong flag
         options = _parser().parse_args(argv)
     config = TrainConfig(threads=options.threads, mixed_precision="no")
-    with Context(config) as context, translate_collective_errors(context):
+    with Context(config) as context, translate_errors(context):
         saved, (train, test) = _rescore(options.run_dir, context, options.data_dir)
     counts = {"train_correct": train.correct, "train_count": train.count}
     counts |= {"test_correct": test.correct, "test_count": test.count}

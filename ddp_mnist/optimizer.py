@@ -1,16 +1,21 @@
-"""Adam, and the state of any optimizer as named tensors for a checkpoint."""
+"""The optimizer: our Adam or the script's own; and the state of any as tensors and numbers for a checkpoint."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ddp_mnist.errors import JobError, UsageError
+
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+"""The network → its optimizer; the network, so that groups can be made by name."""
 
 
 class Adam(torch.optim.Adam):
@@ -28,6 +33,56 @@ def make_adam(config: TrainConfig, network: nn.Module) -> Adam:
     return Adam(network.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
+def make_optimizer(make: MakeOptimizer, network: nn.Module) -> torch.optim.Optimizer:
+    """Return the script's own optimizer of the network. Raises: UsageError if it is none that a step can use."""
+    optimizer = make(network)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"`optimizer` returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(f"{type(optimizer).__name__} computes the loss several times a step, which this job does not.")
+    known = {id(parameter) for parameter in network.parameters()}
+    if not all(id(each) in known for group in optimizer.param_groups for each in group["params"]):
+        raise UsageError("`optimizer` has parameters that are not the network's; expected those of its argument.")
+    return optimizer
+
+
+def describe(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's class, and of each group its parameters' names and its settings, as JSON has them."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    groups = [
+        _settings(group) | {"params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", "groups": groups}
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UsageError if a run's optimizer is not what it was; both as `describe` returned them before any step."""
+    differing = [("class", saved["class"], now["class"])]
+    differing += [("groups", len(saved["groups"]), len(now["groups"]))]
+    for number, (was, is_) in enumerate(zip(saved["groups"], now["groups"], strict=False)):
+        # Not all keys: another version of torch may have another setting.
+        differing += [(f"{key} in group {number}", was[key], is_[key]) for key in was if key in is_]
+    for what, was, is_ in differing:
+        if was != is_:
+            raise UsageError(
+                f"the run's optimizer has {what}: {was}, and now {is_}. Continue it with the same optimizer, choose "
+                "another output directory, or start over with --fresh."
+            )
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group that are numbers, words or lists of them, without those that choose a kernel."""
+    kernels = ("params", "foreach", "capturable", "differentiable", "fused")
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+    return {key: value for key, value in settings.items() if key not in kernels and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | list | None)
+
+
 def make_capturable(optimizer: Adam) -> None:
     """Let a CUDA graph capture Adam's step: its rate and all state become tensors that stay where they are."""
     for group in optimizer.param_groups:
@@ -40,9 +95,10 @@ def make_capturable(optimizer: Adam) -> None:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all groups; in place where a CUDA graph reads it."""
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's learning rate to this part of the one it began with; in place where a CUDA graph reads it."""
     for group in optimizer.param_groups:
+        rate = factor * group.setdefault("initial_lr", float(group["lr"]))  # as torch's own schedules call it
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
@@ -54,25 +110,42 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
-def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state on the CPU, as `<parameter>.<name of the state>`; {} before a first step."""
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in network.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's state as `<parameter>.<name of the state>`: tensors on the CPU, and what JSON can hold.
+
+    "groups" has the groups' settings, in which some optimizers count. Raises JobError: a state is neither.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {"groups": [_settings(group) for group in optimizer.param_groups]}
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+            elif _is_plain(value):
+                values[f"{name}.{key}"] = value
+            else:
+                raise JobError(f"{type(optimizer).__name__} keeps a {type(value).__name__}, {key}; expected tensors")
+    return tensors, values
 
 
-def load_state(network: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+def load_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> None:
     """Fill the optimizer's state from what `save_state` has returned."""
     parameters = dict(network.named_parameters())
     group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for full_name, value in saved.items():
+    for group, saved in zip(optimizer.param_groups, values.pop("groups"), strict=True):
+        # The rate is set in every step, and a CUDA graph reads it from a tensor that must stay.
+        group.update({key: value for key, value in saved.items() if key != "lr" and not isinstance(value, list)})
+    for full_name, value in values.items():
+        name, _, key = full_name.rpartition(".")
+        optimizer.state[parameters[name]][key] = value
+    for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
         parameter = parameters[name]
         if value.shape == parameter.shape and key != "step":
             # In the parameter's own memory layout: the fused kernel walks both in storage order.
-            target = torch.empty_like(parameter, requires_grad=False)
+            target = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
         else:  # Adam's `step` is on the CPU, unless fused or capturable
             group = group_of[parameter]
             on_device = key != "step" or group.get("fused") or group.get("capturable")

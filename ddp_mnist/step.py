@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from ddp_mnist.cuda_graph import CUDAGraph, can_capture
-from ddp_mnist.data.batches import Batch, Batches, to_float
-from ddp_mnist.optimizer import Adam, make_adam, make_capturable, set_rate, state_tensors
+from ddp_mnist.data.batches import Batch, Batches, seed_generators, to_float
+from ddp_mnist.model import CNN
+from ddp_mnist.optimizer import (
+    Adam,
+    MakeOptimizer,
+    describe,
+    make_adam,
+    make_capturable,
+    make_optimizer,
+    set_rates,
+    state_tensors,
+)
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.distributed.context import Context
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # the network's outputs (n, ...), targets (n,) → one loss per item (n,)
+Loss = Callable[[Any, Tensor], Tensor]
+"""The network's outputs, targets (n, ...) → one value per item (n,)."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each item (n,), of logits (n, classes) and classes (n,)."""
     return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def call(network: Any, inputs: Any) -> Any:
+    """Return the network's outputs for inputs as a data set has them: a dict's entries are keyword arguments."""
+    inputs = recursively_apply(to_float, inputs)
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, tuple | list) else network(inputs)
 
 
 class AutocastWrapper(nn.Module):
@@ -38,9 +58,9 @@ class AutocastWrapper(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the network's outputs."""
-        return self.network(images)
+        return self.network(*inputs, **named)
 
 
 class TrainStep:
@@ -53,16 +73,19 @@ class TrainStep:
         network: nn.Module,
         *,
         loss: Loss = cross_entropy,
-        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        capture: bool = False,
+        optimizer: MakeOptimizer | None = None,
+        classes: int | None = None,
     ) -> None:
         """Wrap the network, which is on the context's device, and make its optimizer. Collective.
 
-        `loss` returns one loss per item; the step takes their mean over the global batch. `optimizer` makes that of a
-        network; default: Adam. `capture`: run the step as a CUDA graph where possible, unless --no-cuda-graphs is set.
+        `loss` returns one value per item; the step takes their mean over the global batch. `optimizer` makes that of
+        the network; default: Adam. `classes`: how many the network tells apart; None: nothing is counted as correct.
         """
         self.config, self.context, self.network, self.loss = config, context, network, loss
-        self.optimizer = optimizer(network) if optimizer else make_adam(config, network)
+        self.classes = classes
+        self.optimizer = make_optimizer(optimizer, network) if optimizer else make_adam(config, network)
+        self.optimizer_identity = describe(network, self.optimizer)
+        self._is_ours = type(network) is CNN
         self.model: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
@@ -70,7 +93,7 @@ class TrainStep:
         self._norm: Tensor | None = None
         """Norm of the last gradient, if clipping or a CUDA graph gave it; else None, and `.grad` has the gradient."""
         self._graph: CUDAGraph | None = None
-        if can_capture(config, context, ours=capture) and isinstance(self.optimizer, Adam):
+        if can_capture(config, context, ours=self._is_ours) and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)
             self._graph = CUDAGraph(self._run_captured, self._mutable_state)
 
@@ -82,24 +105,24 @@ class TrainStep:
             model = torch.compile(model, dynamic=False)
         return model
 
-    def __call__(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step at the learning rate `rate`.
+    def __call__(self, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step with each group's learning rate at the part `factor`, 0-1, of its peak.
 
         Returns:
             (loss, correct): this rank's share of each, as scalars on the device. Summed over the ranks they are the
             mean loss and the correct predictions of the global batch.
         """
-        set_rate(self.optimizer, rate)
+        set_rates(self.optimizer, factor)
         self._seed(batch.seed)
-        arguments = batch.images, batch.labels, batch.count, batch.global_size
+        arguments = batch.inputs, batch.targets, batch.count, batch.global_size
         if self._graph is None:
             return self._run(*arguments)
         loss, correct, self._norm = self._graph(*arguments).unbind()
         return loss, correct
 
-    def _run(self, images: Tensor, labels: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
+    def _run(self, inputs: Any, targets: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()
-        loss, correct = self._accumulate_gradients(images, labels, count, global_size)
+        loss, correct = self._accumulate_gradients(inputs, targets, count, global_size)
         if self.config.grad_clip:
             parameters = self.network.parameters()
             self._norm = self.context.accelerator.clip_grad_norm_(parameters, self.config.grad_clip)
@@ -107,30 +130,33 @@ class TrainStep:
         return loss, correct
 
     def _accumulate_gradients(
-        self, images: Tensor, labels: Tensor, count: int, global_size: int
+        self, inputs: Any, targets: Tensor, count: int, global_size: int
     ) -> tuple[Tensor, Tensor]:
         """Run forward and backward in `accumulate` parts; DDP averages the gradients over the ranks in the last one."""
         # A last batch may have fewer rows than parts. A dummy batch has one row, and is never split.
-        parts = min(self.config.accumulate, len(labels))
+        parts = min(self.config.accumulate, len(targets))
         if parts == 1:
-            return self._forward_backward(images, labels, count, global_size)
+            return self._forward_backward(inputs, targets, count, global_size)
         results = []
-        for number, part in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1):
-            last = number == parts
+        for number in range(parts):
+            some_inputs, some_targets = recursively_apply(_part, (inputs, targets), number, parts)
+            last = number == parts - 1
             with contextlib.nullcontext() if last else self.context.accelerator.no_sync(self.model):
-                results.append(self._forward_backward(*part, len(part[1]), global_size))
+                results.append(self._forward_backward(some_inputs, some_targets, len(some_targets), global_size))
         losses, correct = zip(*results, strict=True)
         return torch.stack(losses).sum(), torch.stack(correct).sum()
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
-        outputs = self.model(to_float(images))
+    def _forward_backward(self, inputs: Any, targets: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
+        outputs = call(self.model, inputs)
         # A rank with no item in this batch runs a dummy item: `count` 0 drops its loss, and its gradient is zero.
-        loss = self.loss(outputs, labels)[:count].sum() / global_size
+        loss = self.loss(outputs, targets)[:count].sum() / global_size
         # `loss` is divided by the whole global batch, and DDP divides the sum of the ranks' gradients by the world size
         # once more. Times the world size, the gradient is that of the global mean, however uneven the shares.
         # (Add a term that is not per item, such as a weight penalty, times count / global_size.)
         self.context.accelerator.backward(loss * self.context.world_size)
-        correct = (outputs.detach().argmax(1) == labels)[:count].sum()
+        if self.classes is None:
+            return loss.detach(), torch.zeros_like(loss)
+        correct = (outputs.detach().argmax(1) == targets)[:count].sum()
         return loss.detach(), correct
 
     def gradient_norm(self) -> Tensor:
@@ -141,13 +167,18 @@ class TrainStep:
         return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(math.nan)
 
     @property
+    def rate(self) -> float:
+        """Return the learning rate of the last step, of the first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
     def was_skipped(self) -> bool:
         """Return whether fp16's loss scaler has left out the last step."""
         return self.context.accelerator.optimizer_step_was_skipped
 
     def _seed(self, seed: int) -> None:
-        # Not torch.manual_seed: it formats a stack trace for CUDA's sake, 265 us instead of 2.
-        torch.default_generator.manual_seed(seed)
+        if not self._is_ours:  # which draws nothing, and it takes 9 us
+            seed_generators(seed)
         if self.context.device.type != "cpu":
             torch.get_device_module(self.context.device).manual_seed(seed)
 
@@ -162,10 +193,10 @@ class TrainStep:
         device = self.context.device
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            batch = next(batches.epoch(0))
+            batch = self.context.run_on_all_ranks(batches.sample)
             for number in range(2 if torch.distributed.is_initialized() else 0):  # also with one rank of torchrun
                 self.optimizer.zero_grad()
-                self._accumulate_gradients(batch.images, batch.labels, batch.count, batch.global_size)
+                self._accumulate_gradients(batch.inputs, batch.targets, batch.count, batch.global_size)
                 if number == 0 and any(each.requires_grad and each.grad is None for each in self.network.parameters()):
                     # A layer that `forward` does not use: DDP has to be made anew to look for it in every step.
                     self.context.accelerator._models.clear()
@@ -173,10 +204,12 @@ class TrainStep:
                     self.model = self._wrap(self.network)
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+            if not isinstance(batch.inputs, Tensor):
+                self._graph = None  # it copies tensors, no tuples or dicts of them
             if self._graph is not None:
                 for start in (0, len(batches) - 1):  # the last batch of an epoch may be smaller
-                    batch = next(batches.epoch(0, start))
-                    self._graph.capture(batch.images, batch.labels, batch.count, batch.global_size)
+                    batch = batches.sample(start)
+                    self._graph.capture(batch.inputs, batch.targets, batch.count, batch.global_size)
         self._norm = None
         self.optimizer.zero_grad()
 
@@ -201,18 +234,23 @@ class TrainStep:
         return [*self.network.parameters(), *self.network.buffers(), *state_tensors(self.optimizer)]
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Return the rate of optimizer step `step` (from 0). It follows from the step alone: resuming needs no state.
+def _part(tensor: Tensor, number: int, parts: int) -> Tensor:
+    return tensor.tensor_split(parts)[number]
 
-    onecycle rises in a straight line over the first quarter of all steps and falls along a cosine; linear rises over
-    the first tenth and falls in a straight line. As torch's OneCycleLR, from 1/25 of the peak and to 1/250,000.
+
+def rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) as a part, 0-1, of its peak.
+
+    It follows from the step alone: resuming needs no state. onecycle rises in a straight line over the first quarter of
+    all steps and falls along a cosine; linear rises over the first tenth and falls in a straight line. As torch's
+    OneCycleLR, from 1/25 of the peak and to 1/250,000.
     """
     if config.schedule == "constant":
-        return config.lr
-    start, end = config.lr / 25, config.lr / 250_000
+        return 1.0
+    start, end = 1 / 25, 1 / 250_000
     peak_step = (0.25 if config.schedule == "onecycle" else 0.1) * total_steps - 1
     if step < peak_step:
-        return start + (config.lr - start) * step / peak_step
+        return start + (1 - start) * step / peak_step
     passed = (step - peak_step) / (total_steps - 1 - peak_step)  # 0 at the peak, 1 at the last step
     height = (1 + math.cos(math.pi * passed)) / 2 if config.schedule == "onecycle" else 1 - passed
-    return end + (config.lr - end) * height
+    return end + (1 - end) * height

@@ -6,7 +6,8 @@ Flags are parsed before torch is imported, so that `--help` is instant and a wro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ddp_mnist.config import parse
 from ddp_mnist.distributed.launcher import (
@@ -24,28 +25,27 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ddp_mnist.data.sources import UserData
+    from ddp_mnist.optimizer import MakeOptimizer
+    from ddp_mnist.step import Loss
 
 
 def run(
     *,
     model: Callable[[], nn.Module] | None = None,
     data: Callable[[], UserData] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    loss: Loss | None = None,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Run the whole command, with all flags, messages and exit codes, for a network and data of your own.
+    """Run the whole command, with all flags, messages and exit codes, for parts of your own.
 
     Like `fit`, but `data` is a function that makes the pair; it is called after the flags were checked.
     """
-    hard_exit(main(argv, model=model, data=data))
+    hard_exit(main(argv, data=data, model=model, optimizer=optimizer, loss=loss))
 
 
 @entry_point
-def main(
-    argv: Sequence[str] | None = None,
-    *,
-    model: Callable[[], nn.Module] | None = None,
-    data: Callable[[], UserData] | None = None,
-) -> int:
+def main(argv: Sequence[str] | None = None, *, data: Callable[[], UserData] | None = None, **parts: Any) -> int:
     """Run one rank's part of the job. Return its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
     show_warnings(main=rank_from_environment() == 0)
     limit_spinning()
@@ -53,9 +53,14 @@ def main(
         config = parse(argv)
         config.check_world_size(world_size_from_environment())
     with StopSignal(ignore_afterwards=True) as stop:
-        from ddp_mnist.trainer import run_attempt  # imports torch
+        from ddp_mnist.trainer import Workload, run_attempt  # imports torch
 
-        return run_attempt(config, model=model, data=data() if data else None, stop=stop).exit_code
+        here = Path.cwd()
+        sets = data() if data else None
+        if Path.cwd() != here:  # a path means what it meant when the command was typed
+            names = [name for name in ("output_dir", "data_dir", "init_from") if getattr(config, name)]
+            config = config.replace(**{name: here / getattr(config, name) for name in names})
+        return run_attempt(Workload(config, data=sets, **parts), stop=stop).exit_code
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
-from ddp_mnist.distributed.context import Context, translate_collective_errors
+from ddp_mnist.distributed.context import Context, translate_errors
 from ddp_mnist.distributed.launcher import (
     exit_code_for_rank,
     hard_exit,
@@ -24,19 +25,21 @@ from ddp_mnist.distributed.launcher import (
 )
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED, JobError
-from ddp_mnist.evaluate import Score, count_classes, evaluate
+from ddp_mnist.evaluate import Score, evaluate
 from ddp_mnist.report.page import try_to_draw
+from ddp_mnist.run.checkpoint import Saver, restore
 from ddp_mnist.run.metrics import Metrics
 from ddp_mnist.run.resume import Run, advise, continue_command, open_run
-from ddp_mnist.run.saver import Saver, restore
-from ddp_mnist.step import TrainStep, learning_rate
+from ddp_mnist.step import TrainStep, rate_factor
 from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, PATIENCE, Mirror
-from ddp_mnist.workload import Workload, check_single_item
+from ddp_mnist.workload import Workload
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.data.batches import Split
     from ddp_mnist.data.sources import UserData
+    from ddp_mnist.optimizer import MakeOptimizer
+    from ddp_mnist.step import Loss
 
 log = logging.getLogger(__name__)
 
@@ -61,52 +64,50 @@ class Result:
         hard_exit(exit_code_for_rank(self.exit_code))
 
 
-def fit(config: TrainConfig, *, model: Callable[[], nn.Module] | None = None, data: UserData | None = None) -> Result:
+def fit(
+    config: TrainConfig,
+    *,
+    model: Callable[[], nn.Module] | None = None,
+    data: UserData | None = None,
+    optimizer: MakeOptimizer | None = None,
+    loss: Loss | None = None,
+) -> Result:
     """Train as configured and return the result. Collective: every rank of the job calls it, with the same arguments.
 
     A run that `config.output_dir` holds is continued. Only rank 0 writes files.
 
     Args:
         config: All settings.
-        model: Makes a network of your own, images (n, ...) → logits (n, classes); default: the tutorial's CNN.
-        data: A (training, test) pair of your own tensors; default: `config.dataset`. uint8 images are divided by
-            255, other types become fp32 with the same values.
+        model: Makes a network of your own, inputs (n, ...) → outputs; default: the tutorial's CNN.
+        data: A (training, test) pair of your own; default: `config.dataset`. Each is (inputs, targets), tensors that
+            stay in memory, a TensorDataset, or a data set with `__len__` and `__getitem__` → (input, target), loaded by
+            `config.workers` processes. uint8 is divided by 255, floats become fp32.
+        optimizer: The network → its optimizer; default: Adam. With a schedule each group's rate is its peak.
+        loss: (outputs, targets) → one value per item, (n,); default: cross entropy of logits (n, classes).
 
     Raises:
         JobError: The same on all ranks, with the exit code it deserves.
     """
     install_excepthook()  # a user's mistake: one message also from a script
-    return run_attempt(config, model=model, data=data, script_config=config)
+    return run_attempt(Workload(config, model=model, data=data, optimizer=optimizer, loss=loss, script_config=config))
 
 
-def run_attempt(
-    config: TrainConfig,
-    *,
-    model: Callable[[], nn.Module] | None = None,
-    data: UserData | None = None,
-    stop: StopSignal | None = None,
-    script_config: TrainConfig | None = None,
-) -> Result:
-    """Run one attempt, as `fit` does. Collective.
-
-    `stop`: signal handlers that are installed already. `script_config`: the settings that a script has in its source,
-    for the command that continues the run; None: the script takes our flags.
-    """
-    workload = Workload.of(model, data, script_config)
-    if workload.data_name is not None:
-        config = config.replace(dataset=workload.data_name)
+def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result:
+    """Run one attempt, as `fit` does. Collective. `stop`: signal handlers that are installed already."""
+    config = workload.config
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
         # Before any rank waits for another: to ask the W&B server may take seconds.
         mirror = stack.enter_context(Mirror(config, is_main=rank_from_environment() == 0))
-        context = stack.enter_context(Context(config))
+        context = stack.enter_context(Context(config, stop))
         trainer = None
         try:
-            with translate_collective_errors(context):
+            with translate_errors(context):
                 config.check_world_size(context.world_size)
                 workload.check_same_data(context)
                 run = stack.enter_context(open_run(config, context))
+                workload.config = run.config
                 if run.finished:
                     return _already_finished(run, context, workload)
                 trainer = Trainer(run, context, stop, mirror, workload)
@@ -124,10 +125,10 @@ def run_attempt(
 
 
 def _already_finished(run: Run, context: Context, workload: Workload) -> Result:
-    network = workload.build_network(run.config, context, run.snapshot)
+    network = workload.build_network(context, run.snapshot)
     if context.is_main:
         with contextlib.suppress(OSError):
-            print(f"{run.path} is finished: {run.finished['test_accuracy']:.2%} test accuracy. Nothing to do.")
+            print(f"{run.path} is finished; nothing to do. Its scores are in summary.json.")
     return Result(run.path, run.finished, network.eval())
 
 
@@ -150,22 +151,23 @@ class Trainer:
         Raises:
             JobError: Data, network or checkpoint cannot be had or do not fit each other; on all ranks.
         """
-        config, context, snapshot = self.config, self.context, self.snapshot
-        self.batches, self.test_set = self.workload.load_data(config, context)
+        config, context, snapshot, workload = self.config, self.context, self.snapshot, self.workload
+        self.batches, self.test_set = workload.load_data(context)
+        for split in (self.batches.split, self.test_set):
+            stack.callback(split.close)
         self.total_steps = len(self.batches) * config.epochs
-        train_set = self.batches.split
-        self.network = self.workload.build_network(config, context, snapshot, train_set.images[:1])
-        for split in (train_set, self.test_set):  # an output that does not fit the labels fails here, not in an epoch
-            count_classes(self.network, split)
-        last = next(self.batches.epoch(0, len(self.batches) - 1))
-        context.run_on_all_ranks(lambda: check_single_item(self.network, last.images))
-        self.train_step = TrainStep(config, context, self.network, capture=self.workload.model is None)
+        self.network = workload.build_network(context, snapshot, self.batches.dummy[0])
+        # What does not fit fails here, not after an epoch.
+        self.classes = context.run_on_all_ranks(lambda: workload.check_fit(self.network, self.batches, self.test_set))
+        self.train_step = TrainStep(
+            *(config, context, self.network), loss=workload.loss, optimizer=workload.optimizer, classes=self.classes
+        )
         stack.callback(self.train_step.close)
         if snapshot is not None:
             restore(self.train_step, snapshot)
         stack.callback(self.metrics.close)
-        name = self.workload.network_name(self.network)
-        self.metrics.open(self.batches, len(self.test_set), name, self.train_step.gradient_norm)
+        name = workload.network_name(self.network)
+        self.metrics.open(self.batches, len(self.test_set), self.train_step, network=name)
         self.saver = Saver(context, self.train_step, self.metrics)
         self.is_built = True
 
@@ -173,9 +175,14 @@ class Trainer:
         """Do the whole attempt and return what summary.json has. Collective. Raises JobError: the same on all ranks."""
         self._start_mirror()
         self.train_step.warm_up(self.batches)
-        reason = self._train()
-        self.stop.close()
-        return self._finish(reason) if reason in ("finished", "max_steps") else self._stop_early(reason)
+        try:
+            reason = self._train()
+            self.stop.close()
+            return self._finish(reason) if reason in ("finished", "max_steps") else self._stop_early(reason)
+        except JobError as error:
+            if error.stop_reason == "nan":
+                self.context.run_on_all_ranks(self.batches.split.check)
+            raise
 
     def _train(self) -> str:
         """Train until done or stopped; return why it ended."""
@@ -187,10 +194,11 @@ class Trainer:
                     return "max_steps"
                 if reason := self.stop.agreed(self.context, state.step):
                     return reason
-                rate = learning_rate(config, state.step, self.total_steps)
-                loss, correct = self.train_step(batch, rate)
+                loss, correct = self.train_step(batch, rate_factor(config, state.step, self.total_steps))
+                if self.batches.split.failure is not None:
+                    loss = loss * math.nan  # so the other ranks, in the step already, hear of it before a save
                 state.advance(batch.global_size, skipped=self.train_step.was_skipped)
-                self.metrics.record(rate, loss, correct, batch.global_size)
+                self.metrics.record(loss, correct, batch.global_size)
                 self.saver.save_if_due()
             self.test_score = self._score(self.test_set)
             self.metrics.record_score(self.test_score)
@@ -200,7 +208,7 @@ class Trainer:
 
     def _score(self, split: Split) -> Score:
         started = time.perf_counter()
-        score = evaluate(self.network, split, self.context)
+        score = evaluate(self.network, split, self.context, loss=self.workload.loss, classes=self.classes)
         self.state.eval_seconds += time.perf_counter() - started
         return score
 
@@ -266,7 +274,7 @@ class Trainer:
             self.mirror.end(preempted=False, exit_code=error.exit_code)
         if is_main or (error.local and self.context.rank == 1):  # rank 0 may be the one that was lost
             if self.is_built:
-                advise(error, self.config, self._continue_command)
+                advise(error, self.config, self.context, self.workload)
             report_error(error)
         if is_main:
             self._wait_for_mirror(summary, HASTY_PATIENCE)

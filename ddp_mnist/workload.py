@@ -1,138 +1,161 @@
-"""The network and the data to train: ours or those of the script that has called `fit`."""
+"""What to train: network, data, loss and optimizer, ours or those of the script that has called `fit` or `run`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 
-from ddp_mnist.data.batches import Batches, Split, to_float
+from ddp_mnist.config import RECIPES, USER_DATA_PREFIX, TrainConfig
+from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.data.sources import UserData, load, validate_user_data
 from ddp_mnist.distributed.launcher import report_once_per_host
 from ddp_mnist.errors import UsageError
+from ddp_mnist.evaluate import check_outputs, move_to_device
 from ddp_mnist.model import CNN
 from ddp_mnist.run.checkpoint import Snapshot, load_weights
+from ddp_mnist.step import Loss, call, cross_entropy
 
 if TYPE_CHECKING:
-    from ddp_mnist.config import TrainConfig
     from ddp_mnist.distributed.context import Context
+    from ddp_mnist.optimizer import MakeOptimizer
 
 
-@dataclass(frozen=True)
 class Workload:
-    """The network and data of our own command, or those that a script brings, with its settings."""
+    """The settings, and the parts of the job that a script may bring."""
 
-    model: Callable[[], nn.Module] | None = None
-    """Makes the script's network; None: ours."""
-    data: tuple[Split, Split] | None = None
-    """The script's training set and test set; None: those of `config.dataset`."""
-    data_name: str | None = None
-    """Stands for exactly these data: it has a hash of them."""
-    script_config: TrainConfig | None = None
-    """The settings in the script's source; None: the script takes our flags."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: Callable[[], nn.Module] | None = None,
+        data: UserData | None = None,
+        optimizer: MakeOptimizer | None = None,
+        loss: Loss | None = None,
+        script_config: TrainConfig | None = None,
+    ) -> None:
+        """Take the parts, as for `fit`; None: ours. Check the data, and name them in the settings by a hash.
 
-    @classmethod
-    def of(
-        cls, model: Callable[[], nn.Module] | None, data: UserData | None, script_config: TrainConfig | None
-    ) -> Workload:
-        """Return the workload with its data checked. Raises: UsageError."""
-        if data is None:
-            return cls(model, script_config=script_config)
+        `script_config`: the settings in the script's source; None: the script takes our flags. Raises: UsageError.
+        """
+        self.model, self.optimizer, self.loss, self.script_config = (
+            model,
+            optimizer,
+            loss or cross_entropy,
+            script_config,
+        )
+        self.config = config
+        self.sets: tuple[Split, Split] | None = None
+        self.is_script = any(part is not None for part in (model, data, optimizer, loss, script_config))
         with report_once_per_host():
-            name, sets = validate_user_data(data)
-        return cls(model, sets, name, script_config)
+            if optimizer is not None:
+                self._refuse_adams_settings()
+            if data is not None:
+                digest, self.sets = validate_user_data(data, config)
+                self.config = config.replace(dataset=USER_DATA_PREFIX + digest)
 
-    @property
-    def is_script(self) -> bool:
-        """Return whether it is not our own command."""
-        return (self.model, self.data, self.script_config) != (None, None, None)
+    def _refuse_adams_settings(self) -> None:
+        config = self.config
+        for each in fields(TrainConfig):
+            value = getattr(config, each.name)
+            if each.name in ("lr", "beta2") and value not in (each.default, RECIPES[config.recipe].get(each.name)):
+                raise UsageError(f"--{each.name} is {value}, which is Adam's; `optimizer` sets its own. Leave it out.")
+        if config.cuda_graphs:
+            raise UsageError("--cuda-graphs captures the job's own Adam; leave it out beside `optimizer`.")
 
-    def load_data(self, config: TrainConfig, context: Context) -> tuple[Batches, Split]:
+    def load_data(self, context: Context) -> tuple[Batches, Split]:
         """Return this rank's batches and the test set, on its device. Collective. Raises: JobError, on all ranks."""
-        train, test = self.data or context.run_on_all_ranks(lambda: load(config.dataset, config.data_dir))
-        train, test = train.to(context.device), test.to(context.device)
-        shard = {"rank": context.rank, "world_size": context.world_size, "seed": config.seed}
-        return Batches(train, batch_size=config.batch_size, **shard), test
+        config = self.config
+
+        def place() -> tuple[Batches, Split]:
+            train, test = (split.to(context.device) for split in self.sets or load(config.dataset, config.data_dir))
+            shard = {"rank": context.rank, "world_size": context.world_size, "seed": config.seed}
+            return Batches(train, batch_size=config.batch_size, **shard), test
+
+        return context.run_on_all_ranks(place)
 
     def check_same_data(self, context: Context) -> None:
         """Raise UsageError on all ranks if a rank was given other data than rank 0. Collective."""
-        first = context.broadcast(self.data_name)
+        first = context.broadcast(self.config.dataset if self.sets else None)
 
         def compare() -> None:
-            if self.data_name != first:
+            if self.sets and self.config.dataset != first:
                 raise UsageError("it was given other data than rank 0. Seed whatever draws or splits them.")
 
         context.run_on_all_ranks(compare)
 
-    def build_network(
-        self, config: TrainConfig, context: Context, snapshot: Snapshot | None, image: Tensor | None = None
-    ) -> nn.Module:
+    def build_network(self, context: Context, snapshot: Snapshot | None, inputs: Any = None) -> nn.Module:
         """Return the network on this rank's device, with its weights. Collective.
 
         Args:
-            config: Seed, widths and --init-from.
             context: The ranks of the job.
             snapshot: The run's checkpoint; None: the weights are those of --init-from, or random.
-            image: One image of the data set (1, ...), by which lazy layers get their shapes.
+            inputs: Those of an item or more, on the device, by which lazy layers get their shapes.
 
         Raises:
             UsageError: The weights are of another network.
             JobError: The file of --init-from cannot be used; on all ranks.
         """
-        torch.manual_seed(config.seed)
-        network = self.model() if self.model else CNN(widths=config.widths)
+        torch.manual_seed(self.config.seed)
+        network = self.model() if self.model else CNN(widths=self.config.widths)
         if hasattr(network, "_orig_mod"):  # its weights would be saved under names that the plain module does not have
             raise UsageError("the network is compiled already; return the module itself, and use --compile.")
-        if image is not None:
-            _initialize_lazy_layers(network, image)
+        if inputs is not None:
+            _initialize_lazy_layers(network, inputs)
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise UsageError("the network has no parameter to train: all have requires_grad=False, or there is none.")
-        path = config.init_from
+        path = self.config.init_from
         if snapshot is not None:
             try:
                 network.load_state_dict(snapshot.weights)
             except RuntimeError as error:
-                raise UsageError(f"{config.output_dir} holds a run of another network: {error}") from error
+                raise UsageError(f"{self.config.output_dir} holds a run of another network: {error}") from error
         elif path is not None:
             context.run_on_all_ranks(lambda: load_weights(network, path))
         return move_to_device(network, context.device)
+
+    def check_fit(self, network: nn.Module, batches: Batches, test_set: Split) -> int | None:
+        """Return how many classes the network tells apart; None if the targets are no class labels.
+
+        Raises:
+            UsageError: Network, data and loss do not fit each other.
+        """
+        classes = check_outputs(network, batches.split, self.loss)
+        if check_outputs(network, test_set, self.loss) != classes:
+            raise UsageError(
+                "training and test targets are of different kinds; expected class labels in both, or none."
+            )
+        if batches.smallest == 1:
+            _check_single_item(network, batches.dummy[0])
+        return classes
 
     def network_name(self, network: nn.Module) -> str | None:
         """Return the name of the class of the script's network; None if the network is ours."""
         return f"{type(network).__module__}.{type(network).__qualname__}" if self.model else None
 
 
-def check_single_item(network: nn.Module, images: Tensor) -> None:
-    """Raise UsageError if one image is all that a rank gets in a batch, and batch norm, say, cannot train on one."""
-    if len(images) == 1:
-        try:
-            deepcopy(network)(to_float(images))
-        except ValueError as error:
-            layers = sorted({type(each).__name__ for each in network.modules() if "Norm" in type(each).__name__})
-            raise UsageError(
-                f"the last batch of an epoch leaves one item to a rank; {', '.join(layers) or 'the network'} cannot be "
-                f"trained on one ({error}). Choose another --batch-size, or leave an item out of the training set."
-            ) from error
-
-
-def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move the network to the device, in place, and return it."""
-    network.to(device)
-    # With NCHW weights a step takes 1.8 times as long on a CPU. Not for other networks: `view` may fail in them.
-    if device.type == "cpu" and isinstance(network, CNN):
-        network.to(memory_format=torch.channels_last)
-    return network
+def _check_single_item(network: nn.Module, inputs: Any) -> None:
+    """Raise UsageError if the network cannot train on one item, as batch norm cannot."""
+    try:
+        call(deepcopy(network), inputs)
+    except ValueError as error:
+        layers = sorted({type(each).__name__ for each in network.modules() if "Norm" in type(each).__name__})
+        raise UsageError(
+            f"the last batch of an epoch leaves one item to a rank; {', '.join(layers) or 'the network'} cannot be "
+            f"trained on one ({error}). Choose another --batch-size, or leave an item out of the training set."
+        ) from error
 
 
 @torch.no_grad()
-def _initialize_lazy_layers(network: nn.Module, image: Tensor) -> None:
-    """Give lazy layers their weights: Adam, DDP and the memory format need to see them."""
+def _initialize_lazy_layers(network: nn.Module, inputs: Any) -> None:
+    """Give lazy layers their weights: the optimizer, DDP and the memory format need to see them."""
     if any(nn.parameter.is_lazy(each) for each in (*network.parameters(), *network.buffers())):
         training = network.training
         network.eval()
-        network(to_float(image.cpu().clone()))
+        call(network, send_to_device(inputs, torch.device("cpu")))
         network.train(training)

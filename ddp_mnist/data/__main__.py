@@ -23,16 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["fetch", "verify"])
     parser.add_argument("--dataset", choices=sorted(mnist.FOLDERS), default="mnist")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $DDP_MNIST_DATA, else data")
-    parser.add_argument(
-        "--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a mirror's answer"
-    )
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a mirror")
     options = parser.parse_args(argv)
     if not 0 < options.timeout < float("inf"):
         parser.error(f"--timeout is {options.timeout}; expected seconds above 0")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = options.data_dir or default_data_dir()
     if options.command == "fetch":
-        mnist.fetch(options.dataset, root, timeout=options.timeout)
+        for split in mnist.NAMES:
+            mnist.read_split(options.dataset, root, split, timeout=options.timeout)
     states = mnist.verify(options.dataset, root)
     for path, state in states.items():
         print(f"{path}: {state}")

@@ -1,4 +1,4 @@
-"""Split a data set in memory into each rank's batches. Nothing else shards.
+"""Split a data set into each rank's batches. Nothing else shards.
 
 The batch order is a function of (seed, epoch) alone: global batch k is rows k*G ... (k+1)*G of the epoch's
 permutation, at every world size; a rank takes every world_size-th row of it.
@@ -8,45 +8,99 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from ddp_mnist.errors import JobError, UsageError
+
+Items = tuple[Any, Any]
+"""Inputs and targets of a batch. Inputs: a tensor (n, ...), a tuple of them, or a dict of them; targets: a tensor."""
+
+
+class Split(ABC):
+    """The training set or the test set: tensors (`TensorSet`), or any data set behind a DataLoader (`LoadedSet`)."""
+
+    failure: JobError | None = None
+    """Why `fetch` has ended early on this rank; the other ranks do not know."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Split:
+        """Return the set with its batches on that device."""
+
+    @abstractmethod
+    def load(self, rows: Tensor, epoch: int, /) -> Items:
+        """Return copies of these rows, int64 (n,), as that epoch has them."""
+
+    @abstractmethod
+    def fetch(self, rows: Tensor, size: int, epoch: int, /) -> Iterator[Items]:
+        """Yield the same in batches of `size` rows; the last one may be smaller. Workers may load them ahead."""
+
+    @abstractmethod
+    def limit_labels(self, classes: int) -> None:
+        """Raise UsageError for a label that is not 0 ... classes - 1: now, or when it is loaded."""
+
+    def check(self) -> None:
+        """Raise what has ended `fetch` early on this rank."""
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        """End what loads the items."""
+        return
+
 
 @dataclass(frozen=True)
-class Split:
-    """The training set or the test set, in memory on one device."""
+class TensorSet(Split):
+    """A data set in memory, on one device. A batch is one `index_select`, not a Python loop over items."""
 
-    images: Tensor
+    inputs: Tensor
     """(n, ...), of MNIST uint8 (n, 1, 28, 28)."""
-    labels: Tensor
-    """int64 (n,)."""
+    targets: Tensor
+    """(n, ...), of MNIST int64 (n,)."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
-    def to(self, device: torch.device) -> Split:
+    def to(self, device: torch.device) -> TensorSet:
         """Return the set on that device."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return TensorSet(self.inputs.to(device), self.targets.to(device))
 
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return copies of these rows' images and labels; `rows`: int64 (n,) on the same device."""
-        return self.images.index_select(0, rows), self.labels.index_select(0, rows)
+    def load(self, rows: Tensor, _epoch: int = 0, /) -> Items:
+        """Return copies of these rows; every epoch has the same."""
+        rows = rows.to(self.inputs.device)
+        return self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
+
+    def fetch(self, rows: Tensor, size: int, _epoch: int = 0, /) -> Iterator[Items]:
+        """Yield copies of these rows, `size` at a time."""
+        rows = rows.to(self.inputs.device)
+        return (self.load(rows[start : start + size]) for start in range(0, len(rows), size))
+
+    def limit_labels(self, classes: int) -> None:
+        """Raise UsageError for a label that is not 0 ... classes - 1."""
+        check_labels(self.targets, classes)
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of one global batch."""
 
-    images: Tensor
-    """(n, ...) as the data set has them."""
-    labels: Tensor
-    """int64 (n,)."""
+    inputs: Any
+    """As the data set has them: a tensor (n, ...), or a tuple or dict of tensors."""
+    targets: Tensor
+    """(n, ...), of a classification int64 (n,)."""
     count: int
-    """Number of real items: len(labels), or 0 where an epoch's last batch has none for this rank. Then the one row is
+    """Number of real items: len(targets), or 0 where an epoch's last batch has none for this rank. Then the one row is
     a dummy, since many networks cannot take an empty batch."""
     global_size: int
     """Items in the global batch, over all ranks."""
@@ -69,8 +123,7 @@ class ShardSampler(DistributedSampler):
 
     def permutation(self) -> Tensor:
         """Return this epoch's order of the whole data set, int64 (length,): the same on every rank."""
-        digest = hashlib.sha256(f"batch order {self.seed} {self.epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        generator = torch.Generator().manual_seed(derive_seed("batch order", self.seed, self.epoch))
         return torch.randperm(self.length, generator=generator)
 
     def indices(self) -> Tensor:
@@ -85,7 +138,7 @@ class ShardSampler(DistributedSampler):
 
 
 class Batches:
-    """The training set as this rank's batches. A batch is one `index_select`, not a Python loop over images."""
+    """The training set as this rank's batches."""
 
     def __init__(self, split: Split, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
         """Shard the set. `batch_size` is the global one; the world size must divide it."""
@@ -93,10 +146,17 @@ class Batches:
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
         self.sampler = ShardSampler(len(split), rank=rank, world_size=world_size, seed=seed)
+        self.dummy = split.load(torch.zeros(1, dtype=torch.int64), 0)
+        """One item, for a step in which this rank has none."""
 
     def __len__(self) -> int:
         """Return the steps of an epoch, the same on every rank."""
         return math.ceil(len(self.split) / self.batch_size)
+
+    @property
+    def smallest(self) -> int:
+        """Return how many items, dummies included, this rank has in an epoch's last batch."""
+        return max(1, len(self.sampler) - (len(self) - 1) * self.local_size)
 
     def global_size(self, step_in_epoch: int) -> int:
         """Return how many items that global batch has: `batch_size`, or fewer in the epoch's last one."""
@@ -104,39 +164,61 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches `start` ... len(self) - 1 of that epoch."""
-        self.sampler.set_epoch(epoch)
-        indices = self.sampler.indices().to(self.split.labels.device)
+        fetched = self.split.fetch(self._rows(epoch, start), self.local_size, epoch)
         for step in range(start, len(self)):
-            rows = indices[step * self.local_size : (step + 1) * self.local_size]
-            images, labels = self.split.take(rows if len(rows) else indices.new_zeros(1))
-            seed = hash_integers(self.sampler.seed, epoch, step, self.sampler.rank)
-            yield Batch(images, labels, len(rows), self.global_size(step), seed)
+            yield self._batch(epoch, step, next(fetched, None))
+
+    def sample(self, step_in_epoch: int = 0) -> Batch:
+        """Return a batch of epoch 0, loaded by this process alone: to try the network on."""
+        rows = self._rows(0, step_in_epoch)[: self.local_size]
+        return self._batch(0, step_in_epoch, self.split.load(rows, 0) if len(rows) else None)
+
+    def _rows(self, epoch: int, start: int) -> Tensor:
+        self.sampler.set_epoch(epoch)
+        return self.sampler.indices()[start * self.local_size :]
+
+    def _batch(self, epoch: int, step: int, items: Items | None) -> Batch:
+        inputs, targets = items or self.dummy
+        seed = derive_seed("step", self.sampler.seed, epoch, step, self.sampler.rank)
+        return Batch(inputs, targets, len(targets) if items else 0, self.global_size(step), seed)
 
 
-def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's chunks of `size` items: chunk i goes to rank i % world_size. Nothing is padded.
+def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int) -> Iterator[Items]:
+    """Yield this rank's chunks of `size` items, as epoch 0 has them: chunk i goes to rank i % world_size. No padding.
 
-    The chunks do not depend on the world size, so the logits do not either.
+    The chunks do not depend on the world size, so the outputs do not either.
     """
-    for chunk in range(rank, -(-len(split) // size), world_size):
-        rows = slice(chunk * size, (chunk + 1) * size)
-        yield split.images[rows], split.labels[rows]
+    chunks = torch.arange(len(split)).split(size)[rank::world_size]
+    return split.fetch(torch.cat(chunks), size, 0) if chunks else iter(())
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Return images as fp32. uint8 is divided by 255; fp32 is returned without a copy.
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise UsageError if one of the labels (n,) is not 0 ... classes - 1."""
+    low, high = (int(each) for each in labels.aminmax())
+    if low < 0 or high >= classes:
+        found = low if low < 0 else high
+        raise UsageError(f"there is a label {found}; the network tells {classes} classes apart, 0 to {classes - 1}.")
+
+
+def to_float(tensor: Tensor) -> Tensor:
+    """Return inputs as fp32, uint8 divided by 255; int32 and int64 as they are: they may be indices.
 
     It divides as ToTensor does: multiplying by 1/255 rounds differently.
     """
-    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.to(torch.float32)
+    if tensor.dtype == torch.uint8:
+        return tensor.to(torch.float32).div_(255)
+    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.to(torch.float32)
 
 
-def hash_integers(*numbers: int) -> int:
-    """Return the splitmix64 hash of the numbers, 0 ... 2^63 - 1; numbers that differ by one get unrelated hashes."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
-    return mixed >> 1
+def seed_generators(seed: int) -> None:
+    """Seed `random`, numpy's and torch's CPU generator."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    # Not torch.manual_seed: it formats a stack trace for CUDA's sake, 265 us instead of 2.
+    torch.default_generator.manual_seed(seed)
+
+
+def derive_seed(purpose: str, *numbers: int) -> int:
+    """Return a seed, 0 ... 2^63 - 1, that follows from all of these; numbers that differ by one give unrelated ones."""
+    words = " ".join([purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) >> 1

@@ -15,7 +15,6 @@ import math
 import os
 import shlex
 import struct
-import time
 import urllib.request
 import zlib
 from functools import lru_cache
@@ -52,7 +51,7 @@ RAW_MD5 = {
     "synthetic": synthetic.MD5,
 }
 """Hashes of unpacked files, where known; torchvision has those of the .gz only, and takes seconds to import."""
-MAX_TIMEOUTS = 20  # that a whole download may take, and the wait for another process that downloads
+MAX_TIMEOUTS = 20  # that the wait for another process that downloads may take
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _make_digits = lru_cache(maxsize=1)(synthetic.make_digits)  # both files of a split come from one drawing
 
@@ -71,23 +70,14 @@ def read_split(
 ) -> tuple[Array, Array]:
     """Return the split's images, uint8 (N, 28, 28), and labels, uint8 (N,), verified.
 
-    Without `fetch` nothing is downloaded or written. `timeout`: seconds for each network operation; a whole download
-    from one mirror, or the wait for the lock, may take 20 times as long. Raises: DataError.
+    Without `fetch` nothing is downloaded or written. `timeout`: seconds for each network operation; the wait for
+    another process that downloads may take 20 times as long. Raises: DataError.
     """
     paths = _paths(dataset, root, split)
     images, labels = (_read_or_repair(dataset, path, fetch, timeout) for path in paths)
     if len(images) != len(labels):
         raise DataError(f"{paths[0]}: {len(images)} images but {len(labels)} labels. Delete both files.")
     return images, labels
-
-
-def fetch(dataset: str, root: str | Path, *, timeout: float = 30.0) -> None:
-    """Make all four unpacked files present and good on disk; `timeout` as for `read_split`. Raises: DataError."""
-    for split in NAMES:
-        read_split(dataset, root, split, timeout=timeout)
-    for path, state in verify(dataset, root).items():
-        if state != "ok":
-            raise DataError(f"{path}: {state}; there is good data, but no way to write it")
 
 
 def verify(dataset: str, root: str | Path) -> dict[Path, str]:
@@ -102,9 +92,7 @@ def published(dataset: str) -> tuple[list[str], dict[str, str]]:
     except Exception as error:  # one that was built for another torch may raise anything
         why = f"torchvision, which knows mirrors and hashes, cannot be imported ({type(error).__name__}: {error})"
         raise ImportError(f"{why}: first run `pip install --force-reinstall torch torchvision`") from error
-    source = getattr(datasets, FOLDERS[dataset], None)
-    if source is None:
-        raise ImportError(f"torchvision has no {FOLDERS[dataset]}: there is nowhere to download it from")
+    source = getattr(datasets, FOLDERS[dataset])
     return source.mirrors, dict(source.resources)
 
 
@@ -156,19 +144,17 @@ def _read_or_repair(dataset: str, path: Path, fetch: bool, timeout: float) -> Ar
     array, _ = _read(dataset, path)
     if array is not None:
         return array
-    blocked = "downloading is not allowed"
-    if fetch:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(
-                path.parent / ".lock", MAX_TIMEOUTS * timeout, mode=0o666
-            ):  # for all who may write here
-                for leftover in path.parent.glob(".*.tmp"):  # of a process that was killed while it wrote
-                    leftover.unlink()
-                return _make_again(dataset, path, timeout)
-        except OSError as error:  # read-only, full, or locked by another process for too long
-            blocked = f"cannot write: {error}"
-    return _make_again(dataset, path, timeout, blocked)
+    if not fetch:
+        return _make_again(dataset, path, timeout, blocked="downloading is not allowed")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.parent / ".lock", MAX_TIMEOUTS * timeout, mode=0o666)  # all who may write use it
+        with lock:
+            for leftover in path.parent.glob(".*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink()
+            return _make_again(dataset, path, timeout)
+    except OSError as error:  # read-only, full, or locked by another process for too long
+        return _make_again(dataset, path, timeout, blocked=f"cannot write: {error}")
 
 
 def _make_again(dataset: str, path: Path, timeout: float, blocked: str = "") -> Array:
@@ -177,7 +163,11 @@ def _make_again(dataset: str, path: Path, timeout: float, blocked: str = "") -> 
     if array is not None:
         return array
     try:
-        content = _draw(path.name) if dataset == "synthetic" else _unpack(dataset, path, timeout, blocked)
+        if dataset == "synthetic":
+            images, labels = _make_digits("train" if path.name in NAMES["train"] else "test")
+            content = pack(images if "images" in path.name else labels)
+        else:
+            content = gzip.decompress(_read_packed(dataset, path.with_name(f"{path.name}.gz"), timeout, blocked))
     except (ImportError, ValueError) as error:
         command = f"python -m ddp_mnist.data fetch --dataset {dataset} --data-dir {shlex.quote(str(path.parents[2]))}"
         advice = f"run `{command}` on a machine with internet access, or use --dataset synthetic"
@@ -189,38 +179,21 @@ def _make_again(dataset: str, path: Path, timeout: float, blocked: str = "") -> 
     return _parse(path.name, content)
 
 
-def _draw(name: str) -> bytes:
-    images, labels = _make_digits("train" if name in NAMES["train"] else "test")
-    return pack(images if "images" in name else labels)
-
-
-def _unpack(dataset: str, raw: Path, timeout: float, blocked: str) -> bytes:
-    """Return what a file's .gz holds; the .gz is verified, downloaded if need be. Raises: ImportError or ValueError."""
-    path = raw.with_name(f"{raw.name}.gz")
-    sources: list[Path | str] = [path] if os.access(path, os.F_OK) else []
-    if blocked and not sources:  # torchvision need not be imported
+def _read_packed(dataset: str, path: Path, timeout: float, blocked: str) -> bytes:
+    """Return a .gz, verified, downloaded if need be and not `blocked`. Raises: ImportError or ValueError."""
+    here = [path.absolute().as_uri()] if os.access(path, os.F_OK) else []
+    if blocked and not here:  # torchvision need not be imported
         raise ValueError(f"{path.name}: missing; {blocked}")
     mirrors, md5 = published(dataset)
-    sources += [f"{mirror}{path.name}" for mirror in mirrors if not blocked]
     failures = [blocked or "download failed"]
-    for source in sources:
+    for source in [*here, *(f"{mirror}{path.name}" for mirror in mirrors if not blocked)]:
         try:
-            packed = source.read_bytes() if isinstance(source, Path) else _download(source, timeout)
+            with urllib.request.urlopen(source, timeout=timeout) as response:
+                packed = response.read()
             _check_md5(packed, md5[path.name])
-            if source != path:
+            if source not in here:
                 write_atomic(path, packed)
-            return gzip.decompress(packed)
+            return packed
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{source}: {error}")
     raise ValueError("; ".join(failures))
-
-
-def _download(url: str, timeout: float) -> bytes:
-    """Return what is there. Raises: OSError or HTTPException."""
-    content, end = b"", time.monotonic() + MAX_TIMEOUTS * timeout
-    with urllib.request.urlopen(url, timeout=timeout) as response:
-        while chunk := response.read1():
-            content += chunk
-            if time.monotonic() > end:
-                raise TimeoutError(f"took more than {MAX_TIMEOUTS * timeout:g} s")
-    return content

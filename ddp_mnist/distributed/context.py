@@ -6,9 +6,12 @@ A function that is "Collective" is called on every rank, in the same order: it w
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+import re
 import socket
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -29,58 +32,58 @@ from torch import Tensor
 
 from ddp_mnist.distributed.launcher import (
     check_environment,
-    is_first_on_its_machine,
     local_world_size_from_environment,
     rank_from_environment,
+    report_once_per_host,
     world_size_from_environment,
 )
-from ddp_mnist.distributed.threads import batch_scheduling, default_threads, keep_freed_memory
+from ddp_mnist.distributed.machine import batch_scheduling, choose_interface, use_threads
 from ddp_mnist.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
+    from ddp_mnist.distributed.preemption import StopSignal
 
 T = TypeVar("T")
-_store: dist.Store | None = None
-"""Outlives a process group, since its port cannot be opened twice."""
+_store: dist.Store | None = None  # outlives a process group, since its port cannot be opened twice
 _group_numbers = itertools.count()
 
 
-class Context:
+class Context(contextlib.AbstractContextManager["Context"]):
     """All ranks of this job, started through Accelerate; leaving the `with` block closes the process group."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Bring the ranks together. Collective.
+    def __init__(self, config: TrainConfig, stop: StopSignal | None = None) -> None:
+        """Bring the ranks together; a signal that `stop` catches ends a rank that waits for others. Collective.
 
         Raises:
             JobError: They cannot find each other, or launcher and Accelerate disagree on how many there are.
-            UsageError: fp16 without a GPU, or a launcher's variable that is no number.
+            UsageError: fp16 without a GPU, a wrong variable, or the script has a process group of its own.
         """
-        check_environment()
+        self.shares_gpus = local_world_size_from_environment() > torch.cuda.device_count() > 0
         self.world_size = world_size_from_environment()
         on_cpu = not torch.cuda.is_available() and not (self.world_size == 1 and torch.backends.mps.is_available())
-        if on_cpu and config.mixed_precision == "fp16":
-            raise UsageError(
-                f"--mixed-precision fp16 needs a GPU and there is none on {socket.gethostname()}: use bf16 or no.",
-                local=is_first_on_its_machine(),
-            )
-        # The number of threads decides speed and bits. Launchers set OMP_NUM_THREADS=1 or leave it alone, and
-        # Accelerate obeys it or takes all cores: the job sets it itself, so that it is the same under all of them.
-        self.threads = config.threads or default_threads()
-        os.environ["OMP_NUM_THREADS"] = str(self.threads)
-        torch.set_num_threads(self.threads)
-        keep_freed_memory()
+        # NCCL takes one rank per GPU.
+        backend, timeout = "gloo" if on_cpu or self.shares_gpus else "nccl", timedelta(minutes=config.timeout_minutes)
+        with report_once_per_host():
+            check_environment(gloo=backend == "gloo" and self.world_size > 1)
+            if on_cpu and config.mixed_precision == "fp16":
+                host = socket.gethostname()
+                raise UsageError(f"--mixed-precision fp16 needs a GPU and there is none on {host}: use bf16 or no.")
+            if dist.is_initialized() or PartialState._shared_state:
+                raise UsageError(
+                    "this process has a process group or an Accelerator, and the job makes and closes its own. Take "
+                    "init_process_group and Accelerator() out of the script, or run the job in a process of its own."
+                )
+        self.threads = use_threads(config.threads)
         self._environment = contextlib.ExitStack()
-        self.shares_gpus = local_world_size_from_environment() > torch.cuda.device_count() > 0
         if self.shares_gpus:
             # Accelerate would give DDP the GPU number LOCAL_RANK, which is not there. So DDP uses that of the weights.
             self._environment.enter_context(patch_environment(ACCELERATE_BYPASS_DEVICE_MAP="true"))
-        # NCCL takes one rank per GPU.
-        backend, timeout = "gloo" if on_cpu or self.shares_gpus else "nccl", timedelta(minutes=config.timeout_minutes)
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         try:
             if self.world_size > 1:
-                _init_process_group(backend, self.world_size, timeout)
+                meet = functools.partial(_init_process_group, backend, self.world_size, timeout)
+                stop.wait_for_peers(meet) if stop else meet()
                 handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
             self.accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
@@ -98,6 +101,7 @@ class Context:
                 local=True,
             ) from error
         self.rank: int = self.accelerator.process_index
+        self.is_main = self.rank == 0
         self.device: torch.device = self.accelerator.device
         found = self.accelerator.num_processes if self.accelerator.use_distributed else 1
         if found != self.world_size:
@@ -109,14 +113,6 @@ class Context:
                 "train alone. Start with accelerate launch or torchrun, which set RANK, LOCAL_RANK and WORLD_SIZE."
             )
 
-    @property
-    def is_main(self) -> bool:
-        """Return True on rank 0."""
-        return self.rank == 0
-
-    def __enter__(self) -> Context:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -127,6 +123,16 @@ class Context:
         self._environment.close()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+    def has_broken_connection(self) -> bool:
+        """Return True if gloo has seen a connection fail or a peer time out: it refuses to send more there, at once."""
+        peers = {*range(self.world_size)} - {self.rank} if self.accelerator.state.backend == "gloo" else ()
+        try:
+            for peer in peers:
+                dist.isend(torch.zeros(1), peer)  # nobody receives it, and nobody waits
+        except RuntimeError:
+            return True
+        return False
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all ranks. Collective."""
@@ -143,29 +149,23 @@ class Context:
                 dist.broadcast(tensor, src=0)
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank and return its result. Collective.
-
-        The ranks end together, with one message, instead of some waiting for one that has left.
+        """Run `action` on every rank and return its result; where it fails on one, all end with its error. Collective.
 
         Raises:
-            JobError: It failed on some rank: the lowest rank's error, on all of them. An exception that is no JobError
-                is raised unchanged on its own rank.
+            JobError: That of the lowest rank. An exception that is no JobError is raised unchanged on its own rank.
         """
         failure: Exception | None = None
-        report = None
         try:
             result = action()
-        except JobError as error:
-            failure, report = error, (str(error), error.exit_code, error.stop_reason)
         except Exception as error:
-            failure, report = error, (repr(error), JobError.exit_code, JobError.stop_reason)
-        for rank, found in enumerate(gather_object([report])):
+            failure = error
+        bug = None if isinstance(failure, JobError) else failure
+        for rank, found in enumerate(gather_object([JobError(repr(bug)) if bug else failure])):
             if found is not None:
-                if failure is not None and not isinstance(failure, JobError):
-                    raise failure
-                message, code, reason = found
+                if bug is not None:
+                    raise bug
                 where = f"rank {rank}: " if rank else ""
-                raise (UsageError if code == 2 else JobError)(where + message, stop_reason=reason) from failure
+                raise type(found)(f"{where}{found}", stop_reason=found.stop_reason) from failure
         return result
 
     def run_on_main(self, action: Callable[[], None]) -> None:
@@ -174,18 +174,31 @@ class Context:
 
 
 @contextlib.contextmanager
-def translate_collective_errors(context: Context) -> Iterator[None]:
-    """Turn what a collective raises when another rank died or did not answer in time into a JobError that says so."""
+def translate_errors(context: Context) -> Iterator[None]:
+    """Turn what is raised where another rank was lost, or memory is not there, into a JobError that says so."""
     try:
         yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+    except (MemoryError, RuntimeError) as error:
+        where = f"rank {context.rank} on {socket.gethostname()}"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            asked = re.search(r"(?i)tried to allocate [\d.]+ \w+", str(error))
+            raise JobError(
+                f"{where} has no more memory{f' ({asked[0]})' if asked else ''}. Split the batch with --accumulate, "
+                "which does not change the result, or take a smaller --batch-size.",
+                local=True,
+                stop_reason="out_of_memory",
+            ) from error
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        # A network's own error, which another rank may have met first, keeps its traceback. DDP's come from backward.
+        callers = ("torch.distributed.", "torch.nn.parallel.", "torch.autograd.", "ddp_mnist.")
+        lost = frame.f_globals["__name__"].startswith(callers) and context.has_broken_connection()
+        if not (lost or isinstance(error, dist.DistError)):
             raise
         # gloo: "[/build/path/pair.cc:561] Connection closed by peer [address]. This is typically caused ..."
         last = str(error).strip().splitlines()[-1].split("] ", 1)[-1].split(". ")[0].rstrip(".")
         raise JobError(
-            f"rank {context.rank} on {socket.gethostname()} lost contact with another rank, which was killed, crashed "
-            f"or did not answer within --timeout-minutes ({last}).",
+            f"{where} lost contact with another rank, which was killed, crashed or did not answer within "
+            f"--timeout-minutes ({last}).",
             local=True,
             stop_reason="lost_rank",
         ) from error
@@ -199,5 +212,6 @@ def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
     _store.set_timeout(timeout)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max-restarts
     store = dist.PrefixStore(f"ddp_mnist/{start}/{next(_group_numbers)}", _store)
+    choose_interface()
     with batch_scheduling():  # of gloo's threads
         dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)

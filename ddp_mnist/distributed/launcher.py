@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -14,11 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
-from ddp_mnist.errors import JobError, UsageError
+import psutil
+
+from ddp_mnist.errors import STOPPED, JobError, UsageError
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 SMALLEST = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
 """Variables that launchers set, with the smallest value of each, which is also the one without a launcher."""
@@ -46,21 +50,47 @@ def is_first_on_its_machine() -> bool:
 
 def has_launcher() -> bool:
     """Return True if a launcher started this process, by marks that a user who sets RANK by hand does not leave."""
-    return any(
-        name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DDP_MNIST_LAUNCHER")
-    )
+    marks = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DDP_MNIST_LAUNCHER"}
+    return not marks.isdisjoint(os.environ)
 
 
-def check_environment() -> None:
-    """Raise UsageError if a variable is no number, LOCAL_RANK included, or asks Accelerate for more than DDP."""
+def seconds_before_restart() -> float:
+    """Return how long ago torchrun was started, if it has restarted its ranks since; otherwise 0."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return time.time() - psutil.Process(os.getppid()).create_time() if restarted else 0.0
+
+
+@contextlib.contextmanager
+def report_once_per_host() -> Iterator[None]:
+    """Let each machine's first rank report a JobError: before the ranks meet, rank 0 knows its own machine only."""
+    try:
+        yield
+    except JobError as error:
+        error.local |= is_first_on_its_machine()
+        raise
+
+
+@report_once_per_host()
+def check_environment(*, gloo: bool = False) -> None:
+    """Raise UsageError if a variable is wrong, LOCAL_RANK included, or asks Accelerate for more than DDP."""
     for name in SMALLEST:
         _number(name)
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
             raise UsageError(
                 f"the environment says {name}={os.environ[name]}, perhaps by a default config of accelerate; this job "
-                "is DDP. Start it with a file of launch/, such as --config_file launch/multi_gpu.yaml, or torchrun.",
-                local=is_first_on_its_machine(),
+                "is DDP. Start it with a file of launch/, such as --config_file launch/multi_gpu.yaml, or torchrun."
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no") and rank_from_environment() == 0:
+        log.warning("ACCELERATE_DYNAMO_BACKEND=%s is ignored; --compile compiles the network.", backend)
+    internet = {socket.AF_INET, socket.AF_INET6}
+    usable = [name for name, found in psutil.net_if_addrs().items() if internet & {each.family for each in found}]
+    for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if gloo else ():
+        if name and name not in usable:
+            raise UsageError(
+                f"the environment says GLOO_SOCKET_IFNAME={name}, which is no interface of {socket.gethostname()} with "
+                f"an address; there are: {', '.join(usable)}. Type  unset GLOO_SOCKET_IFNAME  or name one of these."
             )
 
 
@@ -80,7 +110,9 @@ def entry_point(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        escape_unencodable_output()
+        for stream in (sys.stdout, sys.stderr):  # what the console's encoding lacks, as in a file's name: as escapes
+            with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or a stream without an encoding
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             rank_from_environment()  # if it is wrong, nothing that relies on it has happened yet
             return exit_code_for_rank(main(*args, **kwargs))
@@ -117,16 +149,6 @@ def report_error(error: JobError) -> int:
     return error.exit_code
 
 
-@contextlib.contextmanager
-def report_once_per_host() -> Iterator[None]:
-    """Let each machine's first rank report a JobError: before the ranks meet, rank 0 knows its own machine only."""
-    try:
-        yield
-    except JobError as error:
-        error.local |= is_first_on_its_machine()
-        raise
-
-
 def exit_code_for_rank(summary_code: int) -> int:
     """Return the job's exit code on rank 0 and 0 on the others: srun ends all ranks with the first one that fails."""
     return summary_code if rank_from_environment() == 0 else 0
@@ -156,21 +178,19 @@ def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
     """
     if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):  # or they are no numbers, which each reports
         return
+    with contextlib.suppress(ValueError):  # in a thread. srun would show this signal as the job's exit code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        lists = [_read(path) for path in Path(f"/proc/{os.getppid()}/task").glob("*/children")]
-        environments = [_read(Path(f"/proc/{int(pid)}/environ")) for pids in lists for pid in pids.split()]
-        if not any(b"LOCAL_RANK=0" in each.split(b"\0") for each in environments):
-            return
+    while time.monotonic() < deadline and _first_rank_is_running():
         time.sleep(0.05)
 
 
-def _read(path: Path) -> bytes:
-    """Return the file of /proc; b"" of a process that has ended or is another user's."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def _first_rank_is_running() -> bool:
+    for process in psutil.Process(os.getppid()).children():
+        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+            if process.environ().get("LOCAL_RANK") == "0":
+                return True
+    return False
 
 
 def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
@@ -181,9 +201,10 @@ def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
     """
     if context.world_size == 1:
         return
-    server = None
+    server, ipv6 = None, socket.has_dualstack_ipv6()
     with contextlib.suppress(OSError):
-        server = socket.create_server(("", 0)) if context.is_main else None
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, dualstack_ipv6=ipv6) if context.is_main else None
     if not (port := context.broadcast(server.getsockname()[1] if server else 0)):
         return
     with contextlib.suppress(OSError):  # a firewall, or the timeout
@@ -199,6 +220,13 @@ def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
                 connection.recv(1)
 
 
+def stop_before_start(reason: str) -> NoReturn:
+    """End a rank that has waited for others in vain: 75, so that SLURM starts the job again."""
+    with contextlib.suppress(OSError):
+        print(f"stopped by {reason} while rank {rank_from_environment()} waited for the others", file=sys.stderr)
+    hard_exit(STOPPED)
+
+
 def hard_exit(code: int) -> NoReturn:
     """End the process without Python's shutdown, during which gloo's threads may abort it.
 
@@ -211,19 +239,9 @@ def hard_exit(code: int) -> NoReturn:
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's waiting threads give up the CPU soon. Call it before torch is imported.
-
-    They burn what other ranks and runs on this machine need. What the user has set stays.
-    """
+    """Let OpenMP's waiting threads leave the CPU to other ranks and runs soon. Call it before torch is imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-
-
-def escape_unencodable_output() -> None:
-    """Print characters that the console's encoding lacks, such as those of a file's name, as escapes."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or a stream without an encoding
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def show_warnings(*, main: bool) -> None:
@@ -234,9 +252,5 @@ def show_warnings(*, main: bool) -> None:
 @contextlib.contextmanager
 def suppress_output() -> Iterator[None]:
     """Print nothing: one rank shows what all of them would, such as a wrong flag."""
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield

@@ -12,10 +12,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ddp_mnist.distributed.launcher import has_launcher, world_size_from_environment
+from ddp_mnist.distributed.launcher import (
+    has_launcher,
+    seconds_before_restart,
+    stop_before_start,
+    world_size_from_environment,
+)
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
@@ -27,7 +34,6 @@ SIGNALS = ("SIGHUP", "SIGUSR1", "SIGXCPU", "SIGUSR2", "SIGINT", "SIGTERM")
 REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)
 """Reasons to stop. When those of the ranks differ, the last one in this order counts."""
 INTERVAL_SECONDS = 0.1
-MAX_INTERVAL = 1000  # steps
 
 
 class StopSignal:
@@ -38,14 +44,14 @@ class StopSignal:
         self._after = signal.SIG_IGN if ignore_afterwards else None
         self._previous: dict[int, Any] = {}
         self._reason: str | None = None
-        self._interrupted = False
+        self._interrupted = self._waiting = False
         self._deadline = float("inf")
         self._alone = world_size_from_environment() == 1
         # Without a launcher (a shell, nohup, a notebook) the parent may leave first.
         self._parent = os.getppid() if has_launcher() else None
         self._interval = 1
         self._next_step = 0
-        self._last_question: tuple[float, int] | None = None
+        self._last_question = time.monotonic(), 0
         self._pending: Any = None
 
     def __enter__(self) -> StopSignal:
@@ -63,9 +69,24 @@ class StopSignal:
             signal.signal(number, self._after or handler)
 
     def limit(self, minutes: float) -> None:
-        """Stop after so many minutes from now; 0 is never."""
+        """Stop after so many minutes from now, or from torchrun's start if it has restarted the ranks; 0 is never."""
         if minutes:
-            self._deadline = time.monotonic() + 60 * minutes
+            self._deadline = time.monotonic() + 60 * minutes - seconds_before_restart()
+
+    def wait_for_peers(self, meet: Callable[[], None]) -> None:
+        """Run `meet`, in which C++ waits for other ranks; with a reason to stop, leave if they do not come."""
+        pool = ThreadPoolExecutor(1)  # no handler would run in this thread while it is in C++
+        met = pool.submit(meet)
+        pool.shutdown(wait=False)
+        self._waiting = True
+        patience = 20 if self._local_reason() else 1  # seconds; with a reason from before, so may have the others
+        while not met.done():
+            reason = self._local_reason()
+            wait([met], patience if reason else 0.1)
+            if reason and not met.done():
+                stop_before_start(reason)
+        self._waiting = False
+        met.result()
 
     def agreed(self, context: Context, step: int) -> str | None:
         """Return why to stop, or None to go on; the same on all ranks. Collective: call it at every step."""
@@ -96,12 +117,10 @@ class StopSignal:
         import torch
         import torch.distributed as dist
 
-        now, interval = time.monotonic(), 1
-        if self._last_question is not None:
-            then, since = self._last_question
-            steps_per_second = (step - since) / max(now - then, 1e-6)
-            # At most doubled: the first steps of a run are slow.
-            interval = min(int(INTERVAL_SECONDS * steps_per_second), 2 * self._interval, MAX_INTERVAL)
+        now, (then, since) = time.monotonic(), self._last_question
+        steps_per_second = (step - since) / max(now - then, 1e-6)
+        # At most doubled: the first steps of a run are slow.
+        interval = min(int(INTERVAL_SECONDS * steps_per_second), 2 * self._interval)
         self._last_question = now, step
         question = [REASONS.index(self._local_reason()), max(1, interval) if context.is_main else 0]
         tensor = torch.tensor(question, dtype=torch.int32).to(context.device, non_blocking=True)
@@ -117,10 +136,12 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._reason = self._reason or signal.Signals(number).name
-        if number == signal.SIGINT and self._alone:
-            if self._interrupted:
-                os._exit(130)
-            self._interrupted = True
+        if number != signal.SIGINT:
+            return
+        if self._interrupted and (self._alone or self._waiting):
+            os._exit(130)
+        self._interrupted = True
+        if self._alone:
             # Ctrl-C also ends a `tee` that stderr leads to: an OSError here would end the run unsaved.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping at the next step; Ctrl-C again leaves at once, without saving\n")

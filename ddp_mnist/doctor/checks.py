@@ -23,8 +23,8 @@ from accelerate.utils import gather_object
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import mnist
 from ddp_mnist.distributed import launcher
-from ddp_mnist.distributed.context import Context, translate_collective_errors
-from ddp_mnist.distributed.threads import allowed_cpus
+from ddp_mnist.distributed.context import Context, translate_errors
+from ddp_mnist.distributed.machine import allowed_cpus
 from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
 from ddp_mnist.wandb_mirror import mirror
@@ -177,7 +177,7 @@ def meet(config: TrainConfig, mine: list[Finding]) -> list[Finding]:
         JobError: It has failed, and this is not rank 0, which has a finding of it instead.
     """
     try:
-        with Context(config) as context, translate_collective_errors(context):
+        with Context(config) as context, translate_errors(context):
             everyone = gather_object([(socket.gethostname(), mine)])
             seconds = all_reduce_seconds(context)
             backend = context.accelerator.state.backend

@@ -1,5 +1,6 @@
 """The page of a run, or of several beside each other, with its pictures. Imports no torch, and matplotlib to draw."""
 
+import argparse
 import base64
 import logging
 import shlex
@@ -9,8 +10,9 @@ from typing import Any
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
+from ddp_mnist.distributed.launcher import entry_point
 from ddp_mnist.errors import JobError
-from ddp_mnist.report.runs import RunLog, comparison, read_runs
+from ddp_mnist.report.runs import RunLog, comparison, format_table, read_runs
 from ddp_mnist.run.directory import format_setting, translate_write_errors, write_atomic
 
 log = logging.getLogger(__name__)
@@ -80,3 +82,21 @@ def _test_images(run: RunLog, data_dir: Path | None) -> Any:
     if max(rows) >= len(labels) or labels[[*rows]].tolist() != [*expected]:
         raise JobError("The test images found are not those that the run was scored on. Name theirs with --data-dir.")
     return images[[*rows]]
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ddp_mnist.report", description="Draw one run, or compare several.")
+    add = parser.add_argument
+    add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    add("--output", type=Path, metavar="DIR", help="where to write (default: the one run's directory, else report/)")
+    add("--data-dir", type=Path, metavar="DIR", help="test images (default: the run's, else $DDP_MNIST_DATA)")
+    add("--table", action="store_true", help="only print a table: one row per run, best test accuracy first")
+    options = parser.parse_args(argv)
+    if options.table:
+        lines = format_table(comparison(read_runs(options.run_dirs)))
+    else:
+        lines = draw(options.run_dirs, output=options.output, data_dir=options.data_dir)
+    print(*lines, sep="\n")
+    return 0

@@ -2,7 +2,7 @@
 
 `checkpoints/step-XXXXXXXX/` holds model.safetensors, optimizer.safetensors, state.json and MANIFEST.json (sizes and
 SHA-256). Nothing is pickled. The batch order follows from (seed, epoch), so the position is three integers and there
-is no random state to keep.
+is no random state to keep. `Saver` decides when to save and what.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import re
 import secrets
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,14 @@ from torch import Tensor, nn
 
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
+from ddp_mnist.optimizer import check_same, load_state, save_state
 from ddp_mnist.run import directory
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
+    from ddp_mnist.distributed.context import Context
+    from ddp_mnist.run.metrics import Metrics
+    from ddp_mnist.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +41,17 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "MANIFEST.json"
-NAME = re.compile(r"step-\d{8,}")
+NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 TEMPORARY = ".tmp-"
 DAMAGE = (
     *(FileNotFoundError, NotADirectoryError, IsADirectoryError),
     *(ValueError, KeyError, TypeError, safetensors.SafetensorError),
 )
 """Exceptions of reading a damaged checkpoint; a disk that does not answer raises another OSError."""
+MAX_SHARE_OF_TIME = 0.01
+"""An epoch ends with an automatic checkpoint if saving takes at most this share of the time since the last one."""
+MAX_SECONDS = 600.0
+"""After so long without one, an automatic checkpoint is due within an epoch too."""
 
 
 @dataclass
@@ -93,6 +102,8 @@ class Snapshot:
     """fp32, on the CPU, by parameter name"""
     optimizer: dict[str, Tensor]
     """`<parameter>.<name of the state>`, on the CPU"""
+    optimizer_values: dict[str, Any]
+    """Numbers of the same; settings of its groups; as "identity", class and settings before the first step."""
     scaler: dict[str, Any]
     """fp16's loss scaler; empty for other precisions"""
     metrics_bytes: int
@@ -107,35 +118,33 @@ class Checkpoints:
         self.folder = run_dir / directory.CHECKPOINTS
         self.keep = keep
 
-    def steps(self) -> list[Path]:
-        """Return the published checkpoints, oldest first. A user's copies (`step-00000050-good`) are none of ours."""
-        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=_step)
+    def steps(self) -> list[int]:
+        """Return the steps of the published ones, oldest first. A user's copies (`step-00000050-good`) do not count."""
+        matches = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*") if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
 
-    def last_step(self) -> int | None:
-        """Return the step of the newest one, verified or not; None: there is none."""
-        return _step(self.steps()[-1]) if self.steps() else None
+    def path(self, step: int) -> Path:
+        """Return the directory of the checkpoint of that step."""
+        return self.folder / f"step-{step:08d}"
 
-    def publish(self, snapshot: Snapshot) -> Path:
+    def publish(self, snapshot: Snapshot) -> None:
         """Write, flush, rename into place, then remove the oldest beyond `keep`. Raises: OSError."""
-        target = self.folder / f"step-{snapshot.state.step:08d}"
+        target = self.path(snapshot.state.step)
         if target.exists():  # a stop right after a resume: the very same state
-            return target
+            return
         if not self.folder.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True)
             directory.sync_directory(self.folder.parent)
-        temporary = self.folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
+        values = vars(snapshot) | {"state": asdict(snapshot.state)}
+        contents = {
+            MODEL: safetensors.torch.save(values.pop("weights")),
+            OPTIMIZER: safetensors.torch.save(values.pop("optimizer")),
+            STATE: _json(values),
+        }
+        contents[MANIFEST] = _json({name: _fingerprint(content) for name, content in contents.items()})
+        temporary = self._temporary(target)
         try:
             temporary.mkdir()
-            names = ("config", "scaler", "metrics_bytes")
-            state = {"state": asdict(snapshot.state)} | {name: getattr(snapshot, name) for name in names}
-            contents = {
-                MODEL: safetensors.torch.save(snapshot.weights),
-                OPTIMIZER: safetensors.torch.save(snapshot.optimizer),
-                STATE: (json.dumps(state, indent=1) + "\n").encode(),
-            }
-            manifest = {name: _fingerprint(content) for name, content in contents.items()}
-            contents[MANIFEST] = (json.dumps(manifest, indent=1) + "\n").encode()
             for name, content in contents.items():
                 directory.write_synced(temporary / name, content)
             directory.sync_directory(temporary)
@@ -143,11 +152,11 @@ class Checkpoints:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         directory.sync_directory(self.folder)
-        for old in self.steps()[: -self.keep]:
-            self._remove(old)
-        return target
+        for old in map(self.path, self.steps()[: -self.keep]):
+            # Renamed first, so that a kill in between leaves no half checkpoint.
+            shutil.rmtree(old.rename(self._temporary(old)), ignore_errors=True)
 
-    def newest(self) -> tuple[Path, Snapshot] | None:
+    def newest(self) -> Snapshot | None:
         """Return the newest checkpoint that verifies, or None. Set damaged ones aside, with a warning.
 
         Raises:
@@ -155,22 +164,19 @@ class Checkpoints:
         """
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        paths = self.steps()
+        paths = list(map(self.path, self.steps()))
         while paths:
             path = paths.pop()
             try:
-                return path, read(path)
+                return read(path)
             except DAMAGE as error:
-                aside = directory.set_aside(path, self.folder, "damaged")
+                aside = path.rename(directory.make_new(path.with_name(f"damaged-{path.name}")))
                 next_one = f"using {paths[-1].name}" if paths else "there is none before it: starting over"
                 log.warning("%s is damaged (%s); set aside as %s, %s.", path, error, aside.name, next_one)
         return None
 
-    def _remove(self, path: Path) -> None:
-        """Rename it first, so that a kill in between leaves no half checkpoint."""
-        doomed = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    def _temporary(self, path: Path) -> Path:
+        return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
 
 
 def read(path: Path) -> Snapshot:
@@ -188,44 +194,123 @@ def read(path: Path) -> Snapshot:
     return Snapshot(weights=tensors[0], optimizer=tensors[1], **values)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def _fingerprint(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return the network's state dict on the CPU in plain layout, floats as fp32.
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+class Saver:
+    """Saves the state of a run: position, weights, optimizer and loss scaler. Every rank owns one; rank 0 writes."""
+
+    def __init__(self, context: Context, train_step: TrainStep, metrics: Metrics) -> None:
+        """Note what to save; the run directory is that of the metrics."""
+        self.context, self.train_step, self.metrics = context, train_step, metrics
+        self.run_dir, self.config, self.state = metrics.run.path, metrics.config, metrics.state
+        self.checkpoints = Checkpoints(self.run_dir, self.config.keep_checkpoints)
+        self._last_save, self._cost = time.monotonic(), 0.0
+
+    def save_if_due(self, *, epoch_end: bool = False) -> None:
+        """Save where `checkpoint_every` says so, or the clock. Collective.
+
+        Training goes on when it fails, after a warning: the last checkpoint is kept.
+        """
+        if self.state.step_in_epoch == self.metrics.steps_per_epoch:
+            return  # the last step of an epoch is saved after scoring
+        if self.config.checkpoint_every:
+            due = self.state.step % self.config.checkpoint_every == 0
+            if due:
+                self.metrics.sync()
+        else:
+            # Rank 0 decides by its own clock, and the others do not hear of it: this save must need no collective. So
+            # it waits while losses are still to be summed over the ranks.
+            since = time.monotonic() - self._last_save
+            due = since >= MAX_SECONDS or (epoch_end and self._cost <= MAX_SHARE_OF_TIME * since)
+            due = due and not self.metrics.unread
+        if due and self.context.is_main:
+            try:
+                self._save()
+            except JobError as error:
+                log.warning("%s", error)
+        if due:
+            self.metrics.resume_timer()
+
+    def save(self) -> None:
+        """Save now, at a stop or at the end. Collective. Raises: JobError, on all ranks."""
+        self.metrics.sync()
+        self.context.run_on_main(self._save)
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        try:
+            self.checkpoints.publish(self._snapshot())
+        except (OSError, JobError) as error:
+            steps = self.checkpoints.steps()
+            kept = f"The one of step {steps[-1]} is kept." if steps else "There is none before it."
+            raise JobError(
+                f"the checkpoint of step {self.state.step} could not be saved ({error}). {kept}",
+                stop_reason=error.stop_reason if isinstance(error, JobError) else "save_failed",
+            ) from error
+        finally:
+            self._last_save = time.monotonic()
+            self._cost = self._last_save - started
+
+    def _snapshot(self) -> Snapshot:
+        network, scaler = self.train_step.network, self.context.accelerator.scaler
+        self.state.wall_seconds = self.metrics.wall_seconds()
+        tensors, values = save_state(network, self.train_step.optimizer)
+        return Snapshot(
+            state=self.state,
+            config=self.config.to_dict(),
+            weights=weights(network),
+            optimizer=tensors,
+            optimizer_values=values | {"identity": self.train_step.optimizer_identity},
+            scaler=scaler.state_dict() if scaler is not None else {},
+            metrics_bytes=self.metrics.metrics_bytes(),
+        )
+
+    def publish_weights(self) -> None:
+        """Write the final weights, without metadata: equal weights are equal files. Collective. Raises: JobError."""
+
+        def write() -> None:
+            with directory.translate_write_errors(self.run_dir / directory.WEIGHTS) as path:
+                directory.write_atomic(path, safetensors.torch.save(weights(self.train_step.network)))
+
+        self.context.run_on_main(write)
+
+
+def restore(train_step: TrainStep, snapshot: Snapshot) -> None:
+    """Give the optimizer and the loss scaler their saved state. The network has its weights already.
 
     Raises:
-        JobError: A weight is not finite.
+        UsageError: The run was trained by another optimizer.
     """
-    tensors = {
-        # A copy: safetensors refuses tensors that share memory, as tied weights do.
-        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().contiguous().clone()
-        for name, value in network.state_dict().items()
-    }
-    for name, value in tensors.items():
+    values = dict(snapshot.optimizer_values)
+    check_same(values.pop("identity"), train_step.optimizer_identity)
+    load_state(train_step.network, train_step.optimizer, snapshot.optimizer, values)
+    scaler = train_step.context.accelerator.scaler
+    if scaler is not None and snapshot.scaler:
+        scaler.load_state_dict(snapshot.scaler)
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return the network's state dict on the CPU, floats as fp32. Raises JobError: one is not finite."""
+    tensors = {}
+    for name, value in network.state_dict().items():
         if not math.isfinite(value.double().abs().sum().item()):
             raise JobError(f"the weights of {name} are not finite; they are not saved.", stop_reason="nan")
+        value = value.detach().float() if value.is_floating_point() else value.detach()
+        # A copy: safetensors refuses tensors that share memory, as tied weights do.
+        tensors[name] = value.cpu().contiguous().clone()
     return tensors
-
-
-def publish_weights(network: nn.Module, path: Path) -> None:
-    """Write `model.safetensors`, without metadata: equal weights are equal files. Raises: JobError."""
-    content = safetensors.torch.save(weights(network))
-    with directory.translate_write_errors(path):
-        directory.write_atomic(path, content)
 
 
 def load_weights(network: nn.Module, path: Path, *, of_run: bool = False) -> None:
     """Fill the network from a `model.safetensors`: that of --init-from, or `of_run`, of a run directory.
 
-    Raises:
-        JobError: The file is missing, damaged or not finite, or does not fit the run directory it lies in.
-        UsageError: The file of --init-from does not fit.
+    Raises JobError: it is missing, damaged or not finite; UsageError: that of --init-from is of another network.
     """
     named = str(path) if of_run else f"--init-from {path}"
     try:
@@ -252,38 +337,35 @@ class SavedRun:
     step: int | None
     """None where nothing says which."""
     summary: dict[str, Any]
-    """summary.json, where it is about these weights; else empty."""
+    """summary.json, where it has counted with these weights; else empty."""
 
 
 def open_saved(run_dir: Path) -> SavedRun:
-    """Return the final weights of a run of our own network, or the newest that verify while it is not finished.
+    """Return the final weights of a run, or the newest that verify while it is not finished.
 
-    If summary.json has no counts, `model.safetensors` may be from an earlier stop at --max-steps: then the newest
-    checkpoint is at least as new.
-
-    Raises:
-        JobError: There are none, or the network is not ours.
+    Raises JobError: there are none, or the network is not ours.
     """
     config = directory.read_settings(run_dir)
     if config.has_user_data or directory.read_json(run_dir / directory.CONFIG).get("network"):
         raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
     summary = directory.read_json(run_dir / directory.SUMMARY)
-    scored = summary.get("test_count") is not None
+    if summary.get("test_count") is None:
+        summary = {}  # then `model.safetensors` may be from an earlier stop, and a checkpoint is at least as new
     network, path = CNN(widths=config.widths), run_dir / directory.WEIGHTS
-    if not (scored and path.exists()):
-        for checkpoint in reversed(Checkpoints(run_dir, config.keep_checkpoints).steps()):
+    if not (summary and path.exists()):
+        checkpoints = Checkpoints(run_dir, config.keep_checkpoints)
+        for checkpoint in map(checkpoints.path, reversed(checkpoints.steps())):
             try:
                 snapshot = read(checkpoint)
                 network.load_state_dict(snapshot.weights)
             except (OSError, RuntimeError, *DAMAGE) as error:
                 log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
                 continue
-            step = snapshot.state.step
-            return SavedRun(config, network, checkpoint, step, summary if scored and summary["steps"] == step else {})
+            return SavedRun(config, network, checkpoint, snapshot.state.step, {})
     if not path.exists():
         raise JobError(
             f"{run_dir} holds no weights yet: neither {directory.WEIGHTS} nor a checkpoint that verifies. Wait for its "
             "first checkpoint, or continue the run."
         )
     load_weights(network, path, of_run=True)
-    return SavedRun(config, network, path, summary.get("steps") if scored else None, summary if scored else {})
+    return SavedRun(config, network, path, summary.get("steps"), summary)

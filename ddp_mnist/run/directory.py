@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,24 +40,24 @@ def create(config: TrainConfig) -> Path:
     path = config.output_dir
     try:
         if path is None:
-            return _make_new(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}"))
+            return make_new(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{config.recipe}"))
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            return path
     except OSError as error:
         name = "runs" if path is None else f"--output-dir {path}"
         why = "it is a file, or lies below one" if isinstance(error, FileExistsError) else error.strerror
         raise JobError(f"{name} cannot be written: {why}. Choose another path with --output-dir.") from error
-    return path
 
 
-def _make_new(path: Path) -> Path:
-    for each in _numbered(path):  # another job may start in the same second
+def make_new(path: Path) -> Path:
+    """Make the directory, or the first of `path-2`, `path-3`... that is not there. Return it. Raises: OSError."""
+    for number in itertools.count(1):
+        target = path.with_name(f"{path.name}-{number}") if number > 1 else path
         with contextlib.suppress(FileExistsError):
-            each.mkdir(parents=True)
-            return each
-    raise AssertionError("the names never end")
+            target.mkdir(parents=True)
+            break
+    return target
 
 
 def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None:
@@ -68,21 +69,19 @@ def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None
     # filelock's fallback, a lock by the mere existence of a file, would outlive a killed job.
     holder = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
     try:
-        holder.acquire()
-    except filelock.Timeout:
+        with contextlib.suppress(filelock.Timeout):
+            return holder.acquire().lock
         log.warning("%s is held by another job; waiting up to %.0f s for it to finish.", path, patience)
-        try:
-            holder.acquire(timeout=patience)
-        except filelock.Timeout as error:
-            raise JobError(
-                f"--output-dir {path} is held by another job that is still running. Wait for it, stop it, or choose "
-                "another directory.",
-                stop_reason="locked",
-            ) from error
+        return holder.acquire(timeout=patience).lock
+    except filelock.Timeout as error:
+        raise JobError(
+            f"--output-dir {path} is held by another job that is still running. Wait for it, stop it, or choose "
+            "another directory.",
+            stop_reason="locked",
+        ) from error
     except OSError as error:
         log.warning("%s cannot be locked (%s): see to it that only one job uses it.", path, error)
         return None
-    return holder
 
 
 def start_over(path: Path) -> None:
@@ -90,21 +89,9 @@ def start_over(path: Path) -> None:
     names = (CHECKPOINTS, METRICS, SUMMARY, WEIGHTS, CONFIG, WANDB, WANDB_STATE)
     present = [path / name for name in names if (path / name).exists()]
     if present:
-        aside = path / f"old-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        aside.mkdir()
+        aside = make_new(path / f"old-{time.strftime('%Y%m%d-%H%M%S')}")
         for item in present:
             item.rename(aside / item.name)
-
-
-def set_aside(path: Path, folder: Path, label: str) -> Path:
-    """Rename `path` to a free name in `folder` that begins with `label`, and return it. Raises: OSError."""
-    target = next(each for each in _numbered(folder / f"{label}-{path.name}") if not each.exists())
-    return path.rename(target)
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    yield path
-    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
 
 
 def read_settings(path: Path) -> TrainConfig:

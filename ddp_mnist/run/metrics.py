@@ -5,16 +5,20 @@ Every rank owns a `Metrics` and calls it at the same steps, since a line's loss 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import logging
 import math
 import os
+import platform
+import re
+import socket
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from copy import copy
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +27,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddp_mnist.data.sources import SYNTHETIC_WARNING
+from ddp_mnist.distributed.launcher import local_world_size_from_environment
 from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
-from ddp_mnist.run.provenance import facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from io import FileIO
 
     from ddp_mnist.data.batches import Batches
     from ddp_mnist.distributed.context import Context
     from ddp_mnist.evaluate import Score
     from ddp_mnist.run.resume import Run
+    from ddp_mnist.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -47,31 +52,23 @@ class Metrics:
     def __init__(self, run: Run, context: Context) -> None:
         """Note the totals before this attempt."""
         self.run, self.config, self.context, self.state = run, run.config, context, run.state
-        self._before = copy(self.state)
-        self._last_line = copy(self.state)
+        self._before, self._last_line = copy(self.state), copy(self.state)
         self._started = self._resumed = time.perf_counter()
-        self._unread: list[tuple[Tensor, Tensor, int]] = []
+        self.unread: list[tuple[Tensor, Tensor, int]] = []
         """Loss, correct predictions and global batch of each step that has not been read from the device."""
-        self._rate = math.nan
-        self._file: MetricsFile | None = None
+        self._file: FileIO | None = None
+        self._unwritten = b""
+        """Lines of metrics.jsonl that a full disk has refused so far."""
         self._bar: Any = None
 
-    def open(
-        self, batches: Batches, test_images: int, network: str | None, gradient_norm: Callable[[], Tensor]
-    ) -> None:
+    def open(self, batches: Batches, test_images: int, train_step: TrainStep, *, network: str | None = None) -> None:
         """Write config.json, open metrics.jsonl, cut it to what the checkpoint knows of, print the banner. Collective.
 
-        Args:
-            batches: The training set.
-            test_images: How many the test set has.
-            network: The name of the script's own class; None: the network is ours.
-            gradient_norm: Returns the norm of the last step's gradient, a scalar.
-
-        Raises:
-            JobError: A file cannot be written; on all ranks.
+        `network`: the name of the script's own class; None: the network is ours. Raises JobError: a file cannot be
+        written; on all ranks.
         """
         self._started = time.perf_counter()  # loading the data is no part of the run's time
-        self.steps_per_epoch, self._gradient_norm = len(batches), gradient_norm
+        self.steps_per_epoch, self._train_step = len(batches), train_step
         self.total_steps = self.steps_per_epoch * self.config.epochs
         self.context.run_on_main(lambda: self._open_files(network))
         self.say(self._banner(batches, test_images))
@@ -79,9 +76,14 @@ class Metrics:
     def _open_files(self, network: str | None) -> None:
         content = {"settings": self.config.to_dict(), "network": network, "steps_per_epoch": self.steps_per_epoch}
         with directory.translate_write_errors(self.run.path / directory.CONFIG) as path:
-            directory.write_json(path, content | facts(self.context.world_size))
-        keep = self.run.snapshot.metrics_bytes if self.run.snapshot else 0
-        self._file = MetricsFile(self.run.path / directory.METRICS, keep=keep)
+            directory.write_json(path, content | provenance(self.context.world_size))
+        expected = self.run.snapshot.metrics_bytes if self.run.snapshot else 0
+        with directory.translate_write_errors(self.run.path / directory.METRICS) as path:
+            self._file = path.open("ab", buffering=0)
+            found = path.stat().st_size
+            self._file.truncate(min(expected, found))
+        if found < expected:
+            log.warning("%s has %d bytes, expected %d: earlier lines are missing.", path, found, expected)
         if self.config.progress and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True)
 
@@ -91,8 +93,6 @@ class Metrics:
             if each is not None:
                 each.close()
 
-    # --- Steps and scores ---
-
     def resume_timer(self) -> None:
         """Count time as training time from now on. What has passed since `_stop_timer` (a score, a save) is dropped."""
         self._resumed = time.perf_counter()
@@ -100,16 +100,13 @@ class Metrics:
     def _stop_timer(self) -> None:
         self.state.train_seconds += time.perf_counter() - self._resumed
 
-    def record(self, rate: float, loss: Tensor, correct: Tensor, global_size: int) -> None:
+    def record(self, loss: Tensor, correct: Tensor, global_size: int) -> None:
         """Take this rank's part of a step's mean loss and correct items, after `state.advance`. Collective.
 
-        Writes a line where an interval is full, except at the end of an epoch, where `record_score` does.
-
-        Raises:
-            JobError: A loss of the interval is not finite; on all ranks.
+        Writes a line where an interval is full, except at the end of an epoch, where `record_score` does. Raises
+        JobError: a loss of the interval is not finite; on all ranks.
         """
-        self._rate = rate
-        self._unread.append((loss, correct, global_size))
+        self.unread.append((loss, correct, global_size))
         interval_full = self.state.step % self.config.log_every == 0
         if interval_full:
             self._read()  # on a GPU this waits for the steps, which is part of their time
@@ -119,37 +116,22 @@ class Metrics:
         self.resume_timer()
 
     def record_score(self, score: Score) -> None:
-        """Write the line of an epoch's end, with its test score. Collective.
-
-        Raises:
-            JobError: A loss is not finite; on all ranks.
-        """
+        """Write the line of an epoch's end, with its test score. Collective. Raises: JobError, as `record`."""
         self.sync()
         self._write_line(score)
-        if self.state.epoch == 0 and len(score.confusion) > MAX_CLASSES:
-            self.say(
-                f"  more than {MAX_CLASSES} classes: no confusion matrix and no accuracy of single classes is kept"
-            )
-
-    @property
-    def has_unread(self) -> bool:
-        """Return whether losses have not been read from the device yet."""
-        return bool(self._unread)
+        if self.state.epoch == 0 and len(score.confusion or ()) > MAX_CLASSES:
+            self.say(f"  more than {MAX_CLASSES} classes: no confusion matrix is kept")
 
     def sync(self) -> None:
-        """Read what the device still has into the state; the wait is part of the training time. Collective.
-
-        Raises:
-            JobError: A loss is not finite; on all ranks.
-        """
-        if self._unread:
+        """Read what the device still has into the state, in training time. Collective. Raises: as `record`."""
+        if self.unread:
             self.resume_timer()
             self._read()
             self._stop_timer()
 
     def _read(self) -> None:
-        losses, correct, sizes = zip(*self._unread, strict=True)
-        self._unread = []
+        losses, correct, sizes = zip(*self.unread, strict=True)
+        self.unread = []
         values = self.context.sum(torch.stack([torch.stack(losses), torch.stack(correct).float()])).tolist()
         first = self.state.step - len(sizes) + 1
         for step, (loss, right, size) in enumerate(zip(*values, sizes, strict=True), start=first):
@@ -161,16 +143,17 @@ class Metrics:
 
     def _write_line(self, score: Score | None = None) -> None:
         """Write one line for the steps since the last one. Collective."""
-        state = self.state
+        state, step = self.state, self._train_step
         state.wall_seconds = self.wall_seconds()
+        accuracy = None if step.classes is None else state.interval_correct / state.interval_images
         record: dict[str, Any] = {
             "step": state.step,
             "epoch": state.epoch,
             "wall_seconds": round(state.wall_seconds, 3),
-            "lr": self._rate,
+            "lr": step.rate,
             "train/loss": state.interval_loss / state.interval_images,
-            "train/accuracy": state.interval_correct / state.interval_images,
-            "train/gradient_norm": self._gradient_norm().item(),
+            "train/accuracy": accuracy,
+            "train/gradient_norm": step.gradient_norm().item(),
         } | self._speed()
         if state.skipped_steps:
             record["train/skipped_steps"] = state.skipped_steps
@@ -180,12 +163,21 @@ class Metrics:
                 "test/accuracy": score.accuracy,
                 "test/mistakes": [asdict(mistake) for mistake in score.mistakes],
             }
-            if len(score.confusion) <= MAX_CLASSES:
-                record |= {"test/class_accuracy": score.class_accuracy(), "test/confusion": score.confusion}
+            if confusion := _confusion(score):
+                record |= {"test/class_accuracy": score.class_accuracy(), "test/confusion": confusion}
         state.interval_loss, state.interval_correct, state.interval_images = 0.0, 0, 0
         if self._file is not None:
-            self._file.append(record)
+            self._unwritten += (json.dumps(directory.finite(record)) + "\n").encode()
+            try:
+                self._write(self._file)
+            except OSError as error:
+                log.warning("%s: %s; its lines are kept in memory and tried again.", self._file.name, error.strerror)
             self._show(record)
+
+    def _write(self, file: FileIO) -> None:
+        while self._unwritten:
+            # A disk that fills up takes a part of a line; the rest follows when there is room.
+            self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
     def _speed(self) -> dict[str, Any]:
         """Return this attempt's speed since the last line, with each rank's seconds a step. Collective."""
@@ -208,34 +200,20 @@ class Metrics:
     def metrics_bytes(self) -> int:
         """Return the length of metrics.jsonl so far, flushed to disk, on rank 0. Raises: OSError."""
         assert self._file is not None
-        return self._file.sync()
+        self._write(self._file)
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def wall_seconds(self) -> float:
         """Return the seconds since the run's start, over all attempts."""
         return self._before.wall_seconds + time.perf_counter() - self._started
 
-    # --- summary.json ---
-
-    def summary(
-        self,
-        stop_reason: str,
-        exit_code: int,
-        *,
-        wandb_mode: str,
-        train: Score | None = None,
-        test: Score | None = None,
-    ) -> dict[str, Any]:
-        """Return summary.json's content; null for what is not known."""
-        state, config, before = self.state, self.config, self._before
+    def summary(self, stop_reason: str, exit_code: int, *, wandb_mode: str, **scores: Score) -> dict[str, Any]:
+        """Return summary.json's content; null for what is not known. `scores`: `train` and `test`, once they are."""
+        state, config, before, test = self.state, self.config, self._before, scores.get("test")
         state.wall_seconds = self.wall_seconds()
         seconds = state.train_seconds - before.train_seconds
-        confusion = None
-        if test is not None and len(test.confusion) <= MAX_CLASSES:
-            confusion = [list(row) for row in test.confusion]
-        scores: dict[str, Any] = {}
-        for name, score in {"train": train, "test": test}.items():
-            for key in ("correct", "count", "accuracy", "loss"):
-                scores[f"{name}_{key}"] = getattr(score, key, None)
+        keys = [(name, key) for name in ("train", "test") for key in ("correct", "count", "accuracy", "loss")]
         return {
             "finished": stop_reason == "finished",
             "stop_reason": stop_reason,
@@ -250,14 +228,14 @@ class Metrics:
             "mixed_precision": config.mixed_precision,
             "threads": self.context.threads,
             "skipped_steps": state.skipped_steps,
-            **scores,
+            **{f"{name}_{key}": getattr(scores.get(name), key, None) for name, key in keys},
             "train_seconds": round(state.train_seconds, 3),
             "eval_seconds": round(state.eval_seconds, 3),
             "wall_seconds": round(state.wall_seconds, 3),
             "images_per_second": round((state.samples_seen - before.samples_seen) / seconds, 1) if seconds else None,
             "resumed_from": before.step if self.run.snapshot else None,
             "wandb_mode": wandb_mode,
-            "test_confusion": confusion,
+            "test_confusion": test and _confusion(test),
             "test_mistakes": test and [asdict(mistake) for mistake in test.mistakes],
         }
 
@@ -274,13 +252,11 @@ class Metrics:
         except JobError as error:
             log.warning("%s", error)
 
-    # --- The console ---
-
     def say(self, text: str) -> None:
         """Print a line or a block, from rank 0 only."""
         if self.context.is_main:
             # A full disk under the log or a closed pipe is no reason to stop training.
-            with contextlib.suppress(OSError, UnicodeError):
+            with suppress(OSError, UnicodeError):
                 if self._bar is not None:
                     self._bar.write(text)
                 else:
@@ -292,12 +268,13 @@ class Metrics:
         device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
         parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
         threads = _count(context.threads, "thread")
+        optimizer, rate = self._train_step.optimizer_identity["class"].rpartition(".")[2], self._train_step.rate
         lines = [
             f"ddp_mnist: {config.recipe} recipe on {config.dataset}, "
             f"{len(batches.split):,} training and {test_images:,} test images",
             f"  device  {device}, {ranks}, {threads} each, precision {config.mixed_precision}",
             f"  batch   {config.batch_size} images, {batches.local_size} per rank{parts}; "
-            f"{_count(config.epochs, 'epoch')} of {len(batches)} steps; Adam {config.lr:g} {config.schedule}",
+            f"{_count(config.epochs, 'epoch')} of {len(batches)} steps; {optimizer} {rate:g} {config.schedule}",
             f"  output  {self.run.path}",
         ]
         if self.run.snapshot is not None:
@@ -312,60 +289,58 @@ class Metrics:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s", refresh=False)
             self._bar.update(record["step"] - self._bar.n)
-        elif "test/accuracy" not in record:
+        elif "test/loss" not in record:
             images_left = (self.total_steps - record["step"]) * self.config.batch_size
             left = f", {images_left / speed:,.0f} s left" if speed else ""
             position = f"step {record['step']}/{self.total_steps}"
             self.say(f"{epoch} {position}: loss {loss:.4f}, {speed:,.0f} images/s{left}")
-        if "test/accuracy" in record:
-            accuracy, test_loss = 100 * record["test/accuracy"], record["test/loss"]
-            self.say(f"{epoch} done: train loss {loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2f} %")
+        if "test/loss" in record:
+            accuracy = record["test/accuracy"]
+            scored = "" if accuracy is None else f", test accuracy {100 * accuracy:.2f} %"
+            self.say(f"{epoch} done: train loss {loss:.4f}, test loss {record['test/loss']:.4f}{scored}")
+
+
+def _confusion(score: Score) -> list[list[int]] | None:
+    """Return the confusion matrix; None where there is none, or it is too large to be kept."""
+    rows = list(map(list, score.confusion or ()))
+    return rows if 0 < len(rows) <= MAX_CLASSES else None
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number > 1 else "")
 
 
-class MetricsFile:
-    """Appends whole lines to metrics.jsonl. What a full disk refuses is kept and tried again with the next line."""
+def provenance(world_size: int) -> dict[str, Any]:
+    """Return `versions`, `git` (None outside a checkout) and `launch` of a job of `world_size` ranks."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("ddp_mnist", "torch", "torchvision", "accelerate", "numpy", "safetensors", "wandb"):
+        versions[name] = None
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    # The values of --...key, --token=... and the like are not saved.
+    secret = r"(?i)((?:^|\0)-[^\0=]*(?:key|token|secret|passw)[^\0=]*[\0=])[^\0]*"
+    launch = {
+        "command": re.sub(secret, r"\1***", "\0".join(sys.argv)).split("\0"),
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "nodes": world_size // local_world_size_from_environment(),
+        # What starts the job on a cluster says so.
+        "job_id": os.environ.get("DDP_MNIST_JOB_ID"),
+        "restart_count": int(os.environ.get("DDP_MNIST_RESTARTS") or 0),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    return {"versions": versions, "git": _git(), "launch": launch}
 
-    def __init__(self, path: Path, keep: int) -> None:
-        """Open the file and cut it to its first `keep` bytes. Raises: JobError."""
-        self.path = path
-        self._waiting = b""
-        try:
-            self._file = path.open("ab", buffering=0)
-            self._end = min(keep, os.fstat(self._file.fileno()).st_size)
-            self._file.truncate(self._end)
-        except OSError as error:
-            raise JobError(f"{path} cannot be written: {error.strerror}.") from error
-        if self._end < keep:
-            log.warning("%s has %d bytes, expected %d: earlier lines are missing.", path, self._end, keep)
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one line; warn where the disk is full."""
-        self._waiting += (json.dumps(directory.finite(record)) + "\n").encode()
-        try:
-            self._flush()
-        except OSError as error:
-            log.warning("%s: %s; its lines are kept in memory and tried again.", self.path, error.strerror)
+def _git() -> dict[str, Any] | None:
+    """Return commit and dirtiness of the checkout that tracks this file; None for an installed package."""
 
-    def sync(self) -> int:
-        """Flush to disk, and return the length. Raises: OSError."""
-        self._flush()
-        os.fsync(self._file.fileno())
-        return self._end
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _flush(self) -> None:
-        try:
-            if self._waiting and self._file.write(self._waiting) != len(self._waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            self._file.truncate(self._end)  # no half line
-            raise
-        self._end += len(self._waiting)
-        self._waiting = b""
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

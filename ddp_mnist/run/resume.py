@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
     from ddp_mnist.workload import Workload
 
-log = logging.getLogger(__name__)
+OTHERWISE = "choose another --output-dir, or start over with --fresh."
 
 
 @dataclass(frozen=True)
@@ -45,63 +44,55 @@ class Run:
 def open_run(config: TrainConfig, context: Context) -> Iterator[Run]:
     """Find the run and hold its directory for this job, on rank 0; yield the same on all ranks. Collective.
 
-    Raises:
-        JobError: The directory cannot be used, or another job keeps it.
-        UsageError: It holds a run of other settings.
+    Raises JobError: the directory cannot be used, or another job keeps it; UsageError: it holds another run.
     """
     with ExitStack() as stack:
-
-        def find() -> Run | None:
-            if not context.is_main:
-                return None
-            path = directory.create(config)
-            # Half of the time that the other ranks, which wait for this one, have before they give it up.
-            holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
-            if holder is not None:
-                stack.callback(holder.release)
-            found = _find(config, path)
-            if not found.finished:  # after a kill, an earlier attempt's summary would pass for this one's
-                with directory.translate_write_errors(path / directory.SUMMARY) as summary:
-                    summary.unlink(missing_ok=True)
-            return found
-
-        run = context.broadcast(context.run_on_all_ranks(find))
+        run = context.broadcast(context.run_on_all_ranks(lambda: _find(config, stack) if context.is_main else None))
         assert run is not None
         # Where the files are is each node's own matter.
         yield replace(run, config=run.config.replace(data_dir=config.data_dir))
 
 
-def _find(config: TrainConfig, path: Path) -> Run:
+def _find(config: TrainConfig, stack: ExitStack) -> Run:
+    path = directory.create(config)
+    # Half of the time that the other ranks, which wait for this one, have before they give it up.
+    holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
+    if holder is not None:
+        stack.callback(holder.release)
     try:
         if config.fresh:
             directory.start_over(path)
-        newest = Checkpoints(path, config.keep_checkpoints).newest()
+        snapshot = Checkpoints(path, config.keep_checkpoints).newest()
     except OSError as error:
         raise JobError(f"{path} cannot be used: {error}.") from error
-    config = config.replace(output_dir=path)
-    if config.init_from is not None:
-        config = config.replace(init_from=config.init_from.resolve())
-    if newest is None:
-        if directory.read_json(path / directory.SUMMARY).get("finished"):
-            raise UsageError(
-                f"{path} holds a finished run without its checkpoints. Choose another --output-dir, or --fresh."
-            )
-        dataset = sources.resolve(config.dataset, config.data_dir)
-        return Run(path, config.replace(dataset=dataset), TrainState())
-    _, snapshot = newest
-    saved = snapshot.config
-    if str(saved["dataset"]).startswith(USER_DATA_PREFIX) and not config.has_user_data:
-        raise UsageError(
-            f"{path} holds a run of a script with data of its own: start that script again, choose another "
-            "--output-dir, or start over with --fresh."
-        )
-    if config.dataset == "auto":  # the run has decided
-        config = config.replace(dataset=saved["dataset"])
-    check_identity(saved, config)
     summary = directory.read_json(path / directory.SUMMARY)
-    done = snapshot.state.epoch >= config.epochs
-    finished = done and summary.get("finished") and (path / directory.WEIGHTS).exists()
-    return Run(path, config, snapshot.state, snapshot, summary if finished else {})
+    config = config.replace(output_dir=path, init_from=config.init_from and config.init_from.resolve())
+    if snapshot is not None:
+        config = _as_saved(config, snapshot.config)
+        complete = summary.get("finished") and (path / directory.WEIGHTS).exists()
+        if complete and snapshot.state.epoch >= config.epochs:
+            return Run(path, config, snapshot.state, snapshot, summary)
+    elif summary.get("finished"):
+        raise UsageError(f"{path} holds a finished run without its checkpoints: {OTHERWISE}")
+    else:
+        config = config.replace(dataset=sources.resolve(config.dataset, config.data_dir))
+    with directory.translate_write_errors(path / directory.SUMMARY) as file:
+        file.unlink(missing_ok=True)  # after a kill, an earlier attempt's would pass for this one's
+    return Run(path, config, snapshot.state if snapshot else TrainState(), snapshot)
+
+
+def _as_saved(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+    """Return the settings, with the data set on which the run has decided. Raises UsageError: it is another run."""
+    dataset = str(saved["dataset"])
+    if dataset.startswith(USER_DATA_PREFIX) and dataset != config.dataset:
+        raise UsageError(
+            f"{config.output_dir} holds a run on other tensors, of a script with data of its own: start that script "
+            f"again, with a seed for whatever draws or splits them, {OTHERWISE}"
+        )
+    if config.dataset == "auto":
+        config = config.replace(dataset=dataset)
+    check_identity(saved, config)
+    return config
 
 
 def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
@@ -109,26 +100,21 @@ def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
     now = config.to_dict()
     for name in RESUME_FIELDS:
         was, is_ = saved.get(name), now[name]
-        more_epochs = name == "epochs" and config.schedule == "constant" and was is not None and is_ > was
+        more_epochs = name == "epochs" and config.schedule == "constant" and is_ > was
         if was != is_ and not more_epochs:
             flag = f"--{name.replace('_', '-')}"
-            if name == "dataset" and config.has_user_data and str(was).startswith(USER_DATA_PREFIX):
-                raise UsageError(
-                    f"{config.output_dir} holds a run on other tensors than the script gives now. Seed whatever draws "
-                    "or splits them, choose another output_dir, or start over with fresh=True."
-                )
-            hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
             old = f"no {flag}" if was is None else f"{flag} {directory.format_setting(was)}"
             new = "has none" if is_ is None else f"says {directory.format_setting(is_)}"
+            hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
             raise UsageError(
                 f"{config.output_dir} holds a run with {old}; this command {new}{hint}. "
-                f"Continue it with {old}, choose another --output-dir, or start over with --fresh."
+                f"Continue it with {old}, {OTHERWISE}"
             )
 
 
 def continue_command(config: TrainConfig, context: Context, workload: Workload) -> str:
     """Return what to type to go on: launcher, script and flags."""
-    config, asked = replace(config, fresh=False), workload.script_config
+    config, asked = config.replace(fresh=False), workload.script_config
     name = shlex.quote(sys.argv[0]) if workload.is_script else "-m ddp_mnist.train"
     flags = config.flags() if asked is None else sys.argv[1:]
     command = f"{_launcher(context, name, precision=asked is not None)} {shlex.join(flags)}".strip()
@@ -142,17 +128,20 @@ def continue_command(config: TrainConfig, context: Context, workload: Workload) 
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 
 
-def advise(error: JobError, config: TrainConfig, command: Callable[[TrainConfig], str]) -> None:
-    """Add to the error what to type next; `command` returns how to start a run with these settings."""
+def advise(error: JobError, config: TrainConfig, context: Context, workload: Workload) -> None:
+    """Add to the error what to type next, to go on with the run of these settings or to start another from it."""
     assert config.output_dir is not None
     checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
     kept = checkpoints.steps()
     if error.stop_reason == "nan":
-        again = config.replace(output_dir=None, lr=float(f"{config.lr / 3:.2g}"))
-        again = again.replace(init_from=kept[-1] / MODEL) if kept else again
-        error.add(f"A lower rate may help:\n  {command(again)}")
+        start = checkpoints.path(kept[-1]) / MODEL if kept else config.init_from
+        again = config.replace(output_dir=None, init_from=start)
+        if workload.optimizer is None:
+            again = again.replace(lr=float(f"{config.lr / 3:.2g}"))
+        where = "" if workload.optimizer is None else " in your optimizer"
+        error.add(f"A lower rate{where} may help:\n  {continue_command(again, context, workload)}")
     elif kept:
-        error.add(f"Continue from step {checkpoints.last_step()} with\n  {command(config)}")
+        error.add(f"Continue from step {kept[-1]} with\n  {continue_command(config, context, workload)}")
 
 
 def _launcher(context: Context, module: str, *, precision: bool) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 import wandb
 
 from ddp_mnist.data import mnist
-from ddp_mnist.errors import JobError
 from ddp_mnist.run import directory
 from ddp_mnist.wandb_mirror.mirror import PATIENCE
 
@@ -151,7 +150,7 @@ def media(record: dict[str, Any], run_dir: Path) -> dict[str, Any]:
         title = {"title": "Confusion matrix of the test set"}
         found["test/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
     if mistakes := record.get("test/mistakes"):
-        with contextlib.suppress(JobError, KeyError):  # there are no pictures of a user's own data
+        with contextlib.suppress(mnist.DataError, KeyError):  # there are no pictures of a user's own data
             settings = directory.read_json(run_dir / directory.CONFIG)["settings"]
             images, _ = mnist.read_split(settings["dataset"], settings["data_dir"], "test", fetch=False)
             found["test/mistakes"] = [

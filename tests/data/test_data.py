@@ -14,14 +14,14 @@ from PIL import Image
 from ddp_mnist.data import mnist as files
 from ddp_mnist.data import sources
 from ddp_mnist.data.__main__ import main
-from ddp_mnist.data.batches import Batches, ShardSampler, Split, evaluation_batches, to_float
+from ddp_mnist.data.batches import Batches, ShardSampler, TensorSet, evaluation_batches, to_float
 
 WORLD_SIZES = [1, 2, 3, 4, 7, 8, 64, 1024]
 
 
-def numbered(count: int) -> Split:
+def numbered(count: int) -> TensorSet:
     """A data set whose images and labels are its indices."""
-    return Split(torch.arange(count).view(count, 1, 1, 1), torch.arange(count))
+    return TensorSet(torch.arange(count).view(count, 1, 1, 1), torch.arange(count))
 
 
 def shards(length: int, world_size: int, *, seed: int = 0, epoch: int = 0) -> list[list[int]]:
@@ -77,13 +77,13 @@ def test_a_global_batch_is_the_same_images_at_every_world_size(world_size: int, 
     assert {len(batches) for batches in ranks} == {3}
     for step, shares in enumerate(zip(*(batches.epoch(epoch) for batches in ranks), strict=True)):
         rows = expected[step * batch_size : (step + 1) * batch_size]
-        assert sorted(label for share in shares for label in share.labels[: share.count].tolist()) == sorted(rows)
+        assert sorted(label for share in shares for label in share.targets[: share.count].tolist()) == sorted(rows)
         assert {share.global_size for share in shares} == {len(rows)} == {ranks[0].global_size(step)}
         sizes = [share.count for share in shares]
         assert max(sizes) - min(sizes) <= 1
         for share in shares:
-            assert share.images.flatten().tolist() == share.labels.tolist()
-            assert len(share.labels) == max(1, share.count)  # a rank without an item has one that does not count
+            assert share.inputs.flatten().tolist() == share.targets.tolist()
+            assert len(share.targets) == max(1, share.count)  # a rank without an item has one that does not count
 
 
 def test_every_share_has_a_seed_of_its_own() -> None:
@@ -105,8 +105,8 @@ def test_every_share_has_a_seed_of_its_own() -> None:
 
 def test_an_epoch_entered_in_the_middle_goes_on_as_if_it_had_been_read_from_the_start() -> None:
     batches = Batches(numbered(100), batch_size=16, rank=1, world_size=2, seed=0)
-    whole = [batch.labels.tolist() for batch in batches.epoch(2)]
-    assert [batch.labels.tolist() for batch in batches.epoch(2, start=4)] == whole[4:]
+    whole = [batch.targets.tolist() for batch in batches.epoch(2)]
+    assert [batch.targets.tolist() for batch in batches.epoch(2, start=4)] == whole[4:]
     assert list(batches.epoch(2, start=7)) == []
 
 
@@ -136,10 +136,10 @@ def test_scaling_gives_the_very_bits_of_torchvisions_totensor() -> None:
 def test_loaded_splits_are_the_files_bytes(tiny: Path) -> None:
     folder = tiny / "FashionMNIST" / "raw"
     for split, prefix, count in zip(sources.load("fashion-mnist", tiny), ("train", "t10k"), (1501, 2303), strict=True):
-        assert (split.images.dtype, split.labels.dtype) == (torch.uint8, torch.int64)
-        assert split.images.shape == (count, 1, 28, 28) and len(split) == count
-        assert split.images.numpy().tobytes() == (folder / f"{prefix}-images-idx3-ubyte").read_bytes()[16:]
-        assert bytes(split.labels.tolist()) == (folder / f"{prefix}-labels-idx1-ubyte").read_bytes()[8:]
+        assert (split.inputs.dtype, split.targets.dtype) == (torch.uint8, torch.int64)
+        assert split.inputs.shape == (count, 1, 28, 28) and len(split) == count
+        assert split.inputs.numpy().tobytes() == (folder / f"{prefix}-images-idx3-ubyte").read_bytes()[16:]
+        assert bytes(split.targets.tolist()) == (folder / f"{prefix}-labels-idx1-ubyte").read_bytes()[8:]
 
 
 def test_auto_is_the_real_data_where_it_is_there_and_generated_digits_where_it_is_not(

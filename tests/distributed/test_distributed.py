@@ -132,6 +132,13 @@ def test_all_ranks_stop_at_the_same_step_where_one_of_them_has_a_reason(ranks: R
         assert found == reason and signalled <= step <= signalled + 0.2 * rank_checks.STEPS_PER_SECOND
 
 
+def test_a_lost_rank_is_a_job_error_and_a_bug_is_not(ranks: Ranks) -> None:
+    """Whatever the library says of it, and whichever collective meets it first."""
+    lost, bug = ["JobError", "lost_rank"], ["RuntimeError", None]
+    for rank in ranks.found[:-1]:
+        assert rank["alone"] == {"sum": lost, "stop": lost, "bug": bug}
+
+
 @pytest.fixture(scope="module")
 def tutorials(tiny: Path) -> tuple[list[float], list[float]]:
     """Losses and accuracies of the tutorial's own loop, in one process, over the same global batches."""
@@ -172,17 +179,11 @@ def test_every_image_is_seen_once_an_epoch_and_scored_as_by_one_process(
         assert summary[f"{split}_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-LAUNCHERS = {
-    "torchrun": "torchrun --nproc-per-node 2 --master-port {port} -m ddp_mnist.train",
-    "accelerate launch": "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no "
-    "--main_process_port {port} -m ddp_mnist.train",
-}
-
-
-@pytest.mark.parametrize("line", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_a_launcher_changes_nothing_but_the_number_of_ranks(
-    run_at: RunAt, flags: list[str], tmp_path: Path, line: str
+def test_accelerate_launch_changes_nothing_but_the_number_of_ranks(
+    run_at: RunAt, flags: list[str], tmp_path: Path
 ) -> None:
+    """For torchrun, see test_launchers.py."""
+    line = "accelerate launch --multi_gpu --num_processes 2 --main_process_port {port} -m ddp_mnist.train"
     arguments, variables = [*flags, "--log-every", 17, "--output-dir", tmp_path], {"ACCELERATE_USE_CPU": "1"}
     with faults.launch(line, *arguments, variables=variables) as job:
         (ended,) = job.wait()

@@ -15,6 +15,7 @@ from typing import Any
 
 import faults
 import jobs
+import psutil
 import pytest
 from conftest import STEPS
 
@@ -64,6 +65,17 @@ def test_the_time_limit_counts_from_when_it_is_set(monkeypatch: pytest.MonkeyPat
         now[0] += seconds
         assert limited.agreed(ALONE, 0) == reason
         assert unlimited.agreed(ALONE, 0) is None
+
+
+def test_the_time_limit_counts_from_torchruns_start_where_it_has_restarted_the_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    age = (time.time() - psutil.Process(os.getppid()).create_time()) / 60  # of what has started this process, minutes
+    for restarts, reason in (("0", None), ("1", "max_minutes")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        stop = StopSignal()
+        stop.limit(age / 2)
+        assert stop.agreed(ALONE, 0) == reason
 
 
 @pytest.mark.parametrize("variables", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["none", "set by hand"])

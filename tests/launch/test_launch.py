@@ -182,6 +182,7 @@ def test_a_job_that_slurm_has_forgotten_ended_as_its_result_says(
     assert run(launch.submit, "--follow", "--", *flags).code == code
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_following_and_not_the_job(checkout: Path, flags: list[str]) -> None:
     fake(checkout, scontrol="kill -INT $PPID; echo JobState=RUNNING ExitCode=0:0", scancel="")
     ended = jobs.run([*SUBMIT, "--follow", "--", *flags])

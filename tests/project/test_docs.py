@@ -66,6 +66,9 @@ ELSEWHERE = {
         *("python -m ddp_mnist.doctor", "python -m ddp_mnist.doctor --recipe fast"),
         "accelerate launch --cpu --num_processes 2",
     },
+    "tests/training/test_own.py": {
+        "torchrun --nproc-per-node 2 mine.py --workers 2 --batch-size 16 --epochs 2 --output-dir runs/mine",
+    },
     "tests/report/test_report.py": {
         *("python -m ddp_mnist.report runs/fast", "python -m ddp_mnist.report runs/slurm-<job>"),
     },
@@ -87,6 +90,7 @@ ELSEWHERE = {
         *("squeue --me", 'sinfo -o "%P %G %c"', "tail -f slurm-<job>.out", "scontrol show job <job>"),
         *("scontrol requeue <job>", "scancel --signal=TERM <job>", "scancel <job>"),
     },
+    "tests/distributed/test_launchers.py": {"torchrun --max-restarts"},
     "tests/launch/test_launch.py": {
         "python -m launch.submit --sbatch NAME=VALUE",
         "python -m launch.submit --nodes 2 --gpus-per-node 8 --cpus-per-task 4 --partition gpu --follow "

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_mnist.data.batches import Batches, Split
+from ddp_mnist.data.batches import Batches, TensorSet
 from ddp_mnist.run.checkpoint import TrainState
 
 Run = tuple[int, int, int, int]
@@ -26,7 +26,7 @@ def train(run: Run, world_size: int, state: TrainState, until: int) -> Iterator[
     """Yield (step, global batch) as a job of that many ranks feeds them to its steps, from `state` to `until`."""
     images, batch, epochs, seed = run
     # Image i has the label i, so that a batch says which images it holds.
-    split = Split(torch.zeros(images, 1, 1, 1, dtype=torch.uint8), torch.arange(images))
+    split = TensorSet(torch.zeros(images, 1, 1, 1, dtype=torch.uint8), torch.arange(images))
     ranks = [
         Batches(split, batch_size=batch, rank=rank, world_size=world_size, seed=seed) for rank in range(world_size)
     ]
@@ -35,7 +35,7 @@ def train(run: Run, world_size: int, state: TrainState, until: int) -> Iterator[
         for shares in zip(*(rank.epoch(state.epoch, start=start) for rank in ranks), strict=True):
             if state.step >= until:
                 return
-            labels = sorted(label for share in shares for label in share.labels[: share.count].tolist())
+            labels = sorted(label for share in shares for label in share.targets[: share.count].tolist())
             assert {share.global_size for share in shares} == {len(labels)}
             state.advance(len(labels))
             yield state.step, labels

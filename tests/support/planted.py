@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("ddp_mnist", "launch", "slurm", "tests", "README.md", "pyproject.toml")
+COPIED = ("ddp_mnist", "docs", "launch", "slurm", "tests", "README.md", "pyproject.toml")
 
 # Name → (text that stands once in the package, what replaces it, the tests of which each fails then).
 FAULTS: dict[str, tuple[str, ...]] = {
     "scoring goes past hooks": (
-        "logits = network(to_float(images.clone()))",
-        "logits = type(network).forward(network, to_float(images.clone()))",
+        "outputs = call(network, inputs)\n            sums",
+        "outputs = call(type(network).forward.__get__(network), inputs)\n            sums",
         "tests/training/test_evaluate.py::test_a_run_scores_the_module_that_it_trains[with_a_pre_hook]",
     ),
     "scoring is autocast": (
@@ -42,8 +42,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_step.py::test_every_step_is_a_backward_of_accelerate[1]",
     ),
     "scoring writes over the data": (
-        "logits = network(to_float(images.clone()))",
-        "logits = network(to_float(images))",
+        "return self.inputs.index_select(0, rows), ",
+        "return self.inputs[int(rows[0]) : int(rows[-1]) + 1], ",
         "tests/training/test_evaluate.py::test_a_network_that_writes_over_its_input_changes_no_data",
     ),
     "rank 1 exits before the reason is reported": (
@@ -52,13 +52,13 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_train.py::test_no_rank_exits_before_the_error_is_reported",
     ),
     "the ranks do not wait for the one that reports": (
-        "while time.monotonic() < deadline:",
+        "while time.monotonic() < deadline and _first_rank_is_running():",
         "while False:",
         "tests/training/test_train.py::test_a_mistake_is_reported_under_torchrun_also_by_a_rank_0_that_starts_late[mistake1-error: --lr is -1.0]",
     ),
     "the shards are sharded again": (
-        "indices = self.sampler.indices().to(",
-        "indices = self.sampler.indices()[self.sampler.rank :: self.sampler.num_replicas].to(",
+        "return self.sampler.indices()[start",
+        "return self.sampler.indices()[self.sampler.rank :: self.sampler.num_replicas][start",
         "tests/data/test_data.py::test_a_global_batch_is_the_same_images_at_every_world_size[2-0]",
     ),
     "training shards are padded with duplicates": (
@@ -67,15 +67,29 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/data/test_data.py::test_the_ranks_together_see_every_image_exactly_once[2-10007]",
     ),
     "padded duplicates are counted in a score": (
-        "rows = slice(chunk * size, (chunk + 1) * size)",
-        "rows = torch.arange(chunk * size, (chunk + 1) * size) % len(split)",
+        "torch.arange(len(split)).split(size)",
+        "(torch.arange(-(-len(split) // size) * size) % len(split)).split(size)",
         "tests/data/test_data.py::test_an_evaluation_sees_every_image_exactly_once[2-10007]",
+        "tests/data/test_loader.py::test_a_score_sees_each_row_once_as_epoch_0_makes_it[3]",
         "tests/training/test_evaluate.py::test_loss_accuracy_and_confusion_are_those_of_a_plain_loop",
     ),
     "set_epoch is forgotten": (
         "self.sampler.set_epoch(epoch)",
         "pass",
         "tests/data/test_data.py::test_a_global_batch_is_the_same_images_at_every_world_size[1-1]",
+        "tests/data/test_loader.py::test_every_item_of_every_epoch_is_drawn_anew",
+    ),
+    "random items are seeded by worker instead of by row": (
+        'seed_generators(derive_seed("item", self.seed, epoch, row))',
+        'seed_generators(getattr(torch.utils.data.get_worker_info(), "seed", 0))',
+        "tests/data/test_loader.py::test_every_item_of_every_epoch_is_drawn_anew",
+        "tests/data/test_loader.py::test_each_row_is_loaded_once_to_the_same_bits_at_any_number_of_ranks_and_workers[3]",
+    ),
+    "a continued epoch skips an item": (
+        "self.sampler.indices()[start * self.local_size :]",
+        "self.sampler.indices()[start * self.local_size + (start > 0) :]",
+        "tests/data/test_data.py::test_an_epoch_entered_in_the_middle_goes_on_as_if_it_had_been_read_from_the_start",
+        "tests/data/test_loader.py::test_each_row_is_loaded_once_to_the_same_bits_at_any_number_of_ranks_and_workers[0]",
     ),
     "an uneven last batch is averaged by rank": (
         ".sum() / global_size",
@@ -83,8 +97,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-whole]",
     ),
     "the ranks keep their gradients": (
-        "outputs = self.model(to_float(images))",
-        "outputs = self.network(to_float(images))",
+        "outputs = call(self.model, inputs)",
+        "outputs = call(self.network, inputs)",
         "tests/distributed/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-whole]",
     ),
     "a checkpoint is not flushed to the disk": (
@@ -113,8 +127,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/wandb_mirror/test_mirror.py::test_a_mirror_that_fails_is_not_missed[a file in the way]",
     ),
     "a continued epoch begins with its first batches": (
-        "for step in range(start, len(self)):",
-        "for step in range(len(self) - start):",
+        "self.sampler.indices()[start * self.local_size :]",
+        "self.sampler.indices()",
         "tests/data/test_data.py::test_an_epoch_entered_in_the_middle_goes_on_as_if_it_had_been_read_from_the_start",
         "tests/run/test_properties.py::test_what_a_kill_takes_back_is_done_again_and_nothing_else",
     ),
@@ -139,8 +153,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_own.py::test_every_step_draws_anew",
     ),
     "all ranks draw the same dropout": (
-        "hash_integers(self.sampler.seed, epoch, step, self.sampler.rank)",
-        "hash_integers(self.sampler.seed, epoch, step)",
+        'derive_seed("step", self.sampler.seed, epoch, step, self.sampler.rank)',
+        'derive_seed("step", self.sampler.seed, epoch, step)',
         "tests/data/test_data.py::test_every_share_has_a_seed_of_its_own",
     ),
     "each rank scores with buffers of its own": (
@@ -159,13 +173,13 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_own.py::test_the_averages_that_are_saved_are_those_that_were_scored",
     ),
     "a rank without an image trains on one that counts": (
-        "self.loss(outputs, labels)[:count].sum()",
-        "self.loss(outputs, labels).sum()",
+        "self.loss(outputs, targets)[:count].sum()",
+        "self.loss(outputs, targets).sum()",
         "tests/training/test_own.py::test_a_network_that_takes_no_empty_share_has_the_same_curve_at_two_ranks",
     ),
     "a rank without an image has no dummy batch": (
-        "self.split.take(rows if len(rows) else indices.new_zeros(1))",
-        "self.split.take(rows)",
+        "items or self.dummy",
+        "items or tuple(each[:0] for each in self.dummy)",
         "tests/training/test_own.py::test_a_network_that_takes_no_empty_share_has_the_same_curve_at_two_ranks",
     ),
 }

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from ddp_mnist import TrainConfig, fit
 from ddp_mnist.data import sources
-from ddp_mnist.data.batches import Batches, Split
-from ddp_mnist.distributed.context import Context
+from ddp_mnist.data.batches import Batches, TensorSet
+from ddp_mnist.distributed.context import Context, translate_errors
 from ddp_mnist.distributed.launcher import hard_exit
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import JobError, UsageError
@@ -49,12 +50,12 @@ RUNS: dict[str, dict[str, Any]] = {
 STEPS_PER_SECOND = 1024  # by rank 0's clock, where the ranks agree to stop
 
 
-def gradients(context: Context, data: Split, settings: dict[str, Any], images: int) -> dict[str, Tensor]:
+def gradients(context: Context, data: TensorSet, settings: dict[str, Any], images: int) -> dict[str, Tensor]:
     """Return the gradient of each batch of an epoch, flat, with its norm before clipping and the batch's loss."""
-    split = Split(data.images[:images], data.labels[:images])
+    split = TensorSet(data.inputs[:images], data.targets[:images])
     batches = Batches(split, batch_size=BATCH, rank=context.rank, world_size=context.world_size, seed=0)
     config = TrainConfig(batch_size=BATCH, threads=1, mixed_precision="no", **settings)
-    step = TrainStep(config, context, Workload().build_network(config, context, None))
+    step = TrainStep(config, context, Workload(config).build_network(context, None), classes=10)
     step.warm_up(batches)
     found = {}
     for number, batch in enumerate(batches.epoch(0)):
@@ -101,6 +102,24 @@ def stop(context: Context, signals: dict[int, tuple[int, int]]) -> list[Any]:
         time.monotonic = clock
         stop.close()
     return [reason, step]
+
+
+def alone(context: Context) -> dict[str, Any]:
+    """Return how things end on this rank whose last peer has ended. What comes first waits for that."""
+    stop = StopSignal()
+    actions: dict[str, Callable[[], Any]] = {
+        "sum": lambda: context.sum(torch.ones(1)),
+        "stop": lambda: [stop.agreed(context, step) for step in (0, 1)],
+        "bug": lambda: torch.nn.Linear(2, 1)(torch.ones(1, 3)),
+    }
+    found = {}
+    for name, action in actions.items():
+        try:
+            with translate_errors(context):
+                action()
+        except (JobError, RuntimeError) as error:
+            found[name] = [type(error).__name__, getattr(error, "stop_reason", None)]
+    return found
 
 
 def whole_runs(root: Path, folder: Path) -> dict[str, Any]:
@@ -152,6 +171,9 @@ def main(root: Path, folder: Path) -> None:
 
     os.sched_setscheduler = forbidden  # as in some containers
     found["runs"] = whole_runs(root, folder)
+    with Context(TrainConfig(threads=1, mixed_precision="no")) as context:
+        if rank < size - 1:  # the last one ends
+            found["alone"] = alone(context)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 

@@ -36,6 +36,7 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--seed", ["7"], "seed", 7),
     ("--mixed-precision", ["bf16"], "mixed_precision", "bf16"),
     ("--threads", ["2"], "threads", 2),
+    ("--workers", ["2"], "workers", 2),
     ("--cuda-graphs", [], "cuda_graphs", True),
     ("--no-cuda-graphs", [], "cuda_graphs", False),
     ("--compile", [], "compile", True),

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ddp_mnist import CNN, TrainConfig, fit
 from ddp_mnist.cuda_graph import CUDAGraph, can_capture
-from ddp_mnist.data.batches import Batch, Batches, Split
+from ddp_mnist.data.batches import Batch, Batches, TensorSet
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.step import TrainStep
 
 RATE = 2**-10  # exact in fp32, as which a graph reads it
-CONFIG = TrainConfig(threads=1, wandb="disabled", mixed_precision="no", pictures=False)
+CONFIG = TrainConfig(lr=RATE, threads=1, wandb="disabled", mixed_precision="no", pictures=False)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,10 @@ def recorded(process_of_a_job: None, monkeypatch: pytest.MonkeyPatch) -> list[tu
         return SimpleNamespace(inputs=inputs, output=output, graph=SimpleNamespace(replay=replay))
 
     monkeypatch.setattr(CUDAGraph, "_record", record)
-    monkeypatch.setattr("ddp_mnist.step.can_capture", lambda config, context, ours: ours and config.cuda_graphs is None)
+    monkeypatch.setattr(
+        "ddp_mnist.step.can_capture",
+        lambda config, context, ours: ours if config.cuda_graphs is None else config.cuda_graphs,
+    )
     return calls
 
 
@@ -70,14 +73,14 @@ def batches() -> Batches:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (500, 1, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (500,), generator=generator)
-    return Batches(Split(images, labels), batch_size=64, rank=0, world_size=1, seed=0)
+    return Batches(TensorSet(images, labels), batch_size=64, rank=0, world_size=1, seed=0)
 
 
 def make_step(
     context: Context, *, capture: bool, model: Callable[[], nn.Module] = Restless, **changes: Any
 ) -> TrainStep:
     torch.manual_seed(0)
-    return TrainStep(CONFIG.replace(**changes), context, model(), capture=capture)
+    return TrainStep(CONFIG.replace(cuda_graphs=capture, **changes), context, model(), classes=10)
 
 
 def state_of(step: TrainStep) -> dict[str, Tensor]:
@@ -90,35 +93,36 @@ def state_of(step: TrainStep) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in (step.network.state_dict() | optimizer).items()}
 
 
-def take(step: TrainStep, batches: Sequence[Batch], rates: Sequence[float] = (RATE,)) -> list[Tensor]:
+def take(step: TrainStep, batches: Sequence[Batch], factors: Sequence[float] = (1.0,)) -> list[Tensor]:
     """Return loss, count and norm of each step, stacked when all steps are done: a graph must not overwrite them."""
     taken = [
-        (*step(batch, rate), step.gradient_norm()) for batch, rate in zip(batches, itertools.cycle(rates), strict=False)
+        (*step(batch, factor), step.gradient_norm())
+        for batch, factor in zip(batches, itertools.cycle(factors), strict=False)
     ]
     return [torch.stack([each.float() for each in figures]) for figures in taken]
 
 
 @pytest.mark.parametrize(
-    ("model", "changes", "rates"),
+    ("model", "changes", "factors"),
     [
-        (CNN, {}, (RATE, RATE / 2, RATE * 2)),
-        (Restless, {}, (RATE,)),
-        (Restless, {"accumulate": 4}, (RATE,)),
-        (Restless, {"grad_clip": 0.05}, (RATE,)),
-        (Restless, {"mixed_precision": "bf16"}, (RATE,)),
+        (CNN, {}, (1.0, 0.5, 0.25)),
+        (Restless, {}, (1.0,)),
+        (Restless, {"accumulate": 4}, (1.0,)),
+        (Restless, {"grad_clip": 0.05}, (1.0,)),
+        (Restless, {"mixed_precision": "bf16"}, (1.0,)),
     ],
     ids=str,
 )
 def test_captured_steps_are_the_plain_ones(
-    batches: Batches, model: Callable[[], nn.Module], changes: dict[str, Any], rates: Sequence[float]
+    batches: Batches, model: Callable[[], nn.Module], changes: dict[str, Any], factors: Sequence[float]
 ) -> None:
     """Losses, counts, norms, weights, buffers and the optimizer's state, bit for bit."""
     every = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
     with Context(CONFIG.replace(**changes)) as context:
         plain, captured = (make_step(context, capture=capture, model=model, **changes) for capture in (False, True))
         captured.warm_up(batches)
-        expected = take(plain, every, rates)
-        assert all(map(torch.equal, take(captured, every, rates), expected))
+        expected = take(plain, every, factors)
+        assert all(map(torch.equal, take(captured, every, factors), expected))
     assert len({float(figures[0]) for figures in expected}) == 24  # each its own
     ours, theirs = state_of(captured), state_of(plain)
     assert all(torch.equal(ours.pop(name), value) for name, value in theirs.items())

@@ -22,7 +22,7 @@ from tutorial import read_raw
 
 from ddp_mnist import fit
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.data.batches import Split, to_float
+from ddp_mnist.data.batches import TensorSet, to_float
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.evaluate import Score, evaluate, main
 from ddp_mnist.model import CNN
@@ -35,11 +35,11 @@ def context(process_of_a_job: None) -> Iterator[Context]:
 
 
 @pytest.fixture(scope="module")
-def split() -> Split:
+def split() -> TensorSet:
     """Two whole chunks and a short one."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2301, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    return Split(images, torch.randint(0, 10, (2301,), generator=generator))
+    return TensorSet(images, torch.randint(0, 10, (2301,), generator=generator))
 
 
 @pytest.fixture
@@ -49,37 +49,37 @@ def net() -> CNN:
 
 
 @torch.no_grad()
-def logits_of(net: CNN, split: Split) -> Tensor:
-    return torch.cat([net(to_float(part)) for part in split.images.split(1000)])
+def logits_of(net: CNN, split: TensorSet) -> Tensor:
+    return torch.cat([net(to_float(part)) for part in split.inputs.split(1000)])
 
 
-def test_loss_accuracy_and_confusion_are_those_of_a_plain_loop(context: Context, net: CNN, split: Split) -> None:
+def test_loss_accuracy_and_confusion_are_those_of_a_plain_loop(context: Context, net: CNN, split: TensorSet) -> None:
     logits = logits_of(net, split)
     predictions = logits.argmax(1).tolist()
     confusion = [[0] * 10 for _ in range(10)]
-    for label, prediction in zip(split.labels.tolist(), predictions, strict=True):
+    for label, prediction in zip(split.targets.tolist(), predictions, strict=True):
         confusion[label][prediction] += 1
-    score = evaluate(net, split, context)
+    score = evaluate(net, split, context, classes=10)
     assert [list(row) for row in score.confusion] == confusion
     assert (score.correct, score.count) == (sum(confusion[label][label] for label in range(10)), 2301)
-    assert score.loss == pytest.approx(F.cross_entropy(logits.double(), split.labels).item(), rel=1e-6)
+    assert score.loss == pytest.approx(F.cross_entropy(logits.double(), split.targets).item(), rel=1e-6)
 
 
-def test_the_mistakes_are_those_it_is_most_confident_of(context: Context, net: CNN, split: Split) -> None:
+def test_the_mistakes_are_those_it_is_most_confident_of(context: Context, net: CNN, split: TensorSet) -> None:
     confidence, predictions = logits_of(net, split).softmax(1).max(1)
-    wrong = (predictions != split.labels).nonzero().flatten()
+    wrong = (predictions != split.targets).nonzero().flatten()
     worst = confidence[wrong].sort(descending=True).values[:25]
-    found = evaluate(net, split, context).mistakes
+    found = evaluate(net, split, context, classes=10).mistakes
     rows = [mistake.index for mistake in found]
     assert len(set(rows)) == 25 and set(rows) <= set(wrong.tolist())
     assert [mistake.confidence for mistake in found] == pytest.approx(worst.tolist(), rel=1e-5)
     assert confidence[rows].tolist() == pytest.approx(worst.tolist(), rel=1e-5)
-    assert [mistake.label for mistake in found] == split.labels[rows].tolist()
+    assert [mistake.label for mistake in found] == split.targets[rows].tolist()
     assert [mistake.prediction for mistake in found] == predictions[rows].tolist()
 
 
 def test_a_score_counts_its_diagonal_and_says_so_in_the_tutorials_words() -> None:
-    score = Score(0.5, ((3, 1), (0, 4)))
+    score = Score(0.5, 8, ((3, 1), (0, 4)))
     assert (score.correct, score.count, score.accuracy) == (7, 8, 0.875)
     assert score.sentence() == "Got 7 / 8 with accuracy 87.50"
 
@@ -95,19 +95,19 @@ class InPlace(nn.Module):
         return self.out(images.sub_(0.1).div_(0.3).flatten(1))
 
 
-def test_a_network_that_writes_over_its_input_changes_no_data(context: Context, split: Split) -> None:
+def test_a_network_that_writes_over_its_input_changes_no_data(context: Context, split: TensorSet) -> None:
     torch.manual_seed(0)
-    net, images = InPlace(), to_float(split.images)
-    floats, before = Split(images, split.labels), images.clone()
-    first = evaluate(net, floats, context)
+    net, images = InPlace(), to_float(split.inputs)
+    floats, before = TensorSet(images, split.targets), images.clone()
+    first = evaluate(net, floats, context, classes=10)
     assert torch.equal(images, before)
-    assert evaluate(net, floats, context) == first == evaluate(net, split, context)
+    assert evaluate(net, floats, context, classes=10) == first == evaluate(net, split, context, classes=10)
 
 
-def test_scoring_leaves_weights_gradients_and_modes_as_they_are(context: Context, split: Split) -> None:
+def test_scoring_leaves_weights_gradients_and_modes_as_they_are(context: Context, split: TensorSet) -> None:
     net = nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1).eval(), nn.Flatten(), nn.Dropout(), nn.Linear(784, 10))
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    assert evaluate(net, split, context) == evaluate(net, split, context)  # without dropout
+    assert evaluate(net, split, context, classes=10) == evaluate(net, split, context, classes=10)  # without dropout
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
     assert [layer.training for layer in net] == [True, False, True, True, True]

@@ -165,3 +165,47 @@ def test_a_network_that_cannot_be_captured_names_the_flag_that_helps(common: lis
     refused, taken = (jobs.run([*command, more], ONE_GPU) for more in ("--cuda-graphs", "--no-cuda-graphs"))
     assert refused.code == 1 and "--no-cuda-graphs" in refused.err and "Traceback" not in refused.err, refused.err
     assert taken.code == 0, taken.err
+
+
+LOADED = """
+import torch
+from torch import nn
+from torchvision.datasets import FakeData
+from torchvision.transforms import ToTensor
+from ddp_mnist import run
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, length):
+        self.pictures = FakeData(length, (3, 8, 8), transform=ToTensor())
+    def __len__(self):
+        return len(self.pictures)
+    def __getitem__(self, row):
+        picture, label = self.pictures[row]
+        return {"picture": picture + torch.rand(3, 8, 8)}, label
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(192, 10)
+    def forward(self, picture):
+        return self.out(picture.flatten(1))
+
+run(model=Network, data=lambda: (Pairs(145), Pairs(41)))
+"""
+
+
+def test_workers_feed_the_gpu_the_items_that_they_feed_the_cpu(tmp_path: Path) -> None:
+    program = tmp_path / "loaded.py"
+    program.write_text(LOADED)
+    flags = ["--batch-size", "12", "--log-every", "1", "--cuda-graphs", "--no-pictures", "--wandb", "disabled"]
+    found = {}
+    for name, variables, *attempts in (
+        ("cpu", {"CUDA_VISIBLE_DEVICES": ""}, []),
+        ("gpu", ONE_GPU, ["--workers", "2", "--max-steps", "17"], ["--workers", "1"]),
+    ):
+        for more in attempts:
+            every = (*flags, "--output-dir", str(tmp_path / name), *more)
+            jobs.succeeded(jobs.run_ranks(1, *every, program=[sys.executable, str(program)], variables=variables))
+        found[name] = outcome(tmp_path / name)
+    assert found["gpu"]["device"] == "cuda" and found["gpu"]["resumed_from"] == 17
+    assert_same_result(found["gpu"], found["cpu"])

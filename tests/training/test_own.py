@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 import sys
@@ -9,20 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import documents
 import faults
 import jobs
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from documents import README, ROOT
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ddp_mnist import Result, TrainConfig, evaluate, fit, train
-from ddp_mnist.errors import UsageError
+from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.report.page import draw
 
-README = Path(__file__).parents[2] / "README.md"
 STEPS = 3 * 32
 
 
@@ -139,6 +143,17 @@ def test_several_fits_in_one_script_give_the_results_of_a_script_each(
 
 
 @pytest.mark.slow
+def test_a_path_means_what_it_meant_before_data_changed_the_directory(script: Path, tmp_path: Path) -> None:
+    text = script.read_text().split("config =")[0].replace("import TrainConfig, fit", "import run")
+    path = tmp_path / "command.py"
+    code = "def data():\n    os.makedirs('elsewhere')\n    os.chdir('elsewhere')\n    return (stripes(64, 0),) * 2"
+    path.write_text(f"import os\n{text}\n{code}\n\nrun(model=network, data=data)\n")
+    ended = jobs.run([sys.executable, str(path), "--epochs", "1", "--output-dir", "run"], cwd=tmp_path)
+    jobs.succeeded([ended])
+    assert f"wrote {tmp_path / 'run'}" in ended.out and (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
 def test_run_gives_a_script_the_flags_and_exit_codes_of_the_command(script: Path, tmp_path: Path) -> None:
     text = script.read_text().split("config =")[0].replace("import TrainConfig, fit", "import run")
     path = tmp_path / "command.py"
@@ -149,6 +164,67 @@ def test_run_gives_a_script_the_flags_and_exit_codes_of_the_command(script: Path
     jobs.succeeded([ended])
     assert jobs.read_json(tmp_path / "run" / "summary.json")["steps"] == 3
     assert faults.printed_command(ended.out).endswith(f"python {path} --output-dir run --epochs 2")
+
+
+# --- docs/your-own.md, as it stands there
+
+YOUR_OWN = ROOT / "docs" / "your-own.md"
+PICTURES, REGRESSION, DICTS = (code for _, code in documents.blocks(YOUR_OWN, "python"))
+
+
+def run_mine(folder: Path, code: str, line: str = "python mine.py") -> str:
+    """Run a script by a command line of the document. Return what it prints."""
+    (folder / "mine.py").write_text(code)
+    torchrun = f"-m torch.distributed.run --master-port {jobs.free_port()}"
+    words = line.replace("torchrun", torchrun).removeprefix("python ").split()
+    ended = jobs.run([sys.executable, *words], cwd=folder)
+    jobs.succeeded([ended])
+    return ended.out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_pictures_from_a_folder_are_trained_with_two_groups_of_adamw(tmp_path: Path) -> None:
+    for name, count in (("train/cat", 20), ("train/dog", 20), ("test/cat", 3), ("test/dog", 6)):
+        (folder := tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(count):
+            Image.effect_noise((32, 32), 20 + 60 * ("dog" in name)).convert("RGB").save(folder / f"{number}.png")
+    line = "torchrun --nproc-per-node 2 mine.py --workers 2 --batch-size 16 --epochs 2 --output-dir runs/mine"
+    assert line in documents.commands(YOUR_OWN)
+    out = run_mine(tmp_path, PICTURES, line)
+    assert "2 ranks" in out and "AdamW 0.001 constant" in out
+    summary = jobs.read_json(tmp_path / "runs" / "mine" / "summary.json")
+    assert (summary["finished"], summary["world_size"], summary["samples_seen"]) == (True, 2, 80)
+    assert (summary["train_count"], summary["test_count"], len(summary["test_confusion"])) == (40, 9, 2)
+
+
+@pytest.mark.slow
+def test_a_regression_is_trained(tmp_path: Path) -> None:
+    run_mine(tmp_path, REGRESSION)
+    summary = jobs.read_json(tmp_path / "runs" / "sine" / "summary.json")
+    assert summary["test_loss"] < 0.1 and summary["test_accuracy"] is None
+
+
+DATASETS = """
+import torch
+class Reviews(dict):
+    def with_format(self, name):
+        assert name == "torch"
+        return self
+def review(number):
+    words = 500 * (number % 2) + torch.arange(7) * number % 500
+    return {"label": torch.tensor(number % 2), "input_ids": words, "attention_mask": torch.ones(7, dtype=torch.int64)}
+def load_dataset(kind, data_dir):
+    return Reviews(train=[review(number) for number in range(900)], test=[review(number) for number in range(99)])
+"""
+
+
+@pytest.mark.slow
+def test_dicts_become_pairs(tmp_path: Path) -> None:
+    """With a stand-in for Hugging Face's package."""
+    (tmp_path / "datasets.py").write_text(DATASETS)
+    run_mine(tmp_path, DICTS)
+    assert jobs.read_json(tmp_path / "runs" / "reviews" / "summary.json")["test_accuracy"] > 0.6
 
 
 # --- In this process
@@ -193,19 +269,20 @@ class Noisy(nn.Module):
         super().__init__()
         self.out = nn.Linear(12, 3)
         self.calls = nn.Buffer(torch.zeros((), dtype=torch.int64))
-        self.drawn: list[float] = []
+        self.drawn: list[tuple[float, ...]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.training:
-            self.drawn.append(torch.rand(()).item())
+            self.drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
             self.calls += 1
         return self.out(images.flatten(1))
 
 
 def test_every_step_draws_anew(fit_here: Callable[..., Result]) -> None:
-    net = fit_here(model=Noisy).model
-    assert isinstance(net, Noisy)
-    assert len(set(net.drawn)) == len(net.drawn) == 12
+    net, again = (fit_here(name, model=Noisy).model for name in ("run", "again"))
+    assert isinstance(net, Noisy) and isinstance(again, Noisy)
+    assert all(len(set(numbers)) == 12 for numbers in zip(*net.drawn, strict=True))
+    assert net.drawn == again.drawn
 
 
 def test_an_error_of_a_network_reaches_the_caller_unchanged(fit_here: Callable[..., Result]) -> None:
@@ -215,6 +292,16 @@ def test_an_error_of_a_network_reaches_the_caller_unchanged(fit_here: Callable[.
 
     with pytest.raises(RuntimeError, match=r"^a mistake of its own$"):
         fit_here(model=lambda: Failing(12, 3))
+
+
+def test_memory_that_is_not_there_is_one_message(fit_here: Callable[..., Result]) -> None:
+    class Hungry(nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            torch.empty(1 << 50)
+            return super().forward(images.flatten(1))
+
+    with pytest.raises(JobError, match=r"has no more memory .*tried to allocate 4503\d* bytes.*--accumulate"):
+        fit_here(model=lambda: Hungry(12, 3))
 
 
 def test_many_classes_are_scored_without_a_confusion_matrix(
@@ -307,10 +394,16 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": ((ONE, torch.zeros(4)), points(31))}, "the training set has torch.float32 labels"),
-        ({"data": (points(101), (ONE, torch.zeros(3, dtype=torch.int64)))}, "the test set has torch.int64 labels"),
-        ({"data": ((ONE, torch.tensor([0, 1, -1, 2])), points(31))}, "has a label -1"),
-        ({"data": ((ONE, torch.tensor([0, 1, 3, 2])), points(31))}, "tells 3 classes apart; there is a label 3"),
+        ({"data": ((ONE, torch.zeros(4)), points(31))}, "a target is torch.float32 .*expects a class"),
+        (
+            {"data": (points(101), (ONE, torch.zeros(3, dtype=torch.int64)))},
+            r"the test set has inputs \(4, 3, 4\) and targets \(3,\)",
+        ),
+        ({"data": ((ONE, torch.tensor([0, 1, -1, 2])), points(31))}, "there is a label -1"),
+        (
+            {"data": ((ONE, torch.tensor([0, 1, 3, 2])), points(31))},
+            "there is a label 3; the network tells 3 classes apart",
+        ),
         ({"data": (points(101),)}, r"the data are 1 of them; expected a \(training, test\) pair"),
         ({"data": "a pair"}, r"the data are a str; expected a \(training, test\) pair"),
         ({"model": lambda: nn.Linear(4, 3)}, "expected logits"),
@@ -318,8 +411,8 @@ class Pair(nn.Module):
         ({"model": lambda: linear().requires_grad_(False)}, "no parameter to train"),
         ({"model": lambda: torch.compile(linear(), backend="eager")}, "compiled already"),
         ({"model": lambda: nn.Sequential(linear(), nn.BatchNorm1d(3))}, "BatchNorm1d cannot be trained on one"),
-        ({"data": (points(101), (torch.zeros(3, 4, 4), torch.arange(3)))}, r"a test image torch.float32 \(4, 4\)"),
-        ({"data": (points(101), [1, 2, 3])}, "the test set is a list"),
+        ({"data": (points(101), (torch.zeros(3, 4, 4), torch.arange(3)))}, r"a test input \(torch.float32, 4, 4\)"),
+        ({"data": (points(101), [1, 2, 3])}, "the test set: an item is a int; expected a pair"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tutorial import TutorialCNN
 
 from ddp_mnist import CNN, TrainConfig
-from ddp_mnist.data.batches import Batch, Batches, Split
+from ddp_mnist.data.batches import Batch, Batches, TensorSet
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.step import TrainStep
 
@@ -36,7 +36,7 @@ def batches() -> list[Batch]:
     """Fifty steps; the last batch of an epoch, every eighth, has 52 images instead of 64."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (500, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    split = Split(images, torch.randint(0, 10, (500,), generator=generator))
+    split = TensorSet(images, torch.randint(0, 10, (500,), generator=generator))
     made = Batches(split, batch_size=64, rank=0, world_size=1, seed=0)
     return list(itertools.islice(itertools.chain.from_iterable(made.epoch(epoch) for epoch in range(10)), 50))
 
@@ -49,7 +49,7 @@ def make_step(context: Context, config: TrainConfig = CONFIG, **options: Any) ->
 def changed_tensors(step: TrainStep, batch: Batch) -> set[str]:
     """Take a step. Return the names of the weights that it has changed."""
     before = {name: value.clone() for name, value in step.network.state_dict().items()}
-    step(batch, 1e-3)
+    step(batch, 1.0)
     return {name for name, value in step.network.state_dict().items() if not torch.equal(value, before[name])}
 
 
@@ -60,7 +60,7 @@ def train_plainly(
     losses, norms = [], []
     for batch in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(batch.images.float() / 255), batch.labels, **options)
+        loss = F.cross_entropy(network(batch.inputs.float() / 255), batch.targets, **options)
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(network.parameters(), grad_clip or float("inf")).item())
         optimizer.step()
@@ -81,12 +81,12 @@ def test_the_loss_is_the_mean_cross_entropy_over_the_global_batch(
     step = make_step(context, CONFIG.replace(accumulate=accumulate, grad_clip=grad_clip), optimizer=sgd)
     losses, norms = [], []
     for batch in batches[:10]:
-        losses.append(step(batch, 0.1)[0].item())
+        losses.append(step(batch, 1.0)[0].item())
         norms.append(step.gradient_norm().item())
     torch.manual_seed(0)
     network = CNN()
     expected, expected_norms = train_plainly(network, sgd(network), batches[:10], grad_clip)
-    assert len(batches[7].labels) == 52
+    assert len(batches[7].targets) == 52
     assert not grad_clip or min(expected_norms) < grad_clip < max(expected_norms)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=1e-6)
@@ -96,7 +96,7 @@ def test_the_loss_is_the_mean_cross_entropy_over_the_global_batch(
 def test_another_loss_is_trained_with(context: Context, batches: list[Batch]) -> None:
     smooth = functools.partial(F.cross_entropy, reduction="none", label_smoothing=0.2)
     step = make_step(context, CONFIG.replace(accumulate=2), loss=smooth, optimizer=sgd)
-    losses = [step(batch, 0.1)[0].item() for batch in batches[:10]]
+    losses = [step(batch, 1.0)[0].item() for batch in batches[:10]]
     torch.manual_seed(0)
     network = CNN()
     expected, _ = train_plainly(network, sgd(network), batches[:10], label_smoothing=0.2)
@@ -108,7 +108,7 @@ def test_fifty_steps_are_the_tutorials_but_for_rounding(context: Context, batche
     """The tutorial has another memory layout, another order of ReLU and pooling, and an Adam in separate operations."""
     step = make_step(context)
     for batch in batches:
-        step(batch, 1e-3)
+        step(batch, 1.0)
     torch.manual_seed(0)
     network = TutorialCNN()
     train_plainly(network, torch.optim.Adam(network.parameters(), lr=1e-3), batches)

@@ -28,7 +28,7 @@ from tutorial import TutorialCNN, count_correct
 
 from ddp_mnist.config import TrainConfig, parse
 from ddp_mnist.report import page as report
-from ddp_mnist.step import TrainStep, learning_rate
+from ddp_mnist.step import TrainStep, rate_factor
 
 Train = Callable[..., jobs.Ended]
 RunAt = Callable[[int], Path]
@@ -183,7 +183,7 @@ def test_the_optimizer_uses_the_rate_of_the_schedule_also_before_max_steps(
     moved = (load_file(tmp_path / "model.safetensors")["fc1.bias"] - TutorialCNN().state_dict()["fc1.bias"]).abs()
     assert train(*flags, 10).code == 0
     config = TrainConfig(schedule=schedule, lr=0.01)
-    rates = [learning_rate(config, step, STEPS) for step in range(10)]
+    rates = [0.01 * rate_factor(config, step, STEPS) for step in range(10)]
     assert [line["lr"] for line in jobs.read_metrics(tmp_path)] == rates
     assert moved.max().item() == pytest.approx(rates[0], rel=1e-3)
 
@@ -191,7 +191,7 @@ def test_the_optimizer_uses_the_rate_of_the_schedule_also_before_max_steps(
 def rates_of_torch(anneal: str, warm_up: float, total_steps: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.01, total_steps, pct_start=warm_up, anneal_strategy=anneal, cycle_momentum=False
+        optimizer, 1.0, total_steps, pct_start=warm_up, anneal_strategy=anneal, cycle_momentum=False
     )
     rates = [optimizer.param_groups[0]["lr"]]
     for _ in range(total_steps - 1):
@@ -207,13 +207,11 @@ def rates_of_torch(anneal: str, warm_up: float, total_steps: int) -> list[float]
 def test_a_schedule_has_the_rates_of_torch_with_a_linear_warm_up(
     schedule: Any, warm_up: float, anneal: str, total_steps: int
 ) -> None:
-    config = TrainConfig(schedule=schedule, lr=0.01)
+    config = TrainConfig(schedule=schedule)
     linear, annealed = (rates_of_torch(name, warm_up, total_steps) for name in ("linear", anneal))
     last = warm_up * total_steps - 1
     expected = [linear[step] if step <= last else annealed[step] for step in range(total_steps)]
-    assert [learning_rate(config, step, total_steps) for step in range(total_steps)] == pytest.approx(
-        expected, rel=1e-9
-    )
+    assert [rate_factor(config, step, total_steps) for step in range(total_steps)] == pytest.approx(expected, rel=1e-9)
 
 
 def test_bf16_trains_with_autocast(train: Train, run_at: RunAt, tmp_path: Path) -> None:
@@ -293,6 +291,7 @@ def test_a_bad_precision_of_accelerate_launch_is_named_like_a_flag(tmp_path: Pat
     assert "--mixed-precision is fp8" in jobs.the_message(ended, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
 def test_what_a_default_config_of_accelerate_asks_for_beyond_ddp_is_refused(tmp_path: Path, name: str) -> None:
     ended = jobs.run_ranks(2, cwd=tmp_path, variables={name: "true"})

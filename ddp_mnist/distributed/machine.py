@@ -1,0 +1,110 @@
+"""What a rank takes of its machine: CPU threads, memory, and the network interface to the other machines."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from ddp_mnist.distributed.launcher import local_world_size_from_environment, world_size_from_environment
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""The limit of a container, in microseconds of CPU time per microseconds."""
+OUTSIDE = ("192.0.2.1", "2001:db8::1")
+"""Addresses for documentation, which no machine has: the default route leads to them."""
+
+
+def allowed_cpus() -> frozenset[int]:
+    """Return the numbers of the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def default_threads() -> int:
+    """Return the number of CPUs this process may use, divided by the ranks on this machine."""
+    cpus = len(allowed_cpus())
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max 100000"
+        quota, period = CPU_QUOTA.read_text().split()
+        cpus = min(cpus, int(quota) // int(period))
+    return max(1, cpus // local_world_size_from_environment())
+
+
+def use_threads(number: int) -> int:
+    """Compute with `number` threads; 0: `default_threads`. Return how many.
+
+    The number decides speed and bits. Launchers set OMP_NUM_THREADS=1 or leave it alone, and Accelerate obeys it or
+    takes all cores: the job sets it itself, so that it is the same under all of them.
+    """
+    number = number or default_threads()
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    torch.set_num_threads(number)
+    _keep_freed_memory()
+    return number
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what one step frees: the next would wait for new pages. What the user has tuned stays."""
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        if mallopt(m_mmap_threshold, 32 << 20):
+            mallopt(m_trim_threshold, 256 << 20)
+            mallopt(m_top_pad, 16 << 20)
+
+
+@contextlib.contextmanager
+def batch_scheduling() -> Iterator[None]:
+    """Start threads inside under Linux's policy for batch jobs: when woken, they do not interrupt a running thread.
+
+    gloo's wake each other with a lock in hand, and would take the CPU from the one that holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, AttributeError):  # a container forbids it, or it is not Linux
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a new thread inherits it
+                stack.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+        yield
+
+
+def choose_interface() -> None:
+    """On several machines, let gloo and NCCL use the interface that leads to MASTER_ADDR. What the user has set stays.
+
+    gloo would use the address that this machine's own name resolves to. Debian and Ubuntu write 127.0.1.1 for it into
+    /etc/hosts, where the other machines find nobody. NCCL avoids the loopback, but may take a bridge of containers.
+    """
+    master = os.environ.get("MASTER_ADDR", "localhost")
+    on_one_machine = world_size_from_environment() <= local_world_size_from_environment()
+    if on_one_machine or master in ("localhost", "::1") or master.startswith("127."):
+        return
+    # By its own name the first machine reaches itself through the loopback: then the default route is the best guess.
+    found = [_interface_to(host) for host in (master, *OUTSIDE)]
+    name = next((each for each in found if each not in (None, _interface_with("127.0.0.1"))), None)
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or name
+        # NCCL takes a name as a prefix, unless it follows this sign.
+        os.environ["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME") or f"={name}"
+
+
+def _interface_to(host: str) -> str | None:
+    """Return the interface through which the kernel would send to `host`, or None. Nothing is sent."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return _interface_with(probe.getsockname()[0])
+    except OSError:  # an unknown name, or no route
+        return None
+
+
+def _interface_with(address: str) -> str | None:
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if address in [each.address for each in found]), None)
