@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddp_mnist.run.metrics import provenance
+from ddp_mnist.storage.metrics import provenance
 
 
 def line(what: str, unit: str, ours: Any, theirs: Any = ("", []), target: str = "", note: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ddp_mnist.config import RECIPES, TrainConfig
 from ddp_mnist.data.batches import Batches
 from ddp_mnist.data.sources import load
 from ddp_mnist.distributed.context import Context
-from ddp_mnist.evaluate import check_outputs, evaluate
+from ddp_mnist.evaluate import evaluate, find_classes
 from ddp_mnist.step import TrainStep, rate_factor
 from ddp_mnist.trainer import fit
 from ddp_mnist.workload import Workload
@@ -40,9 +40,9 @@ class Ours:
         workload = Workload(config, **self.parts)
         self.batches, self.test = workload.load_data(self.context)
         self.network = workload.build_network(self.context, None)
-        self.classes = check_outputs(self.network, self.test)
+        self.classes = find_classes(self.network, self.test)
         self.step = TrainStep(config, self.context, self.network, classes=self.classes)
-        self.step.warm_up(self.batches)
+        self.step.rehearse(self.batches)
         self.steps_done = self.epochs_done = 0
 
     def epoch(self, limit: int | None = None) -> int:

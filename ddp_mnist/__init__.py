@@ -3,7 +3,7 @@
     from ddp_mnist import TrainConfig, fit
     result = fit(TrainConfig(dataset="synthetic", epochs=1))
 
-`fit` also trains a network and tensors of your own; `run` does so as a whole command with all flags. Nothing heavy is
+`fit` also trains a network and data of your own; `run` does so as a whole command with all flags. Nothing heavy is
 imported before a name is used.
 """
 

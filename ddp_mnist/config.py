@@ -29,7 +29,7 @@ RESUME_FIELDS = (
 )  # fmt: skip
 """Fields that must match to resume a run."""
 
-# A new schedule also needs a branch in `learning_rate`, and in `check_identity` if it allows more epochs later.
+# A new schedule also needs a branch in `rate_factor`, and in `check_identity` if it allows more epochs later.
 Schedule = Literal["constant", "onecycle", "linear"]
 
 _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v)
@@ -39,7 +39,7 @@ Float = Annotated[float, _numpy_to_python]
 _expand_home = AfterValidator(lambda path: Path(os.path.expanduser(path)))  # noqa: PTH111 - takes unknown users as text
 UserPath = Annotated[Path, Field(strict=False), _expand_home]
 Width = Annotated[Int, Field(ge=1, le=4096)]
-# `fit` puts "own-<hash>" into `dataset` for the data of a script.
+# `Workload` puts "own-<hash>" into `dataset` for the data of a script.
 _or_user_data = WrapValidator(lambda v, check: v if isinstance(v, str) and v.startswith(USER_DATA_PREFIX) else check(v))
 # Defaults are checked too: some come from the environment.
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -116,7 +116,7 @@ class TrainConfig:
     accumulate: Annotated[Int, Field(ge=1, le=60_000)] = 1
     """Split each rank's share of the global batch into this many backward passes, to save memory."""
     lr: Annotated[Float, Field(gt=0, le=10)] = 1e-3
-    """Adam's learning rate; the peak of it unless --schedule is constant."""
+    """Adam's learning rate; with another --schedule than constant, the highest one."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
     """Adam's decay of the squared gradients; a lower one suits a short run."""
     schedule: Schedule = "constant"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.distributed.context import Context
 
-WARM_UP_CALLS = 3
+REHEARSALS = 3
 """Calls before a capture: libraries choose kernels and allocate memory, torch.compile compiles."""
 
 
@@ -78,7 +78,7 @@ class CUDAGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
+            for _ in range(REHEARSALS):
                 self._function(*static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

@@ -30,6 +30,6 @@ class JobError(Exception):
 
 
 class UsageError(JobError, ValueError):
-    """A mistake that shows in flags, recipe and saved config alone: the same command can never work."""
+    """A mistake in the flags or in the script: the same command can never work."""
 
     exit_code = 2

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import sources
-from ddp_mnist.data.batches import Split, check_labels, evaluation_batches
+from ddp_mnist.data.batches import DataSet, TensorSet, check_labels, derive_seed, evaluation_batches, seed_generators
 from ddp_mnist.distributed.context import Context, translate_errors
 from ddp_mnist.distributed.launcher import entry_point, hard_exit, rank_from_environment, show_warnings, suppress_output
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
-from ddp_mnist.run import directory
-from ddp_mnist.run.checkpoint import SavedRun, open_saved
 from ddp_mnist.step import Loss, call, cross_entropy
+from ddp_mnist.storage import directory
+from ddp_mnist.storage.checkpoint import SavedRun, open_saved
 
 WORST = 25  # mistakes that a Score remembers
 
@@ -76,11 +76,11 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, split: Split, context: Context, *, loss: Loss = cross_entropy, classes: int | None
+    network: nn.Module, split: DataSet, context: Context, *, loss: Loss = cross_entropy, classes: int | None
 ) -> Score:
     """Return the network's exact score, in fp32, the same on every rank. Collective.
 
-    `loss` returns one value per item. `classes`: what `check_outputs` has returned for both.
+    `loss` returns one value per item. `classes`: what `find_classes` returns for this network and data set.
     """
     context.broadcast_tensors(network.buffers())  # such as batch norm's averages: each rank has seen other images
     cells = classes * classes if classes is not None else 0
@@ -92,6 +92,7 @@ def evaluate(
     first = context.rank * size
     with evaluation_mode(network):
         for inputs, targets in evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size):
+            seed_generators(derive_seed("score", first), context.device)  # for a network that draws
             outputs = call(network, inputs)
             sums = [loss(outputs, targets).sum().view(1), torch.full((1,), len(targets), device=targets.device)]
             if classes is not None:
@@ -108,7 +109,7 @@ def evaluate(
     return Score(loss_sum / len(split), len(split), confusion, tuple(_worst(gather_object(mistakes))))
 
 
-def chunk_size(split: Split, device: torch.device) -> int:
+def chunk_size(split: DataSet, device: torch.device) -> int:
     """Return how many items to score at once, whatever the world size: the larger an item, the fewer."""
     numbers = 0
 
@@ -117,7 +118,8 @@ def chunk_size(split: Split, device: torch.device) -> int:
         numbers += tensor.numel()
 
     recursively_apply(count, split.load(torch.zeros(1, dtype=torch.int64), 0)[0])
-    size = 250 if device.type == "cpu" else 10_000  # on a CPU what fits its caches
+    # On a CPU what fits its caches; of a loader's items what one process loads at once.
+    size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
     return max(1, size * 784 // max(784, numbers))
 
 
@@ -143,7 +145,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_outputs(network: nn.Module, split: Split, loss: Loss = cross_entropy) -> int | None:
+def find_classes(network: nn.Module, split: DataSet, loss: Loss = cross_entropy) -> int | None:
     """Return how many classes the network tells apart; None if the targets are no class labels.
 
     Raises:
@@ -160,16 +162,26 @@ def check_outputs(network: nn.Module, split: Split, loss: Loss = cross_entropy) 
     if loss is cross_entropy and not labels:
         found = f"{targets.dtype} {tuple(targets.shape[1:])}"
         raise UsageError(f"a target is {found}; cross entropy expects a class, an integer. Give a `loss` of your own.")
-    classes = outputs.shape[1] if labels and logits else None
+    classes = outputs.shape[1] if labels and logits and outputs.shape[1] > 1 else None
     if classes is not None:
-        split.limit_labels(classes)
-        check_labels(targets, classes)
+        try:
+            check_labels(targets, classes)
+            split.limit_labels(classes)
+        except UsageError:
+            if loss is cross_entropy:
+                raise
+            classes = None  # another loss may take the integers for something else
     values = loss(outputs, targets)
     if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
         found = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise UsageError(
             f"for {len(targets)} items the loss is {found}; expected one value per item, ({len(targets)},): "
             'reduction="none", and a mean over what an item has several of.'
+        )
+    if isinstance(outputs, Tensor) and not torch.allclose(loss(outputs[:1], targets[:1]), values[:1], 1e-3, 1e-5):
+        raise UsageError(
+            f"the loss of an item depends on the other items of its batch; outputs are {tuple(outputs.shape)}, targets "
+            f"{tuple(targets.shape)}. Expected a loss of each item by itself: do these shapes fit each other?"
         )
     return classes
 
@@ -196,7 +208,7 @@ def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[Sa
     splits = context.run_on_all_ranks(lambda: sources.load(saved.config.dataset, root))
     network = move_to_device(saved.network, context.device)  # as in training: the same rounding
     sets = [split.to(context.device) for split in splits]
-    return saved, [evaluate(network, each, context, classes=check_outputs(network, each)) for each in sets]
+    return saved, [evaluate(network, each, context, classes=find_classes(network, each)) for each in sets]
 
 
 @entry_point

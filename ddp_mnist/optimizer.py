@@ -80,12 +80,13 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | list | None)
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, int | float | str | None)
 
 
 def make_capturable(optimizer: Adam) -> None:
     """Let a CUDA graph capture Adam's step: its rate and all state become tensors that stay where they are."""
     for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
         group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
         group["capturable"] = True
         for parameter in filter(lambda each: each.requires_grad, group["params"]):
@@ -98,7 +99,9 @@ def make_capturable(optimizer: Adam) -> None:
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each group's learning rate to this part of the one it began with; in place where a CUDA graph reads it."""
     for group in optimizer.param_groups:
-        rate = factor * group.setdefault("initial_lr", float(group["lr"]))  # as torch's own schedules call it
+        if "initial_lr" not in group:  # as torch's own schedules call it
+            group["initial_lr"] = float(group["lr"])
+        rate = factor * group["initial_lr"]
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
@@ -120,7 +123,9 @@ def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
     for name, parameter in network.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{name}.{key}"] = (
+                    value.detach().cpu().contiguous().clone()
+                )  # safetensors wants no shared memory
             elif _is_plain(value):
                 values[f"{name}.{key}"] = value
             else:

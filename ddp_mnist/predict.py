@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ddp_mnist.data.mnist import class_names
 from ddp_mnist.distributed.launcher import entry_point, report_error, show_warnings
 from ddp_mnist.errors import JobError
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 
 SIZE, DIGIT = 28, 20  # sides of MNIST's images and of the digits in them, in pixels
 CENTRE = 14.5  # of a digit's mass in MNIST, in pixels from the edge; measured: all are within half a pixel of it
@@ -70,7 +70,7 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.fl
     """Return each label's probability by the run's weights, on the CPU: (N, classes). Raises: JobError."""
     import torch  # after arguments and pictures: it takes a second or more
 
-    from ddp_mnist.run.checkpoint import open_saved
+    from ddp_mnist.storage.checkpoint import open_saved
 
     network = open_saved(run_dir).network
     with torch.no_grad():

@@ -85,10 +85,12 @@ class TrainStep:
         self.classes = classes
         self.optimizer = make_optimizer(optimizer, network) if optimizer else make_adam(config, network)
         self.optimizer_identity = describe(network, self.optimizer)
-        self._is_ours = type(network) is CNN
+        self._is_ours = type(network) is CNN and loss is cross_entropy
+        self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.model: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
+            vars(self.optimizer).pop("_step_supports_amp_scaling", None)  # fused ones would hide a skipped step
             self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
         self._norm: Tensor | None = None
         """Norm of the last gradient, if clipping or a CUDA graph gave it; else None, and `.grad` has the gradient."""
@@ -98,7 +100,7 @@ class TrainStep:
             self._graph = CUDAGraph(self._run_captured, self._mutable_state)
 
     def _wrap(self, network: nn.Module) -> Any:
-        # They are on the device. To see whether it may move them, Accelerate would import DTensor, and with it sympy.
+        # The weights are on the device. To see whether it may move them, Accelerate would import DTensor and sympy.
         model = self.context.accelerator.prepare(AutocastWrapper(network), device_placement=[False])
         if self.config.compile:
             torch.compiler.reset()  # earlier compilations of this process count towards a limit
@@ -121,11 +123,10 @@ class TrainStep:
         return loss, correct
 
     def _run(self, inputs: Any, targets: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
-        self.optimizer.zero_grad()
+        self._drop_gradients()
         loss, correct = self._accumulate_gradients(inputs, targets, count, global_size)
         if self.config.grad_clip:
-            parameters = self.network.parameters()
-            self._norm = self.context.accelerator.clip_grad_norm_(parameters, self.config.grad_clip)
+            self._norm = self.context.accelerator.clip_grad_norm_(self._trained, self.config.grad_clip)
         self.optimizer.step()
         return loss, correct
 
@@ -133,8 +134,8 @@ class TrainStep:
         self, inputs: Any, targets: Tensor, count: int, global_size: int
     ) -> tuple[Tensor, Tensor]:
         """Run forward and backward in `accumulate` parts; DDP averages the gradients over the ranks in the last one."""
-        # A last batch may have fewer rows than parts. A dummy batch has one row, and is never split.
-        parts = min(self.config.accumulate, len(targets))
+        # A last batch may have fewer rows than parts. A dummy batch is never split.
+        parts = min(self.config.accumulate, count) or 1
         if parts == 1:
             return self._forward_backward(inputs, targets, count, global_size)
         results = []
@@ -152,7 +153,7 @@ class TrainStep:
         loss = self.loss(outputs, targets)[:count].sum() / global_size
         # `loss` is divided by the whole global batch, and DDP divides the sum of the ranks' gradients by the world size
         # once more. Times the world size, the gradient is that of the global mean, however uneven the shares.
-        # (Add a term that is not per item, such as a weight penalty, times count / global_size.)
+        # (A penalty that is not per item: `loss = loss + penalty * count / global_size` here counts it once.)
         self.context.accelerator.backward(loss * self.context.world_size)
         if self.classes is None:
             return loss.detach(), torch.zeros_like(loss)
@@ -163,7 +164,7 @@ class TrainStep:
         """Return the norm of the last step's gradient over all ranks, before clipping; NaN before the first step."""
         if self._norm is not None:
             return self._norm
-        gradients = [each.grad for each in self.network.parameters() if each.grad is not None]
+        gradients = [each.grad for each in self._trained if each.grad is not None]
         return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(math.nan)
 
     @property
@@ -177,25 +178,29 @@ class TrainStep:
         return self.context.accelerator.optimizer_step_was_skipped
 
     def _seed(self, seed: int) -> None:
-        if not self._is_ours:  # which draws nothing, and it takes 9 us
-            seed_generators(seed)
-        if self.context.device.type != "cpu":
-            torch.get_device_module(self.context.device).manual_seed(seed)
+        if not self._is_ours:  # ours draws no random numbers, and seeding takes 9 us
+            seed_generators(seed, self.context.device)
 
-    def warm_up(self, batches: Batches) -> None:
+    def _drop_gradients(self) -> None:
+        for parameter in self.network.parameters():  # also of those that the optimizer does not have
+            parameter.grad = None
+
+    def rehearse(self, batches: Batches) -> None:
         """Let DDP order its buckets, and capture the CUDA graphs. Collective.
 
-        Weights, buffers and random state stay as they are.
+        Weights, buffers and torch's random state stay as they are.
 
         DDP reorders its buckets in the forward after the first backward, which changes the order of sums at 3 and more
         ranks. Two passes put that before step 1, so that a new run and a resumed one sum in the same order.
         """
+        if not torch.distributed.is_initialized() and self._graph is None:
+            return
         device = self.context.device
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             batch = self.context.run_on_all_ranks(batches.sample)
             for number in range(2 if torch.distributed.is_initialized() else 0):  # also with one rank of torchrun
-                self.optimizer.zero_grad()
+                self._drop_gradients()
                 self._accumulate_gradients(batch.inputs, batch.targets, batch.count, batch.global_size)
                 if number == 0 and any(each.requires_grad and each.grad is None for each in self.network.parameters()):
                     # A layer that `forward` does not use: DDP has to be made anew to look for it in every step.
@@ -211,7 +216,7 @@ class TrainStep:
                     batch = batches.sample(start)
                     self._graph.capture(batch.inputs, batch.targets, batch.count, batch.global_size)
         self._norm = None
-        self.optimizer.zero_grad()
+        self._drop_gradients()
 
     def close(self) -> None:
         """Release DDP, the graphs and the compiled network. Call it before the process group is destroyed.
@@ -242,8 +247,8 @@ def rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0) as a part, 0-1, of its peak.
 
     It follows from the step alone: resuming needs no state. onecycle rises in a straight line over the first quarter of
-    all steps and falls along a cosine; linear rises over the first tenth and falls in a straight line. As torch's
-    OneCycleLR, from 1/25 of the peak and to 1/250,000.
+    all steps and falls along a cosine; linear rises over the first tenth and falls in a straight line. Both begin
+    at 1/25 of the peak and end at 1/250,000 of it, as torch's OneCycleLR does.
     """
     if config.schedule == "constant":
         return 1.0

@@ -27,16 +27,16 @@ from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED, JobError
 from ddp_mnist.evaluate import Score, evaluate
 from ddp_mnist.report.page import try_to_draw
-from ddp_mnist.run.checkpoint import Saver, restore
-from ddp_mnist.run.metrics import Metrics
-from ddp_mnist.run.resume import Run, advise, continue_command, open_run
 from ddp_mnist.step import TrainStep, rate_factor
+from ddp_mnist.storage.checkpoint import Saver, restore
+from ddp_mnist.storage.metrics import Metrics
+from ddp_mnist.storage.resume import Run, advise, continue_command, open_run
 from ddp_mnist.wandb_mirror.mirror import HASTY_PATIENCE, PATIENCE, Mirror
 from ddp_mnist.workload import Workload
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
-    from ddp_mnist.data.batches import Split
+    from ddp_mnist.data.batches import DataSet
     from ddp_mnist.data.sources import UserData
     from ddp_mnist.optimizer import MakeOptimizer
     from ddp_mnist.step import Loss
@@ -153,14 +153,16 @@ class Trainer:
         """
         config, context, snapshot, workload = self.config, self.context, self.snapshot, self.workload
         self.batches, self.test_set = workload.load_data(context)
-        for split in (self.batches.split, self.test_set):
+        for split in (self.batches.train_set, self.test_set):
             stack.callback(split.close)
         self.total_steps = len(self.batches) * config.epochs
         self.network = workload.build_network(context, snapshot, self.batches.dummy[0])
         # What does not fit fails here, not after an epoch.
-        self.classes = context.run_on_all_ranks(lambda: workload.check_fit(self.network, self.batches, self.test_set))
+        self.classes = context.run_on_all_ranks(
+            lambda: workload.find_classes(self.network, self.batches, self.test_set)
+        )
         self.train_step = TrainStep(
-            *(config, context, self.network), loss=workload.loss, optimizer=workload.optimizer, classes=self.classes
+            config, context, self.network, loss=workload.loss, optimizer=workload.optimizer, classes=self.classes
         )
         stack.callback(self.train_step.close)
         if snapshot is not None:
@@ -174,14 +176,14 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Do the whole attempt and return what summary.json has. Collective. Raises JobError: the same on all ranks."""
         self._start_mirror()
-        self.train_step.warm_up(self.batches)
+        self.train_step.rehearse(self.batches)
         try:
             reason = self._train()
             self.stop.close()
             return self._finish(reason) if reason in ("finished", "max_steps") else self._stop_early(reason)
         except JobError as error:
-            if error.stop_reason == "nan":
-                self.context.run_on_all_ranks(self.batches.split.check)
+            if error.stop_reason == "nan":  # it may stand for a loading error, see `_train`
+                self.context.run_on_all_ranks(self.batches.train_set.check)
             raise
 
     def _train(self) -> str:
@@ -195,8 +197,10 @@ class Trainer:
                 if reason := self.stop.agreed(self.context, state.step):
                     return reason
                 loss, correct = self.train_step(batch, rate_factor(config, state.step, self.total_steps))
-                if self.batches.split.failure is not None:
-                    loss = loss * math.nan  # so the other ranks, in the step already, hear of it before a save
+                if self.batches.train_set.failure is not None:
+                    # Loading has failed here, and this batch is a dummy. NaN reaches all ranks with the next sum of
+                    # losses, before any save; then `run` raises the real error.
+                    loss = loss * math.nan
                 state.advance(batch.global_size, skipped=self.train_step.was_skipped)
                 self.metrics.record(loss, correct, batch.global_size)
                 self.saver.save_if_due()
@@ -206,7 +210,7 @@ class Trainer:
             self.saver.save_if_due(epoch_end=True)
         return "finished"
 
-    def _score(self, split: Split) -> Score:
+    def _score(self, split: DataSet) -> Score:
         started = time.perf_counter()
         score = evaluate(self.network, split, self.context, loss=self.workload.loss, classes=self.classes)
         self.state.eval_seconds += time.perf_counter() - started
@@ -216,7 +220,7 @@ class Trainer:
         """Save, score both sets and return the summary: all epochs are done, or `max_steps` is reached. Collective."""
         self.saver.save()
         self.saver.publish_weights()
-        train = self._score(self.batches.split)
+        train = self._score(self.batches.train_set)
         test = self.test_score
         if test is None or self.state.step_in_epoch > 0:
             test = self._score(self.test_set)

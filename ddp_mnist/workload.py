@@ -8,18 +8,18 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
 from ddp_mnist.config import RECIPES, USER_DATA_PREFIX, TrainConfig
-from ddp_mnist.data.batches import Batches, Split
+from ddp_mnist.data.batches import Batches, DataSet
 from ddp_mnist.data.sources import UserData, load, validate_user_data
 from ddp_mnist.distributed.launcher import report_once_per_host
 from ddp_mnist.errors import UsageError
-from ddp_mnist.evaluate import check_outputs, move_to_device
+from ddp_mnist.evaluate import find_classes, move_to_device
 from ddp_mnist.model import CNN
-from ddp_mnist.run.checkpoint import Snapshot, load_weights
 from ddp_mnist.step import Loss, call, cross_entropy
+from ddp_mnist.storage.checkpoint import Snapshot, load_weights
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
@@ -41,38 +41,28 @@ class Workload:
     ) -> None:
         """Take the parts, as for `fit`; None: ours. Check the data, and name them in the settings by a hash.
 
-        `script_config`: the settings in the script's source; None: the script takes our flags. Raises: UsageError.
+        `script_config`: what a script gave to `fit`: the command to continue then repeats the script, not our flags.
+        Raises: UsageError.
         """
-        self.model, self.optimizer, self.loss, self.script_config = (
-            model,
-            optimizer,
-            loss or cross_entropy,
-            script_config,
-        )
-        self.config = config
-        self.sets: tuple[Split, Split] | None = None
+        self.config, self.script_config = config, script_config
+        self.model, self.optimizer, self.loss = model, optimizer, loss or cross_entropy
+        self.sets: tuple[DataSet, DataSet] | None = None
         self.is_script = any(part is not None for part in (model, data, optimizer, loss, script_config))
         with report_once_per_host():
             if optimizer is not None:
-                self._refuse_adams_settings()
+                _refuse_adams_settings(config)
             if data is not None:
                 digest, self.sets = validate_user_data(data, config)
                 self.config = config.replace(dataset=USER_DATA_PREFIX + digest)
 
-    def _refuse_adams_settings(self) -> None:
-        config = self.config
-        for each in fields(TrainConfig):
-            value = getattr(config, each.name)
-            if each.name in ("lr", "beta2") and value not in (each.default, RECIPES[config.recipe].get(each.name)):
-                raise UsageError(f"--{each.name} is {value}, which is Adam's; `optimizer` sets its own. Leave it out.")
-        if config.cuda_graphs:
-            raise UsageError("--cuda-graphs captures the job's own Adam; leave it out beside `optimizer`.")
-
-    def load_data(self, context: Context) -> tuple[Batches, Split]:
+    def load_data(self, context: Context) -> tuple[Batches, DataSet]:
         """Return this rank's batches and the test set, on its device. Collective. Raises: JobError, on all ranks."""
         config = self.config
 
-        def place() -> tuple[Batches, Split]:
+        if isinstance(self.loss, nn.Module):
+            self.loss.to(context.device)  # it may hold the weights of classes
+
+        def place() -> tuple[Batches, DataSet]:
             train, test = (split.to(context.device) for split in self.sets or load(config.dataset, config.data_dir))
             shard = {"rank": context.rank, "world_size": context.world_size, "seed": config.seed}
             return Batches(train, batch_size=config.batch_size, **shard), test
@@ -119,24 +109,34 @@ class Workload:
             context.run_on_all_ranks(lambda: load_weights(network, path))
         return move_to_device(network, context.device)
 
-    def check_fit(self, network: nn.Module, batches: Batches, test_set: Split) -> int | None:
+    def find_classes(self, network: nn.Module, batches: Batches, test_set: DataSet) -> int | None:
         """Return how many classes the network tells apart; None if the targets are no class labels.
 
         Raises:
             UsageError: Network, data and loss do not fit each other.
         """
-        classes = check_outputs(network, batches.split, self.loss)
-        if check_outputs(network, test_set, self.loss) != classes:
+        classes = find_classes(network, batches.train_set, self.loss)
+        if find_classes(network, test_set, self.loss) != classes:
             raise UsageError(
                 "training and test targets are of different kinds; expected class labels in both, or none."
             )
-        if batches.smallest == 1:
-            _check_single_item(network, batches.dummy[0])
+        sizes = (batches.local_size, batches.items_in_last_batch)
+        if any(size // min(self.config.accumulate, size) == 1 for size in sizes):
+            _check_single_item(network, recursively_apply(lambda tensor: tensor[:1], batches.dummy[0]))
         return classes
 
     def network_name(self, network: nn.Module) -> str | None:
         """Return the name of the class of the script's network; None if the network is ours."""
         return f"{type(network).__module__}.{type(network).__qualname__}" if self.model else None
+
+
+def _refuse_adams_settings(config: TrainConfig) -> None:
+    for each in fields(TrainConfig):
+        value = getattr(config, each.name)
+        if each.name in ("lr", "beta2") and value not in (each.default, RECIPES[config.recipe].get(each.name)):
+            raise UsageError(f"--{each.name} is {value}, which is Adam's; `optimizer` sets its own. Leave it out.")
+    if config.cuda_graphs:
+        raise UsageError("--cuda-graphs captures the job's own Adam; leave it out beside `optimizer`.")
 
 
 def _check_single_item(network: nn.Module, inputs: Any) -> None:
@@ -146,8 +146,9 @@ def _check_single_item(network: nn.Module, inputs: Any) -> None:
     except ValueError as error:
         layers = sorted({type(each).__name__ for each in network.modules() if "Norm" in type(each).__name__})
         raise UsageError(
-            f"the last batch of an epoch leaves one item to a rank; {', '.join(layers) or 'the network'} cannot be "
-            f"trained on one ({error}). Choose another --batch-size, or leave an item out of the training set."
+            f"a rank gets a single item, in an epoch's last batch or a part of --accumulate; "
+            f"{', '.join(layers) or 'the network'} cannot be trained on one ({error}). Choose another --batch-size, or "
+            "leave an item out of the training set."
         ) from error
 
 

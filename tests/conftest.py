@@ -150,4 +150,4 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=5, help="random kill -9 of tests/run/test_kill.py (default: 5)")
+    parser.addoption("--kills", type=int, default=5, help="random kill -9 of tests/storage/test_kill.py (default: 5)")

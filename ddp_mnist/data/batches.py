@@ -1,4 +1,4 @@
-"""Split a data set into each rank's batches. Nothing else shards.
+"""Deal a data set out to the ranks, batch by batch. Nothing else shards.
 
 The batch order is a function of (seed, epoch) alone: global batch k is rows k*G ... (k+1)*G of the epoch's
 permutation, at every world size; a rank takes every world_size-th row of it.
@@ -25,7 +25,7 @@ Items = tuple[Any, Any]
 """Inputs and targets of a batch. Inputs: a tensor (n, ...), a tuple of them, or a dict of them; targets: a tensor."""
 
 
-class Split(ABC):
+class DataSet(ABC):
     """The training set or the test set: tensors (`TensorSet`), or any data set behind a DataLoader (`LoadedSet`)."""
 
     failure: JobError | None = None
@@ -35,7 +35,7 @@ class Split(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def to(self, device: torch.device) -> Split:
+    def to(self, device: torch.device) -> DataSet:
         """Return the set with its batches on that device."""
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Split(ABC):
 
 
 @dataclass(frozen=True)
-class TensorSet(Split):
+class TensorSet(DataSet):
     """A data set in memory, on one device. A batch is one `index_select`, not a Python loop over items."""
 
     inputs: Tensor
@@ -100,8 +100,8 @@ class Batch:
     targets: Tensor
     """(n, ...), of a classification int64 (n,)."""
     count: int
-    """Number of real items: len(targets), or 0 where an epoch's last batch has none for this rank. Then the one row is
-    a dummy, since many networks cannot take an empty batch."""
+    """Number of real items: len(targets), or 0 where an epoch's last batch has none for this rank, or loading has
+    failed. Then the rows are dummies, since many networks cannot take an empty batch."""
     global_size: int
     """Items in the global batch, over all ranks."""
     seed: int
@@ -140,38 +140,39 @@ class ShardSampler(DistributedSampler):
 class Batches:
     """The training set as this rank's batches."""
 
-    def __init__(self, split: Split, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(self, train_set: DataSet, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
         """Shard the set. `batch_size` is the global one; the world size must divide it."""
-        self.split = split
+        self.train_set = train_set
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
-        self.sampler = ShardSampler(len(split), rank=rank, world_size=world_size, seed=seed)
-        self.dummy = split.load(torch.zeros(1, dtype=torch.int64), 0)
-        """One item, for a step in which this rank has none."""
+        self.sampler = ShardSampler(len(train_set), rank=rank, world_size=world_size, seed=seed)
+        self.dummy = train_set.load(torch.zeros(min(2, self.local_size), dtype=torch.int64), 0)
+        """For a step in which this rank has no item: twice the first one, since batch norm cannot take a single one."""
 
     def __len__(self) -> int:
         """Return the steps of an epoch, the same on every rank."""
-        return math.ceil(len(self.split) / self.batch_size)
+        return math.ceil(len(self.train_set) / self.batch_size)
 
     @property
-    def smallest(self) -> int:
+    def items_in_last_batch(self) -> int:
         """Return how many items, dummies included, this rank has in an epoch's last batch."""
-        return max(1, len(self.sampler) - (len(self) - 1) * self.local_size)
+        items = max(0, len(self.sampler) - (len(self) - 1) * self.local_size)
+        return items or len(self.dummy[1])
 
     def global_size(self, step_in_epoch: int) -> int:
         """Return how many items that global batch has: `batch_size`, or fewer in the epoch's last one."""
-        return min(self.batch_size, len(self.split) - step_in_epoch * self.batch_size)
+        return min(self.batch_size, len(self.train_set) - step_in_epoch * self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches `start` ... len(self) - 1 of that epoch."""
-        fetched = self.split.fetch(self._rows(epoch, start), self.local_size, epoch)
+        fetched = self.train_set.fetch(self._rows(epoch, start), self.local_size, epoch)
         for step in range(start, len(self)):
             yield self._batch(epoch, step, next(fetched, None))
 
     def sample(self, step_in_epoch: int = 0) -> Batch:
         """Return a batch of epoch 0, loaded by this process alone: to try the network on."""
         rows = self._rows(0, step_in_epoch)[: self.local_size]
-        return self._batch(0, step_in_epoch, self.split.load(rows, 0) if len(rows) else None)
+        return self._batch(0, step_in_epoch, self.train_set.load(rows, 0) if len(rows) else None)
 
     def _rows(self, epoch: int, start: int) -> Tensor:
         self.sampler.set_epoch(epoch)
@@ -183,7 +184,7 @@ class Batches:
         return Batch(inputs, targets, len(targets) if items else 0, self.global_size(step), seed)
 
 
-def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int) -> Iterator[Items]:
+def evaluation_batches(split: DataSet, *, rank: int, world_size: int, size: int) -> Iterator[Items]:
     """Yield this rank's chunks of `size` items, as epoch 0 has them: chunk i goes to rank i % world_size. No padding.
 
     The chunks do not depend on the world size, so the outputs do not either.
@@ -201,21 +202,23 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 def to_float(tensor: Tensor) -> Tensor:
-    """Return inputs as fp32, uint8 divided by 255; int32 and int64 as they are: they may be indices.
+    """Return inputs as fp32, uint8 divided by 255; other integers and bools stay: they may be indices or masks.
 
     It divides as ToTensor does: multiplying by 1/255 rounds differently.
     """
     if tensor.dtype == torch.uint8:
         return tensor.to(torch.float32).div_(255)
-    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.to(torch.float32)
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
 
-def seed_generators(seed: int) -> None:
-    """Seed `random`, numpy's and torch's CPU generator."""
+def seed_generators(seed: int, device: torch.device | None = None) -> None:
+    """Seed `random`, numpy's and torch's CPU generator, and that of the device."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     # Not torch.manual_seed: it formats a stack trace for CUDA's sake, 265 us instead of 2.
     torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:

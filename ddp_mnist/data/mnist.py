@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ddp_mnist.data import synthetic
 from ddp_mnist.errors import JobError
-from ddp_mnist.run.directory import write_atomic
+from ddp_mnist.storage.directory import write_atomic
 
 log = logging.getLogger(__name__)
 

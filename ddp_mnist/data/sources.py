@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from ddp_mnist.data import mnist
-from ddp_mnist.data.batches import Items, Split, TensorSet, check_labels, derive_seed, seed_generators
+from ddp_mnist.data.batches import DataSet, Items, TensorSet, check_labels, derive_seed, seed_generators
 from ddp_mnist.distributed.preemption import SIGNALS
 from ddp_mnist.errors import JobError, UsageError
 
@@ -64,7 +64,7 @@ def load(dataset: str, root: Path) -> tuple[TensorSet, TensorSet]:
     return train, test
 
 
-def validate_user_data(data: UserData, config: TrainConfig) -> tuple[str, tuple[Split, Split]]:
+def validate_user_data(data: UserData, config: TrainConfig) -> tuple[str, tuple[DataSet, DataSet]]:
     """Return (a hash of these data, (training set, test set)).
 
     Raises:
@@ -83,7 +83,7 @@ def validate_user_data(data: UserData, config: TrainConfig) -> tuple[str, tuple[
 
 
 def _validate_set(name: str, data: Any, config: TrainConfig) -> TensorSet | LoadedSet:
-    tensors = data.tensors if isinstance(data, TensorDataset) else data
+    tensors = data.tensors if type(data) is TensorDataset else data  # a subclass may augment
     if isinstance(tensors, tuple):
         return _validate_tensors(name, tensors)
     expected = "expected (inputs, targets), a TensorDataset, or a data set with __len__ and __getitem__"
@@ -91,7 +91,7 @@ def _validate_set(name: str, data: Any, config: TrainConfig) -> TensorSet | Load
         raise UsageError(f"the {name} set is a {type(data).__name__}; {expected}, so that its order can be chosen.")
     try:
         length = len(data)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         raise UsageError(f"the {name} set, a {type(data).__name__}, has no length; {expected}.") from None
     if not length:
         raise UsageError(f"the {name} set, a {type(data).__name__}, is empty; expected at least one item.")
@@ -106,13 +106,12 @@ def _validate_tensors(name: str, tensors: tuple[Any, ...]) -> TensorSet:
     if not inputs.dim() or not targets.dim() or len(inputs) != len(targets) or not len(targets):
         found = f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}"
         raise UsageError(f"the {name} set has {found}; expected at least one item, and a target for each input.")
-    if not targets.is_floating_point():
-        targets = targets.long()
+    targets = targets.float() if targets.is_floating_point() else targets.long()
     return TensorSet(inputs.float() if inputs.is_floating_point() else inputs, targets)
 
 
-class LoadedSet(Split):
-    """The training set or the test set behind a DataLoader; a `Split`, as `TensorSet` is."""
+class LoadedSet(DataSet):
+    """The training set or the test set behind a DataLoader; a `DataSet`, as `TensorSet` is."""
 
     def __init__(self, name: str, dataset: Any, *, seed: int, workers: int = 0) -> None:
         """Wrap a data set that has `__len__` and `__getitem__` → (input, target); `name` is for messages."""
@@ -162,12 +161,9 @@ class LoadedSet(Split):
                 yield self._finish(batch)
         except JobError as error:
             self.failure = error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
+        except Exception as error:  # a worker has died, or cannot be started, or no batch can be pinned
             self.failure = JobError(
-                f"a process that loads the {self.name} set has died: {error}. Killed for memory? Fewer --workers need "
-                "less."
+                f"the {self.name} set could not be loaded ({error}). Where memory is short, fewer --workers need less."
             )
 
     def limit_labels(self, classes: int) -> None:
@@ -178,6 +174,8 @@ class LoadedSet(Split):
         """End the workers, also where a traceback holds the loader: at Python's exit they would not hear SIGTERM."""
         iterator: Any = getattr(self._loader, "_iterator", None)
         if iterator is not None:
+            for worker in iterator._workers if self.workers else ():
+                worker.terminate = worker.kill
             iterator._shutdown_workers()
         self._loader = None
 
@@ -213,10 +211,11 @@ class LoadedSet(Split):
     def _finish(self, batch: Any) -> Items:
         """Return the batch on the device. Raises: as `load`."""
         if isinstance(batch, Failure):
-            raise (UsageError if batch.is_mistake else JobError)(f"the {self.name} set: {batch.text}")
+            kind, local = (UsageError, False) if batch.is_mistake else (JobError, True)  # a disk may fail one rank
+            raise kind(f"the {self.name} set: {batch.text}", local=local)
         if self._classes is not None:
             check_labels(batch[1], self._classes)
-        inputs, targets = send_to_device(batch, self._device, non_blocking=True)
+        inputs, targets = send_to_device(batch, self._device, non_blocking=self._device.type == "cuda")
         return inputs, targets
 
 
@@ -273,7 +272,7 @@ def collate(items: list[Any]) -> Any:
             )
     try:
         inputs, targets = recursively_apply(_to_fp32, default_collate(items), error_on_other_type=True)
-    except (TypeError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:
         why = str(error).partition("\n")[0]
         return Failure(
             f"its items do not make a batch ({why}). Expected tensors of one shape, or numbers, or tuples or dicts of "
@@ -309,7 +308,9 @@ def signals_held() -> Iterator[None]:
     try:
         yield
     finally:
-        if in_main_thread:  # torch's handler would raise the death of a worker anywhere, such as in a save
+        if (
+            in_main_thread and of_children is not None
+        ):  # torch's handler would raise the death of a worker anywhere, such as in a save
             signal.signal(signal.SIGCHLD, of_children)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -326,6 +327,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _to_fp32(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor  # numpy's are float64
 
 

@@ -205,7 +205,7 @@ def translate_errors(context: Context) -> Iterator[None]:
 
 
 def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
-    """Create the process group under a prefix of its own: the store still has the keys of earlier groups and starts."""
+    """Create the process group under a prefix of its own: the store has the keys of earlier ones and starts."""
     global _store
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))

@@ -26,7 +26,7 @@ from ddp_mnist.distributed import launcher
 from ddp_mnist.distributed.context import Context, translate_errors
 from ddp_mnist.distributed.machine import allowed_cpus
 from ddp_mnist.errors import JobError
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 from ddp_mnist.wandb_mirror import mirror
 
 

@@ -13,7 +13,7 @@ from ddp_mnist.data import mnist
 from ddp_mnist.distributed.launcher import entry_point
 from ddp_mnist.errors import JobError
 from ddp_mnist.report.runs import RunLog, comparison, format_table, read_runs
-from ddp_mnist.run.directory import format_setting, translate_write_errors, write_atomic
+from ddp_mnist.storage.directory import format_setting, translate_write_errors, write_atomic
 
 log = logging.getLogger(__name__)
 

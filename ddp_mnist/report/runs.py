@@ -10,7 +10,7 @@ from typing import Any
 
 from ddp_mnist.config import RESUME_FIELDS
 from ddp_mnist.errors import JobError
-from ddp_mnist.run.directory import CONFIG, METRICS, SUMMARY, format_setting, read_json
+from ddp_mnist.storage.directory import CONFIG, METRICS, SUMMARY, format_setting, read_json
 
 # The settings that a result may follow from; the others say how a run is run.
 CAUSES = (*RESUME_FIELDS, "recipe", "mixed_precision", "compile", "max_steps")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_mnist.config import TrainConfig
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 
 LOG = "mirror.log"
 PROBE_SECONDS = 5.0  # for a server to answer at all, before the training starts

@@ -18,7 +18,7 @@ from typing import Any
 import wandb
 
 from ddp_mnist.data import mnist
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 from ddp_mnist.wandb_mirror.mirror import PATIENCE
 
 log = logging.getLogger(__name__)

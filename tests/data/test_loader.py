@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from ddp_mnist import TrainConfig, fit
 from ddp_mnist.data.batches import Batches, evaluation_batches
@@ -266,8 +266,41 @@ def test_random_numbers_of_a_data_sets_own_are_warned_of_and_it_is_known_by_type
     assert fit_here(data).summary["resumed_from"] == 5
 
 
+class Scaled(TensorDataset):
+    """The usual way to augment tensors."""
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        inputs, target = super().__getitem__(row)
+        return inputs * 0 + random.random(), target
+
+
+def test_a_subclass_of_a_tensor_dataset_makes_its_own_items(fit_here: Fit) -> None:
+    seen: list[Tensor] = []
+
+    class Watching(Sum):
+        def forward(self, left: Tensor) -> Tensor:
+            seen.append(left.detach())
+            return super().forward(left)
+
+    fit_here(Scaled(torch.rand(8, 4), torch.arange(8) % 3), model=Watching)
+    assert all((batch == batch[:, :1]).all() for batch in seen) and len(torch.cat(seen)[:, 0].unique()) > 8
+
+
+def test_a_mask_of_bools_reaches_the_network_as_it_is(fit_here: Fit) -> None:
+    class Masked(nn.Linear):
+        def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(values.masked_fill(mask, 0))
+
+    data = Items(lambda row: ({"values": point(row)[0], "mask": torch.arange(4) > row % 4}, row % 3))
+    assert fit_here(data, model=lambda: Masked(4, 3)).summary["finished"]
+
+
 def test_a_score_can_be_repeated_whatever_was_drawn_before(load: Load, process_of_a_job: None) -> None:
-    network, split = nn.Linear(6, 3), load()
+    class Drawing(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) + torch.rand(3) * random.random()
+
+    network, split = Drawing(6, 3), load()
     with Context(TrainConfig(threads=1, mixed_precision="no")) as context:
         first = evaluate(network, split, context, classes=3)
         random.seed(int(torch.rand(1) * 1000))

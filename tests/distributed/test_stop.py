@@ -13,7 +13,7 @@ import jobs
 import pytest
 
 from ddp_mnist.errors import JobError
-from ddp_mnist.run import checkpoint, directory
+from ddp_mnist.storage import checkpoint, directory
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -90,7 +90,7 @@ SLOW_SAVE = """
 import os, sys, time
 from pathlib import Path
 from ddp_mnist.distributed.launcher import hard_exit
-from ddp_mnist.run.checkpoint import Checkpoints
+from ddp_mnist.storage.checkpoint import Checkpoints
 from ddp_mnist.train import main
 
 def publish_slowly(self, snapshot):

@@ -24,7 +24,7 @@ from conftest import write_digits
 from ddp_mnist.data import mnist
 from ddp_mnist.doctor import __main__ as doctor
 from ddp_mnist.doctor import checks
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 
 DOCTOR = (sys.executable, "-m", "ddp_mnist.doctor")
 SECRET = "0123456789abcdef" * 2 + "01234567"

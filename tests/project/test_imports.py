@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jobs
 
+import ddp_mnist
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ddp_mnist"
 # `ddp_mnist/data/batches.py` → data.batches, `ddp_mnist/data/__init__.py` → data
@@ -49,9 +51,9 @@ LAYERS = (
     ("errors",),
     ("distributed.launcher",),
     ("config",),
-    ("run.directory",),
+    ("storage.directory",),
     ("model", "cuda_graph", "optimizer", "data", "distributed"),
-    ("run", "workload", "evaluate", "step"),
+    ("storage", "workload", "evaluate", "step"),
     ("wandb_mirror", "report", "predict"),
     ("trainer",),
     ("train", "doctor", ""),
@@ -71,6 +73,10 @@ def test_arrows_point_downwards_in_no_circle_and_are_few() -> None:
     list(TopologicalSorter(ARROWS).static_order())  # CycleError names the circle
     assert max(map(len, ARROWS.values())) <= 12, max(ARROWS.items(), key=lambda each: len(each[1]))
     assert sum(map(len, ARROWS.values())) <= 110
+
+
+def test_every_name_that_the_package_exports_stays_what_it_is_when_its_modules_are_imported() -> None:
+    assert ddp_mnist.fit and [name for name in ddp_mnist.__all__ if not callable(getattr(ddp_mnist, name))] == []
 
 
 def test_flags_are_read_before_anything_heavy_is_imported() -> None:

@@ -104,17 +104,17 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "a checkpoint is not flushed to the disk": (
         "directory.write_synced(temporary / name, content)",
         "(temporary / name).write_bytes(content)",
-        "tests/run/test_checkpoint.py::test_everything_is_on_the_disk_before_its_name_and_old_ones_go_after_it",
+        "tests/storage/test_checkpoint.py::test_everything_is_on_the_disk_before_its_name_and_old_ones_go_after_it",
     ),
     "a checkpoint is not renamed into place": (
         "temporary.rename(target)",
         "shutil.copytree(temporary, target)",
-        "tests/run/test_checkpoint.py::test_everything_is_on_the_disk_before_its_name_and_old_ones_go_after_it",
+        "tests/storage/test_checkpoint.py::test_everything_is_on_the_disk_before_its_name_and_old_ones_go_after_it",
     ),
     "a damaged checkpoint is loaded": (
         "if found != expected:\n            raise ValueError",
         "if False:\n            raise ValueError",
-        "tests/run/test_checkpoint.py::test_whatever_happens_to_a_files_bytes_a_checkpoint_is_right_or_not_used",
+        "tests/storage/test_checkpoint.py::test_whatever_happens_to_a_files_bytes_a_checkpoint_is_right_or_not_used",
     ),
     "the ranks do not agree on a stop": (
         "if context.world_size == 1:\n            return self._local_reason()",
@@ -130,12 +130,12 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "self.sampler.indices()[start * self.local_size :]",
         "self.sampler.indices()",
         "tests/data/test_data.py::test_an_epoch_entered_in_the_middle_goes_on_as_if_it_had_been_read_from_the_start",
-        "tests/run/test_properties.py::test_what_a_kill_takes_back_is_done_again_and_nothing_else",
+        "tests/storage/test_properties.py::test_what_a_kill_takes_back_is_done_again_and_nothing_else",
     ),
     "Adam's averages are not restored": (
         "optimizer.state[parameter][key] = target.copy_(value)",
         "optimizer.state[parameter][key] = target.zero_()",
-        "tests/run/test_resume.py::test_every_kind_of_run_continues_with_the_same_bytes[--schedule]",
+        "tests/storage/test_resume.py::test_every_kind_of_run_continues_with_the_same_bytes[--schedule]",
     ),
     "buckets are not warmed up at 4 ranks": (
         "range(2 if torch.distributed.is_initialized() else 0)",

@@ -56,7 +56,7 @@ def gradients(context: Context, data: TensorSet, settings: dict[str, Any], image
     batches = Batches(split, batch_size=BATCH, rank=context.rank, world_size=context.world_size, seed=0)
     config = TrainConfig(batch_size=BATCH, threads=1, mixed_precision="no", **settings)
     step = TrainStep(config, context, Workload(config).build_network(context, None), classes=10)
-    step.warm_up(batches)
+    step.rehearse(batches)
     found = {}
     for number, batch in enumerate(batches.epoch(0)):
         loss, _ = step(batch, 0.0)  # at this rate the weights stay

@@ -120,7 +120,7 @@ def test_captured_steps_are_the_plain_ones(
     every = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
     with Context(CONFIG.replace(**changes)) as context:
         plain, captured = (make_step(context, capture=capture, model=model, **changes) for capture in (False, True))
-        captured.warm_up(batches)
+        captured.rehearse(batches)
         expected = take(plain, every, factors)
         assert all(map(torch.equal, take(captured, every, factors), expected))
     assert len({float(figures[0]) for figures in expected}) == 24  # each its own
@@ -144,7 +144,7 @@ def test_a_capture_changes_nothing(batches: Batches) -> None:
     with Context(CONFIG) as context:
         step = make_step(context, capture=True)
         before, random = state_of(step), torch.get_rng_state()
-        step.warm_up(batches)
+        step.rehearse(batches)
         torch.testing.assert_close(state_of(step), before, rtol=0, atol=0)
         assert torch.equal(torch.get_rng_state(), random)
         assert all(parameter.grad is None for parameter in step.network.parameters())

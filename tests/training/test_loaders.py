@@ -134,7 +134,11 @@ def test_a_signal_while_workers_start_stops_the_job(tmp_path: Path, method: str)
     ("mishap", "code", "words"),
     [
         ('if row == 7: raise KeyError("no such file")', 1, ["item 7 could not be made", "KeyError: 'no such file'"]),
-        ("if row == 7 and is_worker: os._exit(1)", 1, ["a process that loads the training set has died", "--workers"]),
+        (
+            "if row == 7 and is_worker: os._exit(1)",
+            1,
+            ["the training set could not be loaded (DataLoader worker", "--workers"],
+        ),
         ("if row == 7: return torch.zeros(4), 5", 2, ["there is a label 5; the network tells 3 classes apart"]),
         ("if row == 39 and self.length == 41: [][1]", 1, ["the test set: item 39", "IndexError"]),
     ],
@@ -143,7 +147,11 @@ def test_a_signal_while_workers_start_stops_the_job(tmp_path: Path, method: str)
 def test_what_goes_wrong_on_one_ranks_loader_is_one_message_and_all_leave(
     tmp_path: Path, mishap: str, code: int, words: list[str]
 ) -> None:
-    with start(program(tmp_path, mishap), 2, tmp_path / "run", "--workers", 1) as job:
+    path, script = tmp_path / "points.py", program(tmp_path, mishap)
+    path.write_text(
+        path.read_text().replace("nn.Dropout(0.2)", "nn.BatchNorm1d(8)").replace("Points(145)", "Points(150)")
+    )
+    with start(script, 2, tmp_path / "run", "--workers", 1) as job:
         ended = job.wait()
     assert [process.code for process in ended] == [code, code], [process.err for process in ended]
     (message,) = [process.err for process in ended if process.err]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from ddp_mnist import TrainConfig, fit
-from ddp_mnist.errors import UsageError
+from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.report.__main__ import main as report
 from ddp_mnist.step import rate_factor
 from ddp_mnist.train import main
@@ -133,6 +133,35 @@ def test_an_optimizer_that_no_step_can_use_is_refused(fit_here: Fit, optimizer: 
         fit_here(optimizer=optimizer)
 
 
+class Counting(SGD):
+    """An optimizer whose state no file of tensors and numbers can hold."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["seen"] = {1, 2}
+
+
+def test_a_state_that_cannot_be_saved_ends_the_run_at_its_first_step(fit_here: Fit) -> None:
+    with pytest.raises(JobError, match="Counting keeps a set, seen; expected tensors"):
+        fit_here(optimizer=lambda net: Counting(net.parameters(), lr=0.1))
+
+
+def test_parameters_that_the_optimizer_does_not_have_neither_move_nor_count_for_clipping(fit_here: Fit) -> None:
+    trained = fit_here(
+        optimizer=lambda net: SGD(net[2].parameters(), lr=0.5), batch_size=101, epochs=3, grad_clip=0.01
+    ).model
+    torch.manual_seed(0)
+    plain = network()
+    optimizer = SGD(plain[2].parameters(), lr=0.5)
+    for _ in range(3):
+        plain.zero_grad()
+        F.cross_entropy(plain(DATA[0][0]), DATA[0][1]).backward()
+        nn.utils.clip_grad_norm_(plain[2].parameters(), 0.01)
+        optimizer.step()
+    torch.testing.assert_close(trained.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def command(process_of_a_job: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., jobs.Ended]:
     """Run a script's whole command, with an optimizer, in this process."""
@@ -221,8 +250,9 @@ def test_targets_that_are_no_labels_are_trained_and_scored_by_loss_alone(
         (F.cross_entropy, r'for 2 items the loss is \(\); expected one value per item, \(2,\): reduction="none"'),
         (lambda outputs, targets: outputs.square(), r'the loss is \(2, 3\); expected .* reduction="none"'),
         (lambda outputs, targets: 1.0, 'the loss is a float; expected .* reduction="none"'),
+        (lambda outputs, targets: outputs.mean(1) - targets.float().mean(), "depends on the other items of its batch"),
     ],
-    ids=["mean", "several", "number"],
+    ids=["mean", "several", "number", "of the batch"],
 )
 def test_a_loss_of_another_shape_is_refused(fit_here: Fit, loss: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -237,6 +267,15 @@ def test_labels_with_a_loss_of_ones_own_still_have_their_accuracy(fit_here: Fit)
         outputs = result.model(inputs)
     assert result.summary["test_correct"] == (outputs.argmax(1) == targets).sum().item()
     assert result.summary["test_loss"] == pytest.approx(smooth(outputs, targets).mean().item(), rel=1e-5)
+
+
+def test_integers_that_are_no_classes_of_the_network_are_targets_of_a_loss_of_ones_own(fit_here: Fit) -> None:
+    def binary(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.float(), reduction="none")
+
+    data = (DATA[1][0], DATA[1][1] % 2)
+    summary = fit_here(model=lambda: nn.Linear(4, 1), data=(data, data), loss=binary).summary
+    assert summary["test_accuracy"] is None and 0 < summary["test_loss"] < 1
 
 
 def test_targets_of_two_kinds_are_refused(fit_here: Fit) -> None:

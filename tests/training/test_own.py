@@ -363,7 +363,7 @@ def other_linear() -> nn.Module:
 @pytest.mark.parametrize(
     ("max_steps", "change", "message"),
     [
-        (5, {"data": (points(101, seed=5), points(31))}, "holds a run on other tensors"),
+        (5, {"data": (points(101, seed=5), points(31))}, "holds a run on other data"),
         (5, {"model": other_linear}, "holds a run of another network"),
         (0, {"model": other_linear}, "holds a run of another network"),
     ],

@@ -188,10 +188,10 @@ def test_the_optimizer_uses_the_rate_of_the_schedule_also_before_max_steps(
     assert moved.max().item() == pytest.approx(rates[0], rel=1e-3)
 
 
-def rates_of_torch(anneal: str, warm_up: float, total_steps: int) -> list[float]:
+def rates_of_torch(anneal: str, rehearse: float, total_steps: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1.0, total_steps, pct_start=warm_up, anneal_strategy=anneal, cycle_momentum=False
+        optimizer, 1.0, total_steps, pct_start=rehearse, anneal_strategy=anneal, cycle_momentum=False
     )
     rates = [optimizer.param_groups[0]["lr"]]
     for _ in range(total_steps - 1):
@@ -203,13 +203,13 @@ def rates_of_torch(anneal: str, warm_up: float, total_steps: int) -> list[float]
 
 @pytest.mark.slow  # torch's schedulers import its compiler
 @pytest.mark.parametrize("total_steps", [1, 3, 52, 938])
-@pytest.mark.parametrize(("schedule", "warm_up", "anneal"), [("onecycle", 0.25, "cos"), ("linear", 0.1, "linear")])
+@pytest.mark.parametrize(("schedule", "rehearse", "anneal"), [("onecycle", 0.25, "cos"), ("linear", 0.1, "linear")])
 def test_a_schedule_has_the_rates_of_torch_with_a_linear_warm_up(
-    schedule: Any, warm_up: float, anneal: str, total_steps: int
+    schedule: Any, rehearse: float, anneal: str, total_steps: int
 ) -> None:
     config = TrainConfig(schedule=schedule)
-    linear, annealed = (rates_of_torch(name, warm_up, total_steps) for name in ("linear", anneal))
-    last = warm_up * total_steps - 1
+    linear, annealed = (rates_of_torch(name, rehearse, total_steps) for name in ("linear", anneal))
+    last = rehearse * total_steps - 1
     expected = [linear[step] if step <= last else annealed[step] for step in range(total_steps)]
     assert [rate_factor(config, step, total_steps) for step in range(total_steps)] == pytest.approx(expected, rel=1e-9)
 
@@ -375,9 +375,9 @@ def test_a_folder_in_the_way_of_a_file_of_the_run_is_named(
 def test_a_summary_that_cannot_be_written_loses_nothing_else(
     train: Train, run_at: RunAt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], code: int
 ) -> None:
-    path, warm_up = tmp_path / "summary.json", TrainStep.warm_up
+    path, rehearse = tmp_path / "summary.json", TrainStep.rehearse
     with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "warm_up", lambda *arguments: (path.mkdir(), warm_up(*arguments)))
+        patch.setattr(TrainStep, "rehearse", lambda *arguments: (path.mkdir(), rehearse(*arguments)))
         ended = train(*more, "--output-dir", tmp_path)
     assert ended.code == code
     if code == 1:

@@ -29,7 +29,7 @@ from PIL import Image
 
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.data import mnist
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 from ddp_mnist.wandb_mirror import mirror
 from ddp_mnist.wandb_mirror.mirror import Mirror, Mode, decide
 

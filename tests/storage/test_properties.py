@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddp_mnist.data.batches import Batches, TensorSet
-from ddp_mnist.run.checkpoint import TrainState
+from ddp_mnist.storage.checkpoint import TrainState
 
 Run = tuple[int, int, int, int]
 

@@ -15,8 +15,8 @@ from ddp_mnist.config import RESUME_FIELDS, USER_DATA_PREFIX, TrainConfig
 from ddp_mnist.data import sources
 from ddp_mnist.distributed.launcher import local_world_size_from_environment
 from ddp_mnist.errors import JobError, UsageError
-from ddp_mnist.run import directory
-from ddp_mnist.run.checkpoint import MODEL, Checkpoints, Snapshot, TrainState
+from ddp_mnist.storage import directory
+from ddp_mnist.storage.checkpoint import MODEL, Checkpoints, Snapshot, TrainState
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
@@ -68,7 +68,7 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     summary = directory.read_json(path / directory.SUMMARY)
     config = config.replace(output_dir=path, init_from=config.init_from and config.init_from.resolve())
     if snapshot is not None:
-        config = _as_saved(config, snapshot.config)
+        config = _as_saved(config, snapshot)
         complete = summary.get("finished") and (path / directory.WEIGHTS).exists()
         if complete and snapshot.state.epoch >= config.epochs:
             return Run(path, config, snapshot.state, snapshot, summary)
@@ -81,25 +81,26 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     return Run(path, config, snapshot.state if snapshot else TrainState(), snapshot)
 
 
-def _as_saved(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+def _as_saved(config: TrainConfig, snapshot: Snapshot) -> TrainConfig:
     """Return the settings, with the data set on which the run has decided. Raises UsageError: it is another run."""
-    dataset = str(saved["dataset"])
+    dataset = str(snapshot.config["dataset"])
     if dataset.startswith(USER_DATA_PREFIX) and dataset != config.dataset:
         raise UsageError(
-            f"{config.output_dir} holds a run on other tensors, of a script with data of its own: start that script "
+            f"{config.output_dir} holds a run on other data, of a script with data of its own: start that script "
             f"again, with a seed for whatever draws or splits them, {OTHERWISE}"
         )
     if config.dataset == "auto":
         config = config.replace(dataset=dataset)
-    check_identity(saved, config)
+    check_identity(snapshot, config)
     return config
 
 
-def check_identity(saved: dict[str, Any], config: TrainConfig) -> None:
+def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
     """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
     now = config.to_dict()
-    for name in RESUME_FIELDS:
-        was, is_ = saved.get(name), now[name]
+    is_adam = snapshot.optimizer_values["identity"]["class"].startswith("ddp_mnist.")
+    for name in RESUME_FIELDS if is_adam else set(RESUME_FIELDS) - {"lr", "beta2"}:  # the script's has its own
+        was, is_ = snapshot.config.get(name), now[name]
         more_epochs = name == "epochs" and config.schedule == "constant" and is_ > was
         if was != is_ and not more_epochs:
             flag = f"--{name.replace('_', '-')}"
@@ -123,7 +124,7 @@ def continue_command(config: TrainConfig, context: Context, workload: Workload) 
     changes = [
         f"{name}={str(value) if isinstance(value, Path) else value!r}"
         for name in ("fresh", "output_dir", "lr", "init_from", "max_steps")
-        if (value := getattr(config, name)) != getattr(asked, name)
+        if (value := getattr(config, name)) != getattr(asked, name) and not (name == "lr" and workload.optimizer)
     ]
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 

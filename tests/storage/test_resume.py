@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from ddp_mnist.config import RESUME_FIELDS
 from ddp_mnist.data import sources
 from ddp_mnist.model import CNN
-from ddp_mnist.run.checkpoint import MODEL
 from ddp_mnist.step import TrainStep
+from ddp_mnist.storage.checkpoint import MODEL
 
 Train = Callable[..., jobs.Ended]
 EPOCH_STEPS = STEPS // EPOCHS

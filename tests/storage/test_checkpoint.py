@@ -18,9 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_mnist.run import directory
-from ddp_mnist.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoints, Snapshot, TrainState
 from ddp_mnist.step import TrainStep
+from ddp_mnist.storage import directory
+from ddp_mnist.storage.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoints, Snapshot, TrainState
 
 Train = Callable[..., jobs.Ended]
 FILES = (MODEL, OPTIMIZER, STATE, MANIFEST)

@@ -15,7 +15,7 @@ import pytest
 from conftest import STEPS
 from faults import Job
 
-from ddp_mnist.run import checkpoint
+from ddp_mnist.storage import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

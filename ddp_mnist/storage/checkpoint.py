@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
 from ddp_mnist.optimizer import check_same, load_state, save_state
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.distributed.context import Context
-    from ddp_mnist.run.metrics import Metrics
     from ddp_mnist.step import TrainStep
+    from ddp_mnist.storage.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +189,8 @@ def read(path: Path) -> Snapshot:
         if found != expected:
             raise ValueError(f"{name} has {found}, expected {expected}")
     values = json.loads(contents[STATE])
+    if "optimizer_values" not in values:
+        raise JobError(f"{path} is of an earlier version of ddp_mnist: continue it with that one, or --fresh.")
     values["state"] = TrainState(**values["state"])
     tensors = [safetensors.torch.load(contents[name]) for name in (MODEL, OPTIMIZER)]
     return Snapshot(weights=tensors[0], optimizer=tensors[1], **values)
@@ -210,13 +212,16 @@ class Saver:
         self.context, self.train_step, self.metrics = context, train_step, metrics
         self.run_dir, self.config, self.state = metrics.run.path, metrics.config, metrics.state
         self.checkpoints = Checkpoints(self.run_dir, self.config.keep_checkpoints)
-        self._last_save, self._cost = time.monotonic(), 0.0
+        self._last_save, self._cost, self._is_tried = time.monotonic(), 0.0, False
 
     def save_if_due(self, *, epoch_end: bool = False) -> None:
         """Save where `checkpoint_every` says so, or the clock. Collective.
 
         Training goes on when it fails, after a warning: the last checkpoint is kept.
         """
+        if not self._is_tried:  # a state that cannot be saved ends the run now, on all ranks, and not at its end
+            self._is_tried = True
+            save_state(self.train_step.network, self.train_step.optimizer)
         if self.state.step_in_epoch == self.metrics.steps_per_epoch:
             return  # the last step of an epoch is saved after scoring
         if self.config.checkpoint_every:
@@ -299,11 +304,11 @@ def weights(network: nn.Module) -> dict[str, Tensor]:
     """Return the network's state dict on the CPU, floats as fp32. Raises JobError: one is not finite."""
     tensors = {}
     for name, value in network.state_dict().items():
+        value = value.detach().cpu()
         if not math.isfinite(value.double().abs().sum().item()):
             raise JobError(f"the weights of {name} are not finite; they are not saved.", stop_reason="nan")
-        value = value.detach().float() if value.is_floating_point() else value.detach()
         # A copy: safetensors refuses tensors that share memory, as tied weights do.
-        tensors[name] = value.cpu().contiguous().clone()
+        tensors[name] = (value.float() if value.is_floating_point() else value).contiguous().clone()
     return tensors
 
 

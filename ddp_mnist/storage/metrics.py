@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ddp_mnist.data.sources import SYNTHETIC_WARNING
 from ddp_mnist.distributed.launcher import local_world_size_from_environment
 from ddp_mnist.errors import JobError
-from ddp_mnist.run import directory
+from ddp_mnist.storage import directory
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from ddp_mnist.data.batches import Batches
     from ddp_mnist.distributed.context import Context
     from ddp_mnist.evaluate import Score
-    from ddp_mnist.run.resume import Run
     from ddp_mnist.step import TrainStep
+    from ddp_mnist.storage.resume import Run
 
 log = logging.getLogger(__name__)
 
 MAX_CLASSES = 100
-"""Above, what grows with their number or its square stays out of files, pictures and W&B."""
+"""With more, confusion matrices and values of single classes stay out of files, pictures and W&B."""
 
 
 class Metrics:
@@ -271,7 +271,7 @@ class Metrics:
         optimizer, rate = self._train_step.optimizer_identity["class"].rpartition(".")[2], self._train_step.rate
         lines = [
             f"ddp_mnist: {config.recipe} recipe on {config.dataset}, "
-            f"{len(batches.split):,} training and {test_images:,} test images",
+            f"{len(batches.train_set):,} training and {test_images:,} test images",
             f"  device  {device}, {ranks}, {threads} each, precision {config.mixed_precision}",
             f"  batch   {config.batch_size} images, {batches.local_size} per rank{parts}; "
             f"{_count(config.epochs, 'epoch')} of {len(batches)} steps; {optimizer} {rate:g} {config.schedule}",
