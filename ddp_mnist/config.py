@@ -29,9 +29,6 @@ RESUME_FIELDS = (
 )  # fmt: skip
 """Fields that must match to resume a run."""
 
-# A new schedule also needs a branch in `rate_factor`, and in `check_identity` if it allows more epochs later.
-Schedule = Literal["constant", "onecycle", "linear"]
-
 _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v)
 Int = Annotated[int, _numpy_to_python]
 Float = Annotated[float, _numpy_to_python]
@@ -119,7 +116,8 @@ class TrainConfig:
     """Adam's learning rate; with another --schedule than constant, the highest one."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
     """Adam's decay of the squared gradients; a lower one suits a short run."""
-    schedule: Schedule = "constant"
+    # A new one also needs a branch in `rate_factor`, and in `check_identity` if it allows more epochs later.
+    schedule: Literal["constant", "onecycle", "linear"] = "constant"
     """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine.
     linear: up over the first tenth, then down in a straight line."""
     grad_clip: Annotated[Float, Field(ge=0, le=1_000_000)] = 0.0
@@ -222,13 +220,8 @@ class TrainConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types; `from_dict` is the inverse."""
+        """Return the settings as JSON types; `TrainConfig(**settings)` is the inverse."""
         return json.loads(json.dumps(vars(self), default=str))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Return the configuration that `to_dict` gave. Raises: UsageError, also for a setting that does not exist."""
-        return cls(**values)
 
 
 # Report pydantic's errors as UsageError.

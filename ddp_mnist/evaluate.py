@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, recursively_apply
+from accelerate.utils import broadcast, gather_object, recursively_apply
 from torch import Tensor, nn
 
 from ddp_mnist.config import TrainConfig, default_data_dir
@@ -82,7 +82,7 @@ def evaluate(
 
     `loss` returns one value per item. `classes`: what `find_classes` returns for this network and data set.
     """
-    context.broadcast_tensors(network.buffers())  # such as batch norm's averages: each rank has seen other images
+    broadcast(list(network.buffers()))  # such as batch norm's averages: each rank has seen other images
     cells = classes * classes if classes is not None else 0
     # float64 holds the counts exactly and makes the loss the same at every world size; MPS has no float64.
     home = torch.device("cpu") if context.device.type == "mps" else context.device
@@ -111,16 +111,12 @@ def evaluate(
 
 def chunk_size(split: DataSet, device: torch.device) -> int:
     """Return how many items to score at once, whatever the world size: the larger an item, the fewer."""
-    numbers = 0
-
-    def count(tensor: Tensor) -> None:
-        nonlocal numbers
-        numbers += tensor.numel()
-
-    recursively_apply(count, split.load(torch.zeros(1, dtype=torch.int64), 0)[0])
+    numbers: list[int] = []
+    inputs, _ = split.load(torch.zeros(1, dtype=torch.int64), 0)
+    recursively_apply(lambda tensor: numbers.append(tensor.numel()), inputs)
     # On a CPU what fits its caches; of a loader's items what one process loads at once.
     size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
-    return max(1, size * 784 // max(784, numbers))
+    return max(1, size * 784 // max(784, sum(numbers)))
 
 
 def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:

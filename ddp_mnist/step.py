@@ -123,7 +123,7 @@ class TrainStep:
         return loss, correct
 
     def _run(self, inputs: Any, targets: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
-        self._drop_gradients()
+        self.network.zero_grad()  # also of parameters that the optimizer does not have
         loss, correct = self._accumulate_gradients(inputs, targets, count, global_size)
         if self.config.grad_clip:
             self._norm = self.context.accelerator.clip_grad_norm_(self._trained, self.config.grad_clip)
@@ -140,7 +140,9 @@ class TrainStep:
             return self._forward_backward(inputs, targets, count, global_size)
         results = []
         for number in range(parts):
-            some_inputs, some_targets = recursively_apply(_part, (inputs, targets), number, parts)
+            some_inputs, some_targets = recursively_apply(
+                lambda t, i=number: t.tensor_split(parts)[i], (inputs, targets)
+            )
             last = number == parts - 1
             with contextlib.nullcontext() if last else self.context.accelerator.no_sync(self.model):
                 results.append(self._forward_backward(some_inputs, some_targets, len(some_targets), global_size))
@@ -172,18 +174,9 @@ class TrainStep:
         """Return the learning rate of the last step, of the first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    @property
-    def was_skipped(self) -> bool:
-        """Return whether fp16's loss scaler has left out the last step."""
-        return self.context.accelerator.optimizer_step_was_skipped
-
     def _seed(self, seed: int) -> None:
         if not self._is_ours:  # ours draws no random numbers, and seeding takes 9 us
             seed_generators(seed, self.context.device)
-
-    def _drop_gradients(self) -> None:
-        for parameter in self.network.parameters():  # also of those that the optimizer does not have
-            parameter.grad = None
 
     def rehearse(self, batches: Batches) -> None:
         """Let DDP order its buckets, and capture the CUDA graphs. Collective.
@@ -200,7 +193,7 @@ class TrainStep:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             batch = self.context.run_on_all_ranks(batches.sample)
             for number in range(2 if torch.distributed.is_initialized() else 0):  # also with one rank of torchrun
-                self._drop_gradients()
+                self.network.zero_grad()
                 self._accumulate_gradients(batch.inputs, batch.targets, batch.count, batch.global_size)
                 if number == 0 and any(each.requires_grad and each.grad is None for each in self.network.parameters()):
                     # A layer that `forward` does not use: DDP has to be made anew to look for it in every step.
@@ -216,7 +209,7 @@ class TrainStep:
                     batch = batches.sample(start)
                     self._graph.capture(batch.inputs, batch.targets, batch.count, batch.global_size)
         self._norm = None
-        self._drop_gradients()
+        self.network.zero_grad()
 
     def close(self) -> None:
         """Release DDP, the graphs and the compiled network. Call it before the process group is destroyed.
@@ -237,10 +230,6 @@ class TrainStep:
 
     def _mutable_state(self) -> list[Tensor]:
         return [*self.network.parameters(), *self.network.buffers(), *state_tensors(self.optimizer)]
-
-
-def _part(tensor: Tensor, number: int, parts: int) -> Tensor:
-    return tensor.tensor_split(parts)[number]
 
 
 def rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from ddp_mnist.data.sources import UserData
     from ddp_mnist.optimizer import MakeOptimizer
     from ddp_mnist.step import Loss
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,9 @@ def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result
                 run = stack.enter_context(open_run(config, context))
                 workload.config = run.config
                 if run.finished:
-                    return _already_finished(run, context, workload)
+                    network = workload.build_network(context, run.snapshot)
+                    Metrics(run, context).say(f"{run.path} is finished; nothing to do. Its scores are in summary.json.")
+                    return Result(run.path, run.finished, network.eval())
                 trainer = Trainer(run, context, stop, mirror, workload)
                 trainer.build(stack)
                 return Result(run.path, trainer.run(), trainer.network.eval())
@@ -119,17 +117,9 @@ def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result
             report_error(error)
             if not error.local:
                 # Wait until rank 0 has printed: srun --kill-on-bad-exit kills all ranks when the first one exits.
-                with contextlib.suppress(RuntimeError):
+                with suppress(RuntimeError):
                     context.broadcast(None)
             raise
-
-
-def _already_finished(run: Run, context: Context, workload: Workload) -> Result:
-    network = workload.build_network(context, run.snapshot)
-    if context.is_main:
-        with contextlib.suppress(OSError):
-            print(f"{run.path} is finished; nothing to do. Its scores are in summary.json.")
-    return Result(run.path, run.finished, network.eval())
 
 
 class Trainer:
@@ -146,21 +136,16 @@ class Trainer:
     def build(self, stack: ExitStack) -> None:
         """Load the data, build network and optimizer, go on from the run's checkpoint. Collective.
 
-        `stack` closes what is opened.
-
-        Raises:
-            JobError: Data, network or checkpoint cannot be had or do not fit each other; on all ranks.
+        `stack` closes what is opened. Raises JobError: they cannot be had or do not fit each other; on all ranks.
         """
         config, context, snapshot, workload = self.config, self.context, self.snapshot, self.workload
         self.batches, self.test_set = workload.load_data(context)
         for split in (self.batches.train_set, self.test_set):
             stack.callback(split.close)
         self.total_steps = len(self.batches) * config.epochs
-        self.network = workload.build_network(context, snapshot, self.batches.dummy[0])
+        network = self.network = workload.build_network(context, snapshot, self.batches.dummy[0])
         # What does not fit fails here, not after an epoch.
-        self.classes = context.run_on_all_ranks(
-            lambda: workload.find_classes(self.network, self.batches, self.test_set)
-        )
+        self.classes = context.run_on_all_ranks(lambda: workload.find_classes(network, self.batches, self.test_set))
         self.train_step = TrainStep(
             config, context, self.network, loss=workload.loss, optimizer=workload.optimizer, classes=self.classes
         )
@@ -168,14 +153,15 @@ class Trainer:
         if snapshot is not None:
             restore(self.train_step, snapshot)
         stack.callback(self.metrics.close)
-        name = workload.network_name(self.network)
+        name = f"{type(self.network).__module__}.{type(self.network).__qualname__}" if workload.model else None
         self.metrics.open(self.batches, len(self.test_set), self.train_step, network=name)
         self.saver = Saver(context, self.train_step, self.metrics)
         self.is_built = True
 
     def run(self) -> dict[str, Any]:
         """Do the whole attempt and return what summary.json has. Collective. Raises JobError: the same on all ranks."""
-        self._start_mirror()
+        if where := self.mirror.follow(self.run_dir):
+            self.metrics.say(f"  W&B     {where}")
         self.train_step.rehearse(self.batches)
         try:
             reason = self._train()
@@ -201,7 +187,7 @@ class Trainer:
                     # Loading has failed here, and this batch is a dummy. NaN reaches all ranks with the next sum of
                     # losses, before any save; then `run` raises the real error.
                     loss = loss * math.nan
-                state.advance(batch.global_size, skipped=self.train_step.was_skipped)
+                state.advance(batch.global_size, skipped=self.context.accelerator.optimizer_step_was_skipped)
                 self.metrics.record(loss, correct, batch.global_size)
                 self.saver.save_if_due()
             self.test_score = self._score(self.test_set)
@@ -233,28 +219,21 @@ class Trainer:
             try_to_draw(self.run_dir, self.config.data_dir)
         self.metrics.say(f"wrote {self.run_dir}")
         if reason == "max_steps":
-            self.metrics.say(f"continue with\n  {self._continue_command(self.config.replace(max_steps=0))}")
+            command = continue_command(self.config.replace(max_steps=0), self.context, self.workload)
+            self.metrics.say(f"continue with\n  {command}")
         return self._wait_for_mirror(summary)
 
     def _stop_early(self, reason: str) -> dict[str, Any]:
         """Save, say how to go on, and return the summary. Collective."""
         self.saver.save()
-        summary = self._try_to_summarize(reason, STOPPED)  # the checkpoint is what counts
-        self.metrics.say(
-            f"stopped by {reason} after step {self.state.step} of {self.total_steps}; continue with\n"
-            f"  {self._continue_command(self.config)}"
-        )
+        summary = self.metrics.summary(reason, STOPPED, wandb_mode=self.mirror.mode.name)
+        self.metrics.try_to_write_summary(summary)  # the checkpoint is what counts
+        command = continue_command(self.config, self.context, self.workload)
+        position = f"after step {self.state.step} of {self.total_steps}"
+        self.metrics.say(f"stopped by {reason} {position}; continue with\n  {command}")
         self.mirror.end(preempted=True, exit_code=STOPPED)
         wait_for_peers_to_exit(self.context)
         return self._wait_for_mirror(summary, HASTY_PATIENCE)
-
-    def _start_mirror(self) -> None:
-        """Let W&B follow the run, whose config.json is written, and say where it is to be seen."""
-        if where := self.mirror.follow(self.run_dir):
-            if self.mirror.mode.surprising:
-                log.warning("W&B is %s", where)
-            else:
-                self.metrics.say(f"  W&B     {where}")
 
     def _wait_for_mirror(self, summary: dict[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
         """Give the mirror `patience` seconds to end. Return the summary with the mode that W&B has ended in."""
@@ -265,23 +244,13 @@ class Trainer:
             self.metrics.try_to_write_summary(summary)
         return summary
 
-    def _try_to_summarize(self, reason: str, exit_code: int) -> dict[str, Any]:
-        summary = self.metrics.summary(reason, exit_code, wandb_mode=self.mirror.mode.name)
-        self.metrics.try_to_write_summary(summary)
-        return summary
-
     def fail(self, error: JobError) -> None:
         """Write the summary and report the error once, with what can be done about it."""
-        is_main = self.context.is_main
-        if is_main:
-            summary = self._try_to_summarize(error.stop_reason, error.exit_code)
-            self.mirror.end(preempted=False, exit_code=error.exit_code)
-        if is_main or (error.local and self.context.rank == 1):  # rank 0 may be the one that was lost
+        summary = self.metrics.summary(error.stop_reason, error.exit_code, wandb_mode=self.mirror.mode.name)
+        self.metrics.try_to_write_summary(summary)
+        self.mirror.end(preempted=False, exit_code=error.exit_code)
+        if self.context.is_main or (error.local and self.context.rank == 1):  # rank 0 may be the one that was lost
             if self.is_built:
                 advise(error, self.config, self.context, self.workload)
             report_error(error)
-        if is_main:
-            self._wait_for_mirror(summary, HASTY_PATIENCE)
-
-    def _continue_command(self, config: TrainConfig) -> str:
-        return continue_command(config, self.context, self.workload)
+        self._wait_for_mirror(summary, HASTY_PATIENCE)

@@ -117,17 +117,11 @@ class Workload:
         """
         classes = find_classes(network, batches.train_set, self.loss)
         if find_classes(network, test_set, self.loss) != classes:
-            raise UsageError(
-                "training and test targets are of different kinds; expected class labels in both, or none."
-            )
+            raise UsageError("training and test targets are of different kinds; expected class labels in both or none.")
         sizes = (batches.local_size, batches.items_in_last_batch)
         if any(size // min(self.config.accumulate, size) == 1 for size in sizes):
             _check_single_item(network, recursively_apply(lambda tensor: tensor[:1], batches.dummy[0]))
         return classes
-
-    def network_name(self, network: nn.Module) -> str | None:
-        """Return the name of the class of the script's network; None if the network is ours."""
-        return f"{type(network).__module__}.{type(network).__qualname__}" if self.model else None
 
 
 def _refuse_adams_settings(config: TrainConfig) -> None:

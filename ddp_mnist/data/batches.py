@@ -119,22 +119,15 @@ class ShardSampler(DistributedSampler):
         super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.length = length
         self.num_samples = len(range(rank, length, world_size))
-        self.total_size = length
-
-    def permutation(self) -> Tensor:
-        """Return this epoch's order of the whole data set, int64 (length,): the same on every rank."""
-        generator = torch.Generator().manual_seed(derive_seed("batch order", self.seed, self.epoch))
-        return torch.randperm(self.length, generator=generator)
 
     def indices(self) -> Tensor:
         """Return this rank's share of this epoch's order, int64 (len(self),)."""
-        return self.permutation()[self.rank :: self.num_replicas]
+        generator = torch.Generator().manual_seed(derive_seed("batch order", self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)  # the same on every rank
+        return order[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices().tolist())
-
-    def __len__(self) -> int:
-        return self.num_samples
 
 
 class Batches:
@@ -159,10 +152,6 @@ class Batches:
         items = max(0, len(self.sampler) - (len(self) - 1) * self.local_size)
         return items or len(self.dummy[1])
 
-    def global_size(self, step_in_epoch: int) -> int:
-        """Return how many items that global batch has: `batch_size`, or fewer in the epoch's last one."""
-        return min(self.batch_size, len(self.train_set) - step_in_epoch * self.batch_size)
-
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches `start` ... len(self) - 1 of that epoch."""
         fetched = self.train_set.fetch(self._rows(epoch, start), self.local_size, epoch)
@@ -181,7 +170,8 @@ class Batches:
     def _batch(self, epoch: int, step: int, items: Items | None) -> Batch:
         inputs, targets = items or self.dummy
         seed = derive_seed("step", self.sampler.seed, epoch, step, self.sampler.rank)
-        return Batch(inputs, targets, len(targets) if items else 0, self.global_size(step), seed)
+        global_size = min(self.batch_size, len(self.train_set) - step * self.batch_size)
+        return Batch(inputs, targets, len(targets) if items else 0, global_size, seed)
 
 
 def evaluation_batches(split: DataSet, *, rank: int, world_size: int, size: int) -> Iterator[Items]:

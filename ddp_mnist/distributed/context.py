@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -141,12 +141,6 @@ class Context(contextlib.AbstractContextManager["Context"]):
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank; it is pickled on the way. Collective."""
         return broadcast_object_list([value])[0]
-
-    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with rank 0's. Collective."""
-        if self.world_size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return its result; where it fails on one, all end with its error. Collective.

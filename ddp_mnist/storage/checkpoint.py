@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ddp_mnist.errors import JobError, UsageError
@@ -43,10 +43,7 @@ STATE = "state.json"
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 TEMPORARY = ".tmp-"
-DAMAGE = (
-    *(FileNotFoundError, NotADirectoryError, IsADirectoryError),
-    *(ValueError, KeyError, TypeError, safetensors.SafetensorError),
-)
+DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, SafetensorError)
 """Exceptions of reading a damaged checkpoint; a disk that does not answer raises another OSError."""
 MAX_SHARE_OF_TIME = 0.01
 """An epoch ends with an automatic checkpoint if saving takes at most this share of the time since the last one."""
@@ -114,7 +111,6 @@ class Checkpoints:
     """The checkpoints of one run directory. Only rank 0 writes."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
-        """Name the directory of the run, and how many of the newest to `keep`."""
         self.folder = run_dir / directory.CHECKPOINTS
         self.keep = keep
 
@@ -208,7 +204,6 @@ class Saver:
     """Saves the state of a run: position, weights, optimizer and loss scaler. Every rank owns one; rank 0 writes."""
 
     def __init__(self, context: Context, train_step: TrainStep, metrics: Metrics) -> None:
-        """Note what to save; the run directory is that of the metrics."""
         self.context, self.train_step, self.metrics = context, train_step, metrics
         self.run_dir, self.config, self.state = metrics.run.path, metrics.config, metrics.state
         self.checkpoints = Checkpoints(self.run_dir, self.config.keep_checkpoints)
@@ -321,7 +316,7 @@ def load_weights(network: nn.Module, path: Path, *, of_run: bool = False) -> Non
     try:
         tensors = safetensors.torch.load_file(path)
         network.load_state_dict(tensors)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise JobError(f"{named} cannot be read: {error}") from error
     except RuntimeError as error:
         if of_run:

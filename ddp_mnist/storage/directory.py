@@ -98,7 +98,7 @@ def read_settings(path: Path) -> TrainConfig:
     """Return the settings of the run in directory `path`. Raises JobError: there are none that this version reads."""
     file = path / CONFIG
     try:
-        return TrainConfig.from_dict(json.loads(file.read_bytes())["settings"])
+        return TrainConfig(**json.loads(file.read_bytes())["settings"])
     except OSError as error:
         raise JobError(
             f"{path} is not a run directory of ddp_mnist, such as an --output-dir: {file} cannot be read "

@@ -50,7 +50,6 @@ class Metrics:
     """Collects losses on the device; every `log_every` steps they are summed over the ranks, read and written."""
 
     def __init__(self, run: Run, context: Context) -> None:
-        """Note the totals before this attempt."""
         self.run, self.config, self.context, self.state = run, run.config, context, run.state
         self._before, self._last_line = copy(self.state), copy(self.state)
         self._started = self._resumed = time.perf_counter()

@@ -10,6 +10,7 @@ import configparser
 import contextlib
 import importlib.util
 import json
+import logging
 import netrc
 import os
 import secrets
@@ -25,6 +26,8 @@ from pathlib import Path
 
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.storage import directory
+
+log = logging.getLogger(__name__)
 
 LOG = "mirror.log"
 PROBE_SECONDS = 5.0  # for a server to answer at all, before the training starts
@@ -130,7 +133,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         self.wait(HASTY_PATIENCE)
 
     def follow(self, run_dir: Path) -> str:
-        """Mirror that run, whose config.json is written. Return one line about where it can be seen, maybe empty."""
+        """Mirror that run, whose config.json is written. Return a line for the console, maybe empty, or warn."""
         self.folder = run_dir / directory.WANDB
         try:
             if self.mode.name != "disabled":
@@ -143,9 +146,13 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         except OSError as error:
             self.mode = Mode("disabled", f"the mirror could not be started ({error})", surprising=True)
         why = f": {self.mode.why}" if self.mode.why else ""
+        where = self.mode.name + why if why else ""
         if self.mode.name == "offline":
-            return f"offline{why}; send it later with: {self._sync_command()}"
-        return self.mode.name + why if why else ""
+            where = f"offline{why}; send it later with: {self._sync_command()}"
+        if self.mode.surprising:
+            log.warning("W&B is %s", where)
+            return ""
+        return where
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start the process. It also ends when its standard input closes, as it does when this process dies."""
@@ -161,13 +168,13 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
             "HOME": str(_home(folder)),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it finds its modules where this process did
         }
-        with (folder / LOG).open("ab") as log:
+        with (folder / LOG).open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "ddp_mnist.wandb_mirror.process", self.mode.name, self.id, folder.parent],
                 env=defaults | given | ours,
                 stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 process_group=0,  # Ctrl-C and a launcher's signals to the group are the training's to answer
             )
         os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)

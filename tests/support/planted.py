@@ -62,8 +62,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/data/test_data.py::test_a_global_batch_is_the_same_images_at_every_world_size[2-0]",
     ),
     "training shards are padded with duplicates": (
-        "return self.permutation()[self.rank :: self.num_replicas]",
-        "return self.permutation().repeat(2)[self.rank : -(-self.length // self.num_replicas) * self.num_replicas : self.num_replicas]",
+        "return order[self.rank :: self.num_replicas]",
+        "return order.repeat(2)[self.rank : -(-self.length // self.num_replicas) * self.num_replicas : self.num_replicas]",
         "tests/data/test_data.py::test_the_ranks_together_see_every_image_exactly_once[2-10007]",
     ),
     "padded duplicates are counted in a score": (
@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/data/test_data.py::test_every_share_has_a_seed_of_its_own",
     ),
     "each rank scores with buffers of its own": (
-        "context.broadcast_tensors(network.buffers())",
+        "broadcast(list(network.buffers()))",
         "pass",
         "tests/training/test_own.py::test_all_ranks_score_with_rank_0s_buffers",
     ),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def main(root: Path, folder: Path) -> None:
         found: dict[str, Any] = {"threads": torch.get_num_threads()}
         torch.set_num_threads(1)
         tensor = torch.full((2,), float(rank))
-        context.broadcast_tensors([tensor])
+        broadcast([tensor])
         found |= {
             "sum": context.sum(torch.tensor([1.0, rank])).tolist(),
             "broadcast": [context.broadcast(f"from rank {rank}"), *tensor.tolist()],

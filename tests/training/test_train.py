@@ -77,7 +77,7 @@ def test_config_json_has_all_settings_the_versions_and_the_command(
 ) -> None:
     run_dir = run_at(world_size)
     saved = jobs.read_json(run_dir / "config.json")
-    assert TrainConfig.from_dict(saved["settings"]) == parse([*flags, "--output-dir", str(run_dir)])
+    assert TrainConfig(**saved["settings"]) == parse([*flags, "--output-dir", str(run_dir)])
     assert saved["versions"]["torch"] == metadata.version("torch")
     assert saved["versions"].keys() >= {"python", "torch", "torchvision", "accelerate", "ddp_mnist"}
     assert saved["launch"]["world_size"] == world_size
