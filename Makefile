@@ -6,6 +6,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
+# Two files of tests at a time: most jobs wait as much as they compute.
+TESTS := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # One process per GPU; one on a machine without.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
@@ -23,11 +25,11 @@ train: install
 	    --mixed_precision no --dynamo_backend no -m ddp_mnist.train $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(TESTS) $(PYTEST_ARGS)
 
-# A minute and a half at most on two cores: something of every module, without whole jobs.
+# A minute at most on two cores: something of every module, without whole jobs.
 fast: install
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(TESTS) -m "not slow" $(PYTEST_ARGS)
 
 # All tests, with the lines and branches that none of them ran, in whatever process.
 coverage: install

@@ -239,7 +239,7 @@ class NoLength(Dataset[Any]):
             "item 10 could not be made.\nTraceback(?s:.*)IndexErr",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_bad_data_set_is_one_message(fit_here: Fit, data: Any, message: str) -> None:
     with pytest.raises(JobError, match=message) as caught:
