@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def process_of_a_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     from ddp_mnist.distributed.preemption import SIGNALS
 
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it would keep this test's proxies
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
     numbers = [signal.Signals[name] for name in SIGNALS]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Torchvision knows a mirror that is gone and those that `use` adds; the small files pass for the real ones."""
     monkeypatch.setitem(files.RAW_MD5, "mnist", MD5)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of an earlier test's environment
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.downloads, server.closing = Counter(), threading.Event()
         server.url = f"http://127.0.0.1:{server.server_address[1]}/"
