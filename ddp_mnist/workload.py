@@ -1,4 +1,4 @@
-"""What to train: network, data, loss and optimizer, ours or those of the script that has called `fit` or `run`."""
+"""Gather what is trained: network, data, loss and optimizer, ours or those of a script that calls `fit` or `run`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class DataSet(ABC):
     """The training set or the test set: tensors (`TensorSet`), or any data set behind a DataLoader (`LoadedSet`)."""
 
     failure: JobError | None = None
-    """Why `fetch` has ended early on this rank; the other ranks do not know."""
+    """The reason why `fetch` has ended early on this rank; the other ranks do not know."""
 
     @abstractmethod
     def __len__(self) -> int: ...

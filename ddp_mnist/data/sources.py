@@ -220,7 +220,7 @@ class LoadedSet(DataSet):
 
 
 class Failure:
-    """What comes in place of an item or a batch that could not be made: a worker's exception would lose its shape."""
+    """Stand for an item or a batch that could not be made: a worker's exception would lose its shape on the way."""
 
     def __init__(self, text: str, *, is_mistake: bool) -> None:
         """`text`: what was found and what was expected. `is_mistake`: in the kind of items, not while making one."""

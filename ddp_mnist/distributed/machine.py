@@ -1,4 +1,4 @@
-"""What a rank takes of its machine: CPU threads, memory, and the network interface to the other machines."""
+"""Take a rank's part of its machine: CPU threads, memory, and the network interface to the other machines."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_a_global_batch_is_the_same_images_at_every_world_size(world_size: int, 
 
 
 def test_every_share_has_a_seed_of_its_own() -> None:
-    """What dropout draws: another for each seed, epoch, step and rank, the same whenever it is asked for."""
+    """Dropout draws another for each seed, epoch, step and rank, the same whenever it is asked for."""
     found, again = (
         [
             batch.seed

@@ -30,7 +30,7 @@ RunAt = Callable[[int], Path]
 
 @dataclass(frozen=True)
 class Ranks:
-    """What every rank of one job of rank_checks.py has found."""
+    """Return what every rank of one job of rank_checks.py has found."""
 
     found: list[dict[str, Any]]
     gradients: list[dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""What launchers leave in the environment, ranks that wait for others, and scripts with ranks of their own."""
+"""Launchers' variables, ranks that wait for others, and scripts with ranks of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a launch would do, said before it is made. The command runs in this process, and in others where ranks meet."""
+"""A launch is judged before it is made. The command runs in this process, and in others where ranks meet."""
 
 from __future__ import annotations
 

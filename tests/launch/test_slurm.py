@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(90
 
 
 class Site:
-    """What a user of the cluster has: a checkout with staged data, in which commands are typed."""
+    """A user's checkout on the cluster with staged data, in which commands are typed."""
 
     undisturbed: dict[int, Job]
     """Runs of LONG by their number of ranks."""

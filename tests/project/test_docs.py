@@ -111,7 +111,7 @@ def test_every_command_is_run_or_it_is_known_why_not() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, run_at: Callable[[int], Path], tiny: Path) -> Callable[..., jobs.Ended]:
-    """Where a user stands after `make install` and a few runs; returns what runs a line there, as bash does."""
+    """Stand where a user does after `make install` and a few runs; return what runs a line there, as bash does."""
     from PIL import Image
 
     folder, venv = tmp_path / "checkout", tmp_path / "checkout" / ".venv"

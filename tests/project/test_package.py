@@ -1,4 +1,4 @@
-"""What `pip install .` leaves on a machine, and what keeps strays out of the repository."""
+"""`pip install .` leaves what it should on a machine; strays stay out of the repository."""
 
 from __future__ import annotations
 
