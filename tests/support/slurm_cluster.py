@@ -95,14 +95,6 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
-def soon(condition: Callable[[], bool]) -> bool:
-    """Return True at once when `condition()` is true, and False if it is not within three seconds."""
-    deadline = time.monotonic() + 3
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
-
-
 class Cluster:
     """Start the daemons in a `with` block."""
 
@@ -205,13 +197,13 @@ class Job:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def until(self, condition: Callable[[dict[str, str]], Any], what: str, every: float = 1.0) -> dict[str, str]:
+    def until(self, condition: Callable[[dict[str, str]], Any], what: str) -> dict[str, str]:
         """Wait while the job goes on, and return what SLURM says of it when the condition holds."""
         deadline = time.monotonic() + 300
         while not condition(found := self.show()):
             problem = f"job {self.id} is {found['JobState']}, not {what}:\n{self.log}\n{self.cluster.logs()}"
             assert found["JobState"] in NOT_ENDED and time.monotonic() < deadline, problem
-            time.sleep(every)  # each question takes CPU from the ranks
+            time.sleep(1.0)  # each question takes CPU from the ranks
         return found
 
     def wait(self, state: str) -> dict[str, str]:
@@ -221,7 +213,15 @@ class Job:
         self.until(lambda found: int(found["Restarts"]) >= 1, "restarted")
 
     def train_until_saved(self) -> None:
-        self.until(lambda _: soon(lambda: any(self.run_dir.glob("checkpoints/step-*"))), "training", 0)
+        self._wait_for_files(lambda: any(self.run_dir.glob("checkpoints/step-*")))
+
+    def _wait_for_files(self, condition: Callable[[], bool]) -> None:
+        """Wait for the run's files without a question to SLURM: it may be answered when the training is over."""
+        deadline = time.monotonic() + 300
+        while not condition():
+            ended = (self.run_dir / "summary.json").exists() or time.monotonic() > deadline
+            assert not ended, f"job {self.id} does not train:\n{self.log}\n{self.cluster.logs()}"
+            time.sleep(0.05)
 
     def ranks(self) -> list[int]:
         """Return the process ids of the ranks that are running on this machine, by rank."""
@@ -232,7 +232,7 @@ class Job:
     def freeze(self) -> list[int]:
         """Stop all ranks in the middle of training, so that what comes next does not race with its end."""
         metrics = self.run_dir / "metrics.jsonl"
-        self.until(lambda _: soon(lambda: metrics.exists() and metrics.stat().st_size > 0), "training", 0)
+        self._wait_for_files(lambda: metrics.exists() and metrics.stat().st_size > 0)
         pids = self.ranks()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
