@@ -1,6 +1,6 @@
-# Two commands do everything on a fresh machine with Python 3 and make:
+# Two commands do everything on a fresh machine with Python 3.11 or newer and make:
 #   make train   virtual environment, install, the main job        (ARGS="--recipe fast" for more)
-#   make test    install, tests                               (make fast: those that take a minute or so)
+#   make test    virtual environment, install, all tests     (make fast: the quick ones, about a minute in all)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

@@ -34,30 +34,28 @@ def can_capture(config: TrainConfig, context: Context, *, ours: bool) -> bool:
 
 @dataclass(frozen=True)
 class _Recording:
-    inputs: list[Tensor]  # from which the graph reads its arguments
+    inputs: list[Any]  # the arguments; the graph reads tensors from where these are
     output: Tensor  # which each replay overwrites
     graph: Any
 
 
 class CUDAGraph:
-    """Wrap a function of tensors and constants that returns one tensor.
+    """Wrap a function of tensors and hashable constants that returns one tensor and does not wait for the GPU.
 
     One graph is captured for each combination of shapes, types and constants, such as an epoch's smaller last batch.
     """
 
     def __init__(self, function: Callable[..., Tensor], mutable_state: Callable[[], Iterable[Tensor]]) -> None:
-        """Wrap `function` of tensors and hashable constants, which must not wait for the GPU.
-
-        `mutable_state` returns all tensors that it changes in place. They are put back after a capture.
-        """
+        """Wrap `function`. `mutable_state` returns all tensors that it changes in place; a capture puts them back."""
         self._function, self._mutable_state = function, mutable_state
         self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Call the function by replaying its graph. Return a copy of its result."""
         recording = self.capture(*arguments)
-        for static, tensor in zip(recording.inputs, _tensors(arguments), strict=True):
-            static.copy_(tensor)
+        for static, argument in zip(recording.inputs, arguments, strict=True):
+            if isinstance(argument, Tensor):
+                static.copy_(argument)
         recording.graph.replay()
         return recording.output.clone()
 
@@ -88,8 +86,4 @@ class CUDAGraph:
         except RuntimeError as error:  # the network waits for the GPU, say, or CUDA_LAUNCH_BLOCKING is set
             why = str(error.__context__ or error).splitlines()[0]
             raise JobError(f"a step cannot be captured as a CUDA graph ({why}). Use --no-cuda-graphs.") from error
-        return _Recording(_tensors(static), output, graph)
-
-
-def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
-    return [each for each in arguments if isinstance(each, Tensor)]
+        return _Recording(static, output, graph)

@@ -8,21 +8,19 @@ class JobError(Exception):
     """Operational failure: files, network, lock, lost rank, NaN."""
 
     exit_code = 1
-    stop_reason = "error"
 
-    def __init__(self, message: str, *, local: bool = False, stop_reason: str | None = None) -> None:
+    def __init__(self, message: str, *, local: bool = False, stop_reason: str = "error") -> None:
         """Describe what failed.
 
         Args:
             message: The field or file, what was found, what was expected and what to type next.
             local: The other ranks do not know of it, so this rank must print it, even if it is not rank 0.
-            stop_reason: The reason in summary.json, if it is not the class's.
+            stop_reason: The reason in summary.json.
         """
         super().__init__(message)
         self.local = local
+        self.stop_reason = stop_reason
         self.reported = False
-        if stop_reason is not None:
-            self.stop_reason = stop_reason
 
     def add(self, advice: str) -> None:
         """Append what to do next, on a line of its own."""

@@ -32,12 +32,10 @@ WORST = 25  # mistakes that a Score remembers
 class Mistake:
     """An image that was read as another class."""
 
-    index: int
-    """Row of the data set."""
+    index: int  # row of the data set
     label: int
     prediction: int
-    confidence: float
-    """The network's probability, 0-1, of its wrong prediction."""
+    confidence: float  # the network's probability, 0-1, of its wrong prediction
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Score:
     loss: float
     """Mean loss over all items."""
     count: int
-    """Number of items that were scored."""
     confusion: tuple[tuple[int, ...], ...] | None = None
     """confusion[label][prediction]: number of images; None: the targets are no class labels."""
     mistakes: tuple[Mistake, ...] = ()
@@ -94,11 +91,11 @@ def evaluate(
         for inputs, targets in evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size):
             seed_generators(derive_seed("score", first), context.device)  # for a network that draws
             outputs = call(network, inputs)
-            sums = [loss(outputs, targets).sum().view(1), torch.full((1,), len(targets), device=targets.device)]
+            totals[0] += loss(outputs, targets).sum().to(home)
+            totals[1] += len(targets)
             if classes is not None:
-                sums.append(torch.bincount(targets * classes + outputs.argmax(1), minlength=cells))
+                totals[2:] += torch.bincount(targets * classes + outputs.argmax(1), minlength=cells).to(home)
                 mistakes = _worst([*mistakes, *_mistakes(outputs, targets, first)])
-            totals += torch.cat([each.to(home, torch.float64) for each in sums])
             first += context.world_size * size
     context.run_on_all_ranks(split.check)
     loss_sum, count, *counts = context.sum(totals).tolist()
@@ -112,8 +109,7 @@ def evaluate(
 def chunk_size(split: DataSet, device: torch.device) -> int:
     """Return how many items to score at once, whatever the world size: the larger an item, the fewer."""
     numbers: list[int] = []
-    inputs, _ = split.load(torch.zeros(1, dtype=torch.int64), 0)
-    recursively_apply(lambda tensor: numbers.append(tensor.numel()), inputs)
+    recursively_apply(lambda tensor: numbers.append(tensor.numel()), split.load(torch.tensor([0]), 0)[0])
     # On a CPU what fits its caches; of a loader's items what one process loads at once.
     size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
     return max(1, size * 784 // max(784, sum(numbers)))
@@ -158,23 +154,22 @@ def find_classes(network: nn.Module, split: DataSet, loss: Loss = cross_entropy)
     if loss is cross_entropy and not labels:
         found = f"{targets.dtype} {tuple(targets.shape[1:])}"
         raise UsageError(f"a target is {found}; cross entropy expects a class, an integer. Give a `loss` of your own.")
-    classes = outputs.shape[1] if labels and logits and outputs.shape[1] > 1 else None
-    if classes is not None:
-        try:
-            check_labels(targets, classes)
-            split.limit_labels(classes)
-        except UsageError:
-            if loss is cross_entropy:
-                raise
-            classes = None  # another loss may take the integers for something else
+    classes = None
+    # Another loss may take integers that are no classes for something else.
+    with contextlib.nullcontext() if loss is cross_entropy else contextlib.suppress(UsageError):
+        if labels and logits and outputs.shape[1] > 1:
+            check_labels(targets, outputs.shape[1])
+            split.limit_labels(outputs.shape[1])
+            classes = outputs.shape[1]
     values = loss(outputs, targets)
-    if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
-        found = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+    found = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+    if found != (len(targets),):
         raise UsageError(
             f"for {len(targets)} items the loss is {found}; expected one value per item, ({len(targets)},): "
             'reduction="none", and a mean over what an item has several of.'
         )
-    if isinstance(outputs, Tensor) and not torch.allclose(loss(outputs[:1], targets[:1]), values[:1], 1e-3, 1e-5):
+    alone = loss(outputs[:1], targets[:1]) if isinstance(outputs, Tensor) else values[:1]
+    if not torch.allclose(alone, values[:1], 1e-3, 1e-5, equal_nan=True):
         raise UsageError(
             f"the loss of an item depends on the other items of its batch; outputs are {tuple(outputs.shape)}, targets "
             f"{tuple(targets.shape)}. Expected a loss of each item by itself: do these shapes fit each other?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ class Adam(torch.optim.Adam):
     """Adam without torch.compile's wrappers, which import its compiler: 2.75 s of CPU time at every start."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
@@ -41,8 +43,8 @@ def make_optimizer(make: MakeOptimizer, network: nn.Module) -> torch.optim.Optim
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UsageError(f"{type(optimizer).__name__} computes the loss several times a step, which this job does not.")
-    known = {id(parameter) for parameter in network.parameters()}
-    if not all(id(each) in known for group in optimizer.param_groups for each in group["params"]):
+    known = set(network.parameters())
+    if not all(known.issuperset(group["params"]) for group in optimizer.param_groups):
         raise UsageError("`optimizer` has parameters that are not the network's; expected those of its argument.")
     return optimizer
 
@@ -50,33 +52,27 @@ def make_optimizer(make: MakeOptimizer, network: nn.Module) -> torch.optim.Optim
 def describe(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimizer's class, and of each group its parameters' names and its settings, as JSON has them."""
     names = {parameter: name for name, parameter in network.named_parameters()}
-    groups = [
-        _settings(group) | {"params": [names[parameter] for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]
+    kernels = ("foreach", "capturable", "differentiable", "fused")  # depend on the machine
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+        settings["params"] = [names[parameter] for parameter in group["params"]]
+        groups.append({key: value for key, value in settings.items() if key not in kernels and _is_plain(value)})
     return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", "groups": groups}
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UsageError if a run's optimizer is not what it was; both as `describe` returned them before any step."""
-    differing = [("class", saved["class"], now["class"])]
-    differing += [("groups", len(saved["groups"]), len(now["groups"]))]
+    facts = [("class", saved["class"], now["class"]), ("groups", len(saved["groups"]), len(now["groups"]))]
     for number, (was, is_) in enumerate(zip(saved["groups"], now["groups"], strict=False)):
         # Not all keys: another version of torch may have another setting.
-        differing += [(f"{key} in group {number}", was[key], is_[key]) for key in was if key in is_]
-    for what, was, is_ in differing:
+        facts += [(f"{key} in group {number}", was[key], is_[key]) for key in was if key in is_]
+    for what, was, is_ in facts:
         if was != is_:
             raise UsageError(
                 f"the run's optimizer has {what}: {was}, and now {is_}. Continue it with the same optimizer, choose "
                 "another output directory, or start over with --fresh."
             )
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a group that are numbers, words or lists of them, without those that choose a kernel."""
-    kernels = ("params", "foreach", "capturable", "differentiable", "fused")
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
-    return {key: value for key, value in settings.items() if key not in kernels and _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -119,13 +115,12 @@ def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
     "groups" has the groups' settings, in which some optimizers count. Raises JobError: a state is neither.
     """
     tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {"groups": [_settings(group) for group in optimizer.param_groups]}
+    values = {"groups": describe(network, optimizer)["groups"]}
     for name, parameter in network.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}.{key}"] = (
-                    value.detach().cpu().contiguous().clone()
-                )  # safetensors wants no shared memory
+                # A copy: safetensors refuses tensors that share memory.
+                tensors[f"{name}.{key}"] = value.detach().cpu().contiguous().clone()
             elif _is_plain(value):
                 values[f"{name}.{key}"] = value
             else:
@@ -138,21 +133,16 @@ def load_state(
 ) -> None:
     """Fill the optimizer's state from what `save_state` has returned."""
     parameters = dict(network.named_parameters())
-    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for group, saved in zip(optimizer.param_groups, values.pop("groups"), strict=True):
-        # The rate is set in every step, and a CUDA graph reads it from a tensor that must stay.
-        group.update({key: value for key, value in saved.items() if key != "lr" and not isinstance(value, list)})
-    for full_name, value in values.items():
+    groups = [
+        # The rate is set in every step, and a CUDA graph needs it as a tensor.
+        now | was | {"lr": now["lr"], "params": was["params"]}
+        for now, was in zip(optimizer.param_groups, values.pop("groups"), strict=True)
+    ]
+    state: dict[str, dict[str, Any]] = defaultdict(dict)
+    for full_name, value in (values | tensors).items():
         name, _, key = full_name.rpartition(".")
-        optimizer.state[parameters[name]][key] = value
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition(".")
-        parameter = parameters[name]
-        if value.shape == parameter.shape and key != "step":
+        if isinstance(value, Tensor) and value.shape == parameters[name].shape:
             # In the parameter's own memory layout: the fused kernel walks both in storage order.
-            target = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-        else:  # Adam's `step` is on the CPU, unless fused or capturable
-            group = group_of[parameter]
-            on_device = key != "step" or group.get("fused") or group.get("capturable")
-            target = torch.empty_like(value, device=parameter.device if on_device else "cpu")
-        optimizer.state[parameter][key] = target.copy_(value)
+            value = torch.empty_like(parameters[name], dtype=value.dtype, device="cpu").copy_(value)
+        state[name][key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

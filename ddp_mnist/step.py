@@ -87,7 +87,7 @@ class TrainStep:
         self.optimizer_identity = describe(network, self.optimizer)
         self._is_ours = type(network) is CNN and loss is cross_entropy
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.model: Any = self._wrap(network)
+        self.wrapped: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
             vars(self.optimizer).pop("_step_supports_amp_scaling", None)  # fused ones would hide a skipped step
@@ -100,12 +100,12 @@ class TrainStep:
             self._graph = CUDAGraph(self._run_captured, self._mutable_state)
 
     def _wrap(self, network: nn.Module) -> Any:
-        # The weights are on the device. To see whether it may move them, Accelerate would import DTensor and sympy.
-        model = self.context.accelerator.prepare(AutocastWrapper(network), device_placement=[False])
+        # The weights are on the device already; to move them, Accelerate would import DTensor and sympy.
+        wrapped = self.context.accelerator.prepare(AutocastWrapper(network), device_placement=[False])
         if self.config.compile:
             torch.compiler.reset()  # earlier compilations of this process count towards a limit
-            model = torch.compile(model, dynamic=False)
-        return model
+            wrapped = torch.compile(wrapped, dynamic=False)
+        return wrapped
 
     def __call__(self, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
         """Take one optimizer step with each group's learning rate at the part `factor`, 0-1, of its peak.
@@ -144,18 +144,18 @@ class TrainStep:
                 lambda t, i=number: t.tensor_split(parts)[i], (inputs, targets)
             )
             last = number == parts - 1
-            with contextlib.nullcontext() if last else self.context.accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else self.context.accelerator.no_sync(self.wrapped):
                 results.append(self._forward_backward(some_inputs, some_targets, len(some_targets), global_size))
         losses, correct = zip(*results, strict=True)
         return torch.stack(losses).sum(), torch.stack(correct).sum()
 
     def _forward_backward(self, inputs: Any, targets: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
-        outputs = call(self.model, inputs)
+        outputs = call(self.wrapped, inputs)
         # A rank with no item in this batch runs a dummy item: `count` 0 drops its loss, and its gradient is zero.
         loss = self.loss(outputs, targets)[:count].sum() / global_size
         # `loss` is divided by the whole global batch, and DDP divides the sum of the ranks' gradients by the world size
         # once more. Times the world size, the gradient is that of the global mean, however uneven the shares.
-        # (A penalty that is not per item: `loss = loss + penalty * count / global_size` here counts it once.)
+        # A penalty on the weights belongs here as `loss = loss + penalty * count / global_size`, which counts it once.
         self.context.accelerator.backward(loss * self.context.world_size)
         if self.classes is None:
             return loss.detach(), torch.zeros_like(loss)
@@ -186,20 +186,25 @@ class TrainStep:
         DDP reorders its buckets in the forward after the first backward, which changes the order of sums at 3 and more
         ranks. Two passes put that before step 1, so that a new run and a resumed one sum in the same order.
         """
-        if not torch.distributed.is_initialized() and self._graph is None:
+        if self.context.world_size == 1 and self._graph is None:
             return
         device = self.context.device
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             batch = self.context.run_on_all_ranks(batches.sample)
-            for number in range(2 if torch.distributed.is_initialized() else 0):  # also with one rank of torchrun
-                self.network.zero_grad()
-                self._accumulate_gradients(batch.inputs, batch.targets, batch.count, batch.global_size)
-                if number == 0 and any(each.requires_grad and each.grad is None for each in self.network.parameters()):
-                    # A layer that `forward` does not use: DDP has to be made anew to look for it in every step.
+            arguments = batch.inputs, batch.targets, batch.count, batch.global_size
+            if self.context.world_size > 1:
+                with self.context.accelerator.no_sync(self.wrapped):
+                    self._accumulate_gradients(*arguments)
+                unused = any(each.requires_grad and each.grad is None for each in self.network.parameters())
+                if self.context.sum(torch.tensor(float(unused), device=device)):
+                    # A layer that `forward` does not use, on one rank or all: DDP must look for it in every step.
                     self.context.accelerator._models.clear()
                     self.context.accelerator.ddp_handler.find_unused_parameters = True
-                    self.model = self._wrap(self.network)
+                    self.wrapped = self._wrap(self.network)
+                for _ in range(2):
+                    self.network.zero_grad()
+                    self._accumulate_gradients(*arguments)
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             if not isinstance(batch.inputs, Tensor):
@@ -217,7 +222,7 @@ class TrainStep:
         The last reference to the group would otherwise wait for gloo's threads while it holds Python's lock, which one
         of them may want (pytorch#56297: seen with torch 2.11).
         """
-        self._graph, self.model = None, self.network
+        self._graph, self.wrapped = None, self.network
 
     def _run_captured(self, *arguments: Any) -> Tensor:
         """Run one step; return loss, correct and the gradient's norm as one tensor.

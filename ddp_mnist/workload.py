@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from ddp_mnist.data.batches import Batches, DataSet
 from ddp_mnist.data.sources import UserData, load, validate_user_data
 from ddp_mnist.distributed.launcher import report_once_per_host
 from ddp_mnist.errors import UsageError
-from ddp_mnist.evaluate import find_classes, move_to_device
+from ddp_mnist.evaluate import evaluation_mode, find_classes, move_to_device
 from ddp_mnist.model import CNN
 from ddp_mnist.step import Loss, call, cross_entropy
 from ddp_mnist.storage.checkpoint import Snapshot, load_weights
@@ -71,21 +70,18 @@ class Workload:
 
     def check_same_data(self, context: Context) -> None:
         """Raise UsageError on all ranks if a rank was given other data than rank 0. Collective."""
-        first = context.broadcast(self.config.dataset if self.sets else None)
+        first = context.broadcast(self.config.dataset)
 
         def compare() -> None:
-            if self.sets and self.config.dataset != first:
+            if self.config.dataset != first:
                 raise UsageError("it was given other data than rank 0. Seed whatever draws or splits them.")
 
         context.run_on_all_ranks(compare)
 
     def build_network(self, context: Context, snapshot: Snapshot | None, inputs: Any = None) -> nn.Module:
-        """Return the network on this rank's device, with its weights. Collective.
+        """Return the network on this rank's device, with the weights of the snapshot, else of --init-from. Collective.
 
-        Args:
-            context: The ranks of the job.
-            snapshot: The run's checkpoint; None: the weights are those of --init-from, or random.
-            inputs: Those of an item or more, on the device, by which lazy layers get their shapes.
+        `inputs`: those of an item or more, by which lazy layers get their shapes.
 
         Raises:
             UsageError: The weights are of another network.
@@ -95,8 +91,12 @@ class Workload:
         network = self.model() if self.model else CNN(widths=self.config.widths)
         if hasattr(network, "_orig_mod"):  # its weights would be saved under names that the plain module does not have
             raise UsageError("the network is compiled already; return the module itself, and use --compile.")
-        if inputs is not None:
-            _initialize_lazy_layers(network, inputs)
+        if not network.training:  # as Hugging Face's come; layers that are frozen in a training network stay so
+            network.train()
+        if inputs is not None and any(map(nn.parameter.is_lazy, (*network.parameters(), *network.buffers()))):
+            # Now, since the optimizer, DDP and the memory format need to see the weights.
+            with torch.no_grad(), evaluation_mode(network):
+                call(network, send_to_device(inputs, torch.device("cpu")))
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise UsageError("the network has no parameter to train: all have requires_grad=False, or there is none.")
         path = self.config.init_from
@@ -125,12 +125,10 @@ class Workload:
 
 
 def _refuse_adams_settings(config: TrainConfig) -> None:
-    for each in fields(TrainConfig):
-        value = getattr(config, each.name)
-        if each.name in ("lr", "beta2") and value not in (each.default, RECIPES[config.recipe].get(each.name)):
-            raise UsageError(f"--{each.name} is {value}, which is Adam's; `optimizer` sets its own. Leave it out.")
-    if config.cuda_graphs:
-        raise UsageError("--cuda-graphs captures the job's own Adam; leave it out beside `optimizer`.")
+    for name in ("lr", "beta2"):
+        value = getattr(config, name)
+        if value not in (getattr(TrainConfig, name), RECIPES[config.recipe].get(name)):
+            raise UsageError(f"--{name} is {value}, which is Adam's; `optimizer` sets its own. Leave it out.")
 
 
 def _check_single_item(network: nn.Module, inputs: Any) -> None:
@@ -144,13 +142,3 @@ def _check_single_item(network: nn.Module, inputs: Any) -> None:
             f"{', '.join(layers) or 'the network'} cannot be trained on one ({error}). Choose another --batch-size, or "
             "leave an item out of the training set."
         ) from error
-
-
-@torch.no_grad()
-def _initialize_lazy_layers(network: nn.Module, inputs: Any) -> None:
-    """Give lazy layers their weights: the optimizer, DDP and the memory format need to see them."""
-    if any(nn.parameter.is_lazy(each) for each in (*network.parameters(), *network.buffers())):
-        training = network.training
-        network.eval()
-        call(network, send_to_device(inputs, torch.device("cpu")))
-        network.train(training)

@@ -27,17 +27,13 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
         JobError: The job would fail. Data files are verified, not downloaded.
         SystemExit: A flag is wrong (2), or it is --help (0).
     """
-    kind, _, module = program.partition(" ")
-    try:
-        found = find_spec(module) is not None if kind == "-m" else Path(program).is_file()
-    except (ImportError, ValueError):  # the module's package is missing; the name is empty
-        found = False
-    if not found:
+    module = program.removeprefix("-m ")
+    if not (Path(program).is_file() if module == program else find_spec(module.partition(".")[0])):
         raise UsageError(
             f"PROGRAM is {program!r}, which cannot be run in {Path.cwd()}; expected a script that uses ddp_mnist.run, "
             "such as PROGRAM=mine.py, or PROGRAM='-m package.module'. Its flags stand behind slurm/train.sh."
         )
-    config = parse(flags, quiet=False)
+    config = parse(flags)
     config.check_world_size(world_size)
     if program == OURS and config.dataset not in ("auto", "synthetic"):  # which can be generated on the spot
         from ddp_mnist.data import mnist  # imports numpy
@@ -46,8 +42,9 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
             for split in mnist.NAMES:
                 mnist.read_split(config.dataset, config.data_dir, split, fetch=False)
         except JobError as error:
-            where = "that is for the login node, as compute nodes seldom have internet access"
-            raise JobError(f"the {config.dataset} files are not staged; {where}. {error}") from error
+            raise JobError(
+                f"the {config.dataset} files are not staged, which is for the login node. {error}"
+            ) from error
     return config
 
 

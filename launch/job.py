@@ -23,8 +23,6 @@ from ddp_mnist.distributed.launcher import entry_point, hard_exit, show_warnings
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED
 
-MEET = Path(__file__).parents[1] / "slurm" / "meet.sh"
-
 
 @dataclass(frozen=True)
 class Job:
@@ -44,8 +42,8 @@ class Job:
         attempt, meeting = self.attempt, f"127.0.0.1:{os.environ['MASTER_PORT']}"
         if env.cluster == "slurm":
             attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # submitit does not count those after a dead node
-            meet = [str(MEET), ",".join(env.hostnames), str(attempt)]
-            meeting = subprocess.run(meet, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+            meet = Path(__file__).parents[1] / "slurm" / "meet.sh"
+            meeting = subprocess.check_output([meet, ",".join(env.hostnames), str(attempt)], text=True).strip()
         os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = meeting.rpartition(":")
         os.environ["DDP_MNIST_LAUNCHER"] = self.launcher
         os.environ["DDP_MNIST_JOB_ID"] = env.job_id

@@ -17,7 +17,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_load
@@ -33,28 +32,24 @@ NOT_ENDED = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "ST
 def parse_options() -> argparse.Namespace:
     """Return the options, and as `flags` the words behind `--`. Exit with 2 on a mistake."""
     parser = argparse.ArgumentParser(prog="python -m launch.submit", usage="%(prog)s [options] -- TRAINING_FLAGS")
-
-    def add(flag: str, help: str, default: Any = None, **settings: Any) -> None:
-        shown = f"{help} (default: %(default)s)" if default else help
-        parser.add_argument(flag, help=shown, default=default, **settings)
-
-    places = "local: this machine, in the background; debug: this process"
-    add("--cluster", places, "slurm", choices=["slurm", "local", "debug"])
-    add("--nodes", "machines", 1, type=int)
-    add("--gpus-per-node", "GPUs per node, one rank each; 0: CPU", 0, type=int)
-    add("--tasks-per-node", "ranks on each (default: one per GPU, else 1)", type=int)
-    add("--cpus-per-task", "CPUs of a rank", 1, type=int)
-    add("--mem-gb", "memory of a node in GB (default: the cluster's)", type=float)
-    add("--time-min", "time limit of an attempt in minutes", 60, type=int)
-    add("--partition", "SLURM partition (default: the cluster's)")
-    add("--account", "SLURM account (default: yours)")
-    add("--sbatch", "any other option of sbatch; repeatable", [], action="append", metavar="NAME=VALUE")
-    add("--setup", "shell command before the ranks start; repeatable", [], action="append", metavar="COMMAND")
-    add("--max-requeues", "how often the job may be put back into the queue", 20, type=int)
-    add("--job-name", "what squeue shows", "ddp_mnist")
-    add("--folder", "submitit's files and the logs", "runs/submitit/%j")
-    add("--follow", "show rank 0's log until the job ends, and exit as it did", False, action="store_true")
-    add("flags", "as for python -m ddp_mnist.train", nargs="*")
+    add, usual = parser.add_argument, "(default: %(default)s)"
+    places = f"local: this machine, in the background; debug: this process {usual}"
+    add("--cluster", default="slurm", choices=["slurm", "local", "debug"], help=places)
+    add("--nodes", default=1, type=int, help=f"machines {usual}")
+    add("--gpus-per-node", default=0, type=int, help="GPUs per node, one rank each (default: none, the CPU)")
+    add("--tasks-per-node", type=int, help="ranks on each (default: one per GPU, else 1)")
+    add("--cpus-per-task", default=1, type=int, help=f"CPUs of a rank {usual}")
+    add("--mem-gb", type=float, help="memory of a node in GB (default: the cluster's)")
+    add("--time-min", default=60, type=int, help=f"time limit of an attempt in minutes {usual}")
+    add("--partition", help="SLURM partition (default: the cluster's)")
+    add("--account", help="SLURM account (default: yours)")
+    add("--sbatch", default=[], action="append", metavar="NAME=VALUE", help="any other option of sbatch; repeatable")
+    add("--setup", default=[], action="append", metavar="COMMAND", help="shell command before the ranks; repeatable")
+    add("--max-requeues", default=20, type=int, help=f"how often the job may be put back into the queue {usual}")
+    add("--job-name", default="ddp_mnist", help=f"what squeue shows {usual}")
+    add("--folder", default="runs/submitit/%j", help=f"submitit's files and the logs {usual}")
+    add("--follow", action="store_true", help="show rank 0's log until the job ends, and exit as it did")
+    add("flags", nargs="*", help="as for python -m ddp_mnist.train")
     given = parser.parse_args()
     given.tasks_per_node = given.tasks_per_node or given.gpus_per_node or 1
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "time_min"):
@@ -70,13 +65,9 @@ def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
     """Return submitit's executor with everything but the job."""
     limits = {"slurm_max_num_timeout": given.max_requeues, "local_max_num_timeout": given.max_requeues}
     executor = submitit.AutoExecutor(folder=given.folder, cluster=given.cluster, **limits)
-    # Without this, unpickling the job would end with a traceback per rank. It imports what the job imports first.
-    python = shlex.quote(sys.executable)
-    import_check = (
-        f"{python} -c 'import launch.job, ddp_mnist.config' || "
-        f'{{ echo "error: $(hostname) cannot import this repository in $PWD with {python}: '
-        'keep both on a disk that all nodes share, or use --setup" >&2; exit 1; }'
-    )
+    # Or each rank would end with a traceback when it unpickles the job.
+    advice = "error: keep this repository and its Python on a disk that all nodes share, or use --setup"
+    import_check = f"{shlex.quote(sys.executable)} -m launch.check || {{ echo '{advice}' >&2; exit 1; }}"
     # srun does not take the CPUs over from sbatch, and one dead rank must not leave the others waiting.
     srun = [f"--cpus-per-task={given.cpus_per_task}", "--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"]
     others = (word.partition("=") for word in given.sbatch)

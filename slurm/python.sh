@@ -13,8 +13,7 @@ elif [[ -z ${VIRTUAL_ENV:-} && ${CONDA_DEFAULT_ENV:-base} == base && -f .venv/bi
 fi
 python=$(command -v python || command -v python3 || echo python)
 modules=$("$python" -c 'from importlib.util import find_spec
-print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))') ||
-    modules="it does not run"
+print(*(name for name in ("ddp_mnist", "torch", "accelerate", "tyro") if find_spec(name) is None))')
 if [[ -n $modules ]]; then
     echo "error: not importable on $(hostname) with $python: $modules. Set ENV_SETUP, see docs/cluster.md" >&2
     exit 1

@@ -34,6 +34,13 @@ cd "$SLURM_SUBMIT_DIR"
 # shellcheck source=slurm/python.sh
 source slurm/python.sh
 
+# slurm/sweep.sh puts @FILE in front of the flags: each task of the array adds its own line of it.
+if [[ ${1:-} == @* ]]; then
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${1#@}")
+    [[ -n $line ]] || fail 2 "${1#@} has no line $SLURM_ARRAY_TASK_ID"
+    eval "set -- \"\${@:2}\" $line"
+fi
+
 # From SLURM, because a job that is submitted from inside another one inherits that one's variables.
 shown=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ")
 field() { sed -nE "s/.* $1=([^ ]+).*/\1/p" <<<"$shown"; }
@@ -79,21 +86,13 @@ layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
 meeting=$(slurm/meet.sh "$SLURM_JOB_NODELIST" "$restarts")
 export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
 # The user's flags come last: they beat these.
-flags=(--dataset mnist --output-dir "runs/slurm-$job" --threads "$cpus")
-for flag in "$@"; do
-    [[ $flag == --fresh ]] || flags+=("$flag")
-done
+flags=(--dataset mnist --output-dir "runs/slurm-$job" --threads "$cpus" "$@")
 # The words in front of the flags in the command that continues the run.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
-program=(-m ddp_mnist.train)
-if [[ -n ${PROGRAM:-} ]]; then
-    program=("$PROGRAM")
-    [[ $PROGRAM != "-m "* ]] || read -ra program <<<"$PROGRAM"
-    DDP_MNIST_LAUNCHER="PROGRAM=$(printf %q "$PROGRAM") $DDP_MNIST_LAUNCHER"
-fi
-again="$DDP_MNIST_LAUNCHER$(printf ' %q' "${flags[@]}")"
+[[ -z ${PROGRAM:-} ]] || DDP_MNIST_LAUNCHER="PROGRAM=$(printf %q "$PROGRAM") $DDP_MNIST_LAUNCHER"
+read -ra program <<<"${PROGRAM:--m ddp_mnist.train}"
 # --fresh is for the first start: a requeued job would throw away what there is, every time.
-((restarts)) || [[ " $* " != *" --fresh "* ]] || flags+=(--fresh)
+((restarts == 0)) || flags+=(--no-fresh)
 export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts
 
 echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
@@ -108,7 +107,8 @@ srun "${layout[@]}" --export=ALL --kill-on-bad-exit=1 --wait=0 --label \
     slurm/rank.sh "$python" "${program[@]}" "${flags[@]}" || code=$?
 
 if ((code > 128)); then # rank 0 says how to go on, but it may be the one that was killed
-    printf 'to continue from the last checkpoint, if there is one, type\n  %s\n' "$again" >&2
+    echo "to continue from the last checkpoint, if there is one, type"
+    echo "  $DDP_MNIST_LAUNCHER$(printf ' %q' "${flags[@]}") --no-fresh"
 fi
 ((code == 75)) || exit "$code"
 ((restarts < max_requeues)) ||

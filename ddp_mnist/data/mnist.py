@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import logging
 import math
-import os
 import shlex
 import struct
 import urllib.request
@@ -51,7 +50,6 @@ RAW_MD5 = {
     "synthetic": synthetic.MD5,
 }
 """Hashes of unpacked files, where known; torchvision has those of the .gz only, and takes seconds to import."""
-MAX_TIMEOUTS = 20  # that the wait for another process that downloads may take
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _make_digits = lru_cache(maxsize=1)(synthetic.make_digits)  # both files of a split come from one drawing
 
@@ -105,38 +103,33 @@ def _paths(dataset: str, root: str | Path, split: SplitName) -> list[Path]:
     return [Path(root).expanduser() / FOLDERS[dataset] / "raw" / name for name in NAMES[split]]
 
 
-def _parse(name: str, content: bytes) -> Array:
-    """Return the array in an IDX file, (N, 28, 28) for images and (N,) for labels. Raises: ValueError."""
-    expected, start, item = (2051, 16, [28, 28]) if "images" in name else (2049, 8, [])
-    magic, count, *shape = struct.unpack(f">{start // 4}I", content[:start].ljust(start, b"\0"))
-    if magic != expected:
-        raise ValueError(f"magic number {magic}, expected {expected}")
-    if shape != item or len(content) != start + count * math.prod(item):
-        raise ValueError(f"{len(content)} bytes for {count} items of {shape}, expected items of {item}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(count, *item).copy()  # torch wants it writable
+def _read(dataset: str, path: Path) -> tuple[Array | None, str]:
+    """Return the array in an IDX file or its .gz, None if it is bad, and its state: ok, missing or damaged (how)."""
+    try:
+        return _parse(dataset, path.name, path.read_bytes()), "ok"
+    except FileNotFoundError:
+        return None, "missing"
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        return None, f"damaged ({error})"
+
+
+def _parse(dataset: str, name: str, content: bytes) -> Array:
+    """Return the array in an IDX file or its .gz, (N, 28, 28) or (N,). Raises: what `_read` catches."""
+    if name.endswith(".gz"):
+        content = gzip.decompress(content)
+    magic, start, item = (2051, 16, (28, 28)) if "images" in name else (2049, 8, ())
+    header = struct.unpack(f">{start // 4}I", content[:start].ljust(start, b"\0"))
+    if header != (magic, header[1], *item) or len(content) != start + header[1] * math.prod(item):
+        raise ValueError(f"{len(content)} bytes that begin with {header}")
+    if dataset in RAW_MD5:
+        _check_md5(content, RAW_MD5[dataset][name.removesuffix(".gz")])
+    return np.frombuffer(content, np.uint8, offset=start).reshape(-1, *item).copy()  # torch wants it writable
 
 
 def _check_md5(content: bytes, expected: str) -> None:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
         raise ValueError(f"MD5 {found}, expected {expected}")
-
-
-def _read(dataset: str, path: Path) -> tuple[Array | None, str]:
-    """Return the unpacked file's array, None if it is bad, and its state: ok, missing or damaged (how)."""
-    packed = path.with_name(f"{path.name}.gz")
-    try:
-        content = path.read_bytes()
-        array = _parse(path.name, content)
-        if dataset in RAW_MD5:
-            _check_md5(content, RAW_MD5[dataset][path.name])
-        elif packed.exists() and packed.read_bytes()[-8:-4] != zlib.crc32(content).to_bytes(4, "little"):
-            raise ValueError(f"not the CRC that {packed.name} ends with")
-    except FileNotFoundError:
-        return None, "missing"
-    except (OSError, ValueError) as error:
-        return None, f"damaged ({error})"
-    return array, "ok"
 
 
 def _read_or_repair(dataset: str, path: Path, fetch: bool, timeout: float) -> Array:
@@ -148,10 +141,7 @@ def _read_or_repair(dataset: str, path: Path, fetch: bool, timeout: float) -> Ar
         return _make_again(dataset, path, timeout, blocked="downloading is not allowed")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.parent / ".lock", MAX_TIMEOUTS * timeout, mode=0o666)  # all who may write use it
-        with lock:
-            for leftover in path.parent.glob(".*.tmp"):  # of a process that was killed while it wrote
-                leftover.unlink()
+        with filelock.FileLock(path.parent / ".lock", 20 * timeout, mode=0o666):  # all who may write use it
             return _make_again(dataset, path, timeout)
     except OSError as error:  # read-only, full, or locked by another process for too long
         return _make_again(dataset, path, timeout, blocked=f"cannot write: {error}")
@@ -165,35 +155,33 @@ def _make_again(dataset: str, path: Path, timeout: float, blocked: str = "") -> 
     try:
         if dataset == "synthetic":
             images, labels = _make_digits("train" if path.name in NAMES["train"] else "test")
-            content = pack(images if "images" in path.name else labels)
+            array = images if "images" in path.name else labels
         else:
-            content = gzip.decompress(_read_packed(dataset, path.with_name(f"{path.name}.gz"), timeout, blocked))
+            array = _unpack(dataset, path.with_name(f"{path.name}.gz"), timeout, blocked)
     except (ImportError, ValueError) as error:
         command = f"python -m ddp_mnist.data fetch --dataset {dataset} --data-dir {shlex.quote(str(path.parents[2]))}"
         advice = f"run `{command}` on a machine with internet access, or use --dataset synthetic"
         raise DataError(f"{path}: {state}; {error}. To mend it, {advice}.") from error
     if not blocked:
-        write_atomic(path, content)
-    level = logging.INFO if state == "missing" else logging.WARNING
-    log.log(level, "%s: %s; made again%s", path, state, blocked and f" in memory, {blocked}")
-    return _parse(path.name, content)
+        write_atomic(path, pack(array))
+    log.info("%s: %s; made again%s", path, state, blocked and f" in memory, {blocked}")
+    return array
 
 
-def _read_packed(dataset: str, path: Path, timeout: float, blocked: str) -> bytes:
-    """Return a .gz, verified, downloaded if need be and not `blocked`. Raises: ImportError or ValueError."""
-    here = [path.absolute().as_uri()] if os.access(path, os.F_OK) else []
-    if blocked and not here:  # torchvision need not be imported
-        raise ValueError(f"{path.name}: missing; {blocked}")
-    mirrors, md5 = published(dataset)
-    failures = [blocked or "download failed"]
-    for source in [*here, *(f"{mirror}{path.name}" for mirror in mirrors if not blocked)]:
+def _unpack(dataset: str, packed: Path, timeout: float, blocked: str) -> Array:
+    """Return the array of a .gz, downloaded if need be and not `blocked`. Raises: ImportError or ValueError."""
+    array, state = _read(dataset, packed)
+    if array is not None:
+        return array
+    failures = [f"{packed.name}: {state}", blocked or "download failed"]
+    mirrors, md5 = ([], {}) if blocked else published(dataset)
+    for mirror in mirrors:
         try:
-            with urllib.request.urlopen(source, timeout=timeout) as response:
-                packed = response.read()
-            _check_md5(packed, md5[path.name])
-            if source not in here:
-                write_atomic(path, packed)
-            return packed
+            with urllib.request.urlopen(f"{mirror}{packed.name}", timeout=timeout) as response:
+                content = response.read()
+            _check_md5(content, md5[packed.name])
+            write_atomic(packed, content)
+            return _parse(dataset, packed.name, content)
         except (OSError, HTTPException, ValueError) as error:
-            failures.append(f"{source}: {error}")
+            failures.append(f"{mirror}{packed.name}: {error}")
     raise ValueError("; ".join(failures))

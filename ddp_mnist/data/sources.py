@@ -147,24 +147,24 @@ class LoadedSet(DataSet):
         and wait for this one in a collective.
         """
         try:
-            self._plan.rows, self._plan.size, self._plan.epoch = rows, size, epoch
+            self._plan.batches = (
+                [(epoch, row) for row in rows[start : start + size].tolist()] for start in range(0, len(rows), size)
+            )
             if self._loader is None:
                 self._loader = self._make_loader()
             with signals_held():
                 batches = iter(self._loader)
             while True:
-                # A worker has one thread. With several, some operations round otherwise.
-                with contextlib.nullcontext() if self.workers else one_thread():
+                with one_thread():
                     batch = next(batches, None)
                 if batch is None:
                     return
                 yield self._finish(batch)
         except JobError as error:
             self.failure = error
-        except Exception as error:  # a worker has died, or cannot be started, or no batch can be pinned
-            self.failure = JobError(
-                f"the {self.name} set could not be loaded ({error}). Where memory is short, fewer --workers need less."
-            )
+        except Exception as error:  # of a dead worker, whose words depend on the moment; or no batch can be pinned
+            why = f"a worker has died, or memory is short ({error}). Fewer --workers need less"
+            self.failure = JobError(f"the {self.name} set could not be loaded: {why}.")
 
     def limit_labels(self, classes: int) -> None:
         """Raise UsageError from now on for a batch with a label that is not 0 ... classes - 1."""
@@ -174,7 +174,7 @@ class LoadedSet(DataSet):
         """End the workers, also where a traceback holds the loader: at Python's exit they would not hear SIGTERM."""
         iterator: Any = getattr(self._loader, "_iterator", None)
         if iterator is not None:
-            for worker in iterator._workers if self.workers else ():
+            for worker in iterator._workers:
                 worker.terminate = worker.kill
             iterator._shutdown_workers()
         self._loader = None
@@ -210,27 +210,20 @@ class LoadedSet(DataSet):
 
     def _finish(self, batch: Any) -> Items:
         """Return the batch on the device. Raises: as `load`."""
-        if isinstance(batch, Failure):
-            kind, local = (UsageError, False) if batch.is_mistake else (JobError, True)  # a disk may fail one rank
-            raise kind(f"the {self.name} set: {batch.text}", local=local)
+        if isinstance(batch, JobError):
+            batch.args = (f"the {self.name} set: {batch}",)
+            raise batch
         if self._classes is not None:
             check_labels(batch[1], self._classes)
         inputs, targets = send_to_device(batch, self._device, non_blocking=self._device.type == "cuda")
         return inputs, targets
 
 
-class Failure:
-    """Stand for an item or a batch that could not be made: a worker's exception would lose its shape on the way."""
-
-    def __init__(self, text: str, *, is_mistake: bool) -> None:
-        """`text`: what was found and what was expected. `is_mistake`: in the kind of items, not while making one."""
-        self.text, self.is_mistake = text, is_mistake
-
-
 class SeededItems(Dataset[Any]):
     """A data set of which item (epoch, row) does not depend on what was drawn before.
 
-    It has no `__getitems__`, so that a DataLoader asks for one item at a time.
+    It has no `__getitems__`, so that a DataLoader asks for one item at a time. Errors are returned: one that is raised
+    in a worker loses its shape on the way.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -241,46 +234,38 @@ class SeededItems(Dataset[Any]):
         seed_generators(derive_seed("item", self.seed, epoch, row))
         try:
             return self.dataset[row]
-        except Exception as error:
-            own = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
-            text = "".join(traceback.format_exception(own)).strip()
-            return Failure(f"item {row} could not be made.\n{text}", is_mistake=False)
+        except Exception:
+            text = traceback.format_exc().strip()
+            return JobError(f"item {row} could not be made.\n{text}", local=True)  # a disk may fail one rank
 
 
 class _Plan:
-    """The rows to load, as a list of (epoch, row) for each batch: the `batch_sampler` of a DataLoader."""
+    """The (epoch, row) of the items of each batch to load: the `batch_sampler` of a DataLoader."""
 
-    rows: Tensor
-    size: int
-    epoch: int
+    batches: Iterator[list[tuple[int, int]]]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.rows), self.size):
-            yield [(self.epoch, row) for row in self.rows[start : start + self.size].tolist()]
+        return self.batches
 
 
-def collate(items: list[Any]) -> Any:
-    """Return (inputs, targets) of a batch of items, as torch's default_collate makes them, or a Failure."""
+def collate(items: list[Any]) -> Items | JobError:
+    """Return (inputs, targets) of a batch of items, as torch's default_collate makes them, or what is wrong."""
     for item in items:
-        if isinstance(item, Failure):
+        if isinstance(item, JobError):
             return item
         if not isinstance(item, tuple | list) or len(item) != 2:
-            found = f"an item is a {type(item).__name__}"
-            return Failure(
-                f"{found}; expected a pair, (input, target). docs/your-own.md makes pairs of dicts in three lines.",
-                is_mistake=True,
-            )
+            advice = "docs/your-own.md makes pairs of dicts."
+            return UsageError(f"an item is a {type(item).__name__}; expected a pair, (input, target). {advice}")
     try:
         inputs, targets = recursively_apply(_to_fp32, default_collate(items), error_on_other_type=True)
     except Exception as error:
         why = str(error).partition("\n")[0]
-        return Failure(
+        return UsageError(
             f"its items do not make a batch ({why}). Expected tensors of one shape, or numbers, or tuples or dicts of "
-            "them, such as a transform makes.",
-            is_mistake=True,
+            "them, such as a transform makes."
         )
     if not isinstance(targets, Tensor):
-        return Failure(f"a target is a {type(items[0][1]).__name__}; expected a tensor or a number.", is_mistake=True)
+        return UsageError(f"a target is a {type(items[0][1]).__name__}; expected a tensor or a number.")
     return inputs, targets if targets.is_floating_point() else targets.long()
 
 
@@ -302,22 +287,20 @@ def signals_held() -> Iterator[None]:
     """Hold signals back while workers start inside: one that ignores them not yet would die of them."""
     if multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # when it starts, it lets SIGINT and SIGTERM through again
-    in_main_thread = threading.current_thread() is threading.main_thread()
     of_children = signal.getsignal(signal.SIGCHLD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.Signals[name] for name in SIGNALS])
     try:
         yield
     finally:
-        if (
-            in_main_thread and of_children is not None
-        ):  # torch's handler would raise the death of a worker anywhere, such as in a save
+        # Torch's handler would raise the death of a worker anywhere, such as in a save.
+        if threading.current_thread() is threading.main_thread() and of_children is not None:
             signal.signal(signal.SIGCHLD, of_children)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread inside."""
+    """Let torch use one thread inside, as a worker does: with several, some operations round otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

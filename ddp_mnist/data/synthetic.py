@@ -70,11 +70,8 @@ def make_digits(split: Literal["train", "test"], count: int | None = None) -> tu
     total = COUNTS[split] if count is None else count
     rng = _generator(split, 0)
     hands = np.concatenate([_draw_hands(rng, skeleton) for skeleton in _SKELETONS])
-    images, labels = np.empty((total, SIZE, SIZE), np.uint8), np.empty(total, np.uint8)
-    for start in range(0, total, _BLOCK):
-        block = slice(start, min(start + _BLOCK, total))
-        drawn, digits = _draw_block(_generator(split, 1 + start // _BLOCK), hands)
-        images[block], labels[block] = drawn[: block.stop - start], digits[: block.stop - start]
+    blocks = [_draw_block(_generator(split, 1 + start // _BLOCK), hands) for start in range(0, total, _BLOCK)]
+    images, labels = (np.concatenate(parts)[:total] for parts in zip(*blocks, strict=True))
     return images, labels
 
 

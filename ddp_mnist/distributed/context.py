@@ -37,7 +37,7 @@ from ddp_mnist.distributed.launcher import (
     report_once_per_host,
     world_size_from_environment,
 )
-from ddp_mnist.distributed.machine import batch_scheduling, choose_interface, use_threads
+from ddp_mnist.distributed.machine import choose_interface, use_batch_scheduling, use_threads
 from ddp_mnist.errors import JobError, UsageError
 
 if TYPE_CHECKING:
@@ -75,24 +75,25 @@ class Context(contextlib.AbstractContextManager["Context"]):
                     "init_process_group and Accelerator() out of the script, or run the job in a process of its own."
                 )
         self.threads = use_threads(config.threads)
-        self._environment = contextlib.ExitStack()
         if self.shares_gpus:
             # Accelerate would give DDP the GPU number LOCAL_RANK, which is not there. So DDP uses that of the weights.
-            self._environment.enter_context(patch_environment(ACCELERATE_BYPASS_DEVICE_MAP="true"))
+            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         try:
             if self.world_size > 1:
                 meet = functools.partial(_init_process_group, backend, self.world_size, timeout)
                 stop.wait_for_peers(meet) if stop else meet()
                 handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-            self.accelerator = Accelerator(
-                mixed_precision=config.mixed_precision,
-                cpu=on_cpu,  # without it each of several ranks on a machine without a GPU believes that it is alone
-                # Said here, so that no variable of the environment changes what a step computes.
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-                dynamo_backend="no",
-                kwargs_handlers=handlers,
-            )
+            # A single rank needs no process group and no DDP, also under torchrun; without LOCAL_RANK it gets none.
+            with contextlib.nullcontext() if self.world_size > 1 else patch_environment(LOCAL_RANK="-1"):
+                self.accelerator = Accelerator(
+                    mixed_precision=config.mixed_precision,
+                    cpu=on_cpu,  # without it each of several ranks on a machine without a GPU believes that it is alone
+                    # Said here, so that no variable of the environment changes what a step computes.
+                    gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                    dynamo_backend="no",
+                    kwargs_handlers=handlers,
+                )
         except (RuntimeError, ValueError) as error:  # a busy port, an unreachable address, a missing variable
             self.close()
             raise JobError(
@@ -120,7 +121,6 @@ class Context(contextlib.AbstractContextManager["Context"]):
         """Close the process group, and forget what Accelerate keeps for the whole process."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._environment.close()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
@@ -207,5 +207,5 @@ def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max-restarts
     store = dist.PrefixStore(f"ddp_mnist/{start}/{next(_group_numbers)}", _store)
     choose_interface()
-    with batch_scheduling():  # of gloo's threads
-        dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)
+    use_batch_scheduling()  # in gloo's threads; in training, this one has nothing else to do
+    dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
-SMALLEST = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-"""Variables that launchers set, with the smallest value of each, which is also the one without a launcher."""
 
 
 def rank_from_environment() -> int:
@@ -48,18 +45,6 @@ def is_first_on_its_machine() -> bool:
     return rank_from_environment() == 0 or os.environ.get("LOCAL_RANK") == "0"
 
 
-def has_launcher() -> bool:
-    """Return True if a launcher started this process, by marks that a user who sets RANK by hand does not leave."""
-    marks = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DDP_MNIST_LAUNCHER"}
-    return not marks.isdisjoint(os.environ)
-
-
-def seconds_before_restart() -> float:
-    """Return how long ago torchrun was started, if it has restarted its ranks since; otherwise 0."""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return time.time() - psutil.Process(os.getppid()).create_time() if restarted else 0.0
-
-
 @contextlib.contextmanager
 def report_once_per_host() -> Iterator[None]:
     """Let each machine's first rank report a JobError: before the ranks meet, rank 0 knows its own machine only."""
@@ -70,10 +55,9 @@ def report_once_per_host() -> Iterator[None]:
         raise
 
 
-@report_once_per_host()
 def check_environment(*, gloo: bool = False) -> None:
-    """Raise UsageError if a variable is wrong, LOCAL_RANK included, or asks Accelerate for more than DDP."""
-    for name in SMALLEST:
+    """Raise UsageError if a variable is wrong, or asks Accelerate for more than DDP."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         _number(name)
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
@@ -95,10 +79,11 @@ def check_environment(*, gloo: bool = False) -> None:
 
 
 def _number(name: str) -> int:
-    text = os.environ.get(name, str(SMALLEST[name]))
-    if not text.isascii() or not text.isdigit() or int(text) < SMALLEST[name]:
+    smallest = 0 if name.endswith("RANK") else 1  # and that is what it is without a launcher
+    text = os.environ.get(name, str(smallest))
+    if not text.isdecimal() or int(text) < smallest:
         raise UsageError(
-            f"the environment says {name}={text}; expected a whole number from {SMALLEST[name]}, as accelerate launch, "
+            f"the environment says {name}={text}; expected a whole number from {smallest}, as accelerate launch, "
             f"torchrun and slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
             local=name.endswith("RANK"),
         )
@@ -114,7 +99,6 @@ def entry_point(main: Callable[P, int]) -> Callable[P, int]:
             with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or a stream without an encoding
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
-            rank_from_environment()  # if it is wrong, nothing that relies on it has happened yet
             return exit_code_for_rank(main(*args, **kwargs))
         except JobError as error:
             code = report_error(error)
@@ -180,17 +164,12 @@ def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
         return
     with contextlib.suppress(ValueError):  # in a thread. srun would show this signal as the job's exit code
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and _first_rank_is_running():
-        time.sleep(0.05)
-
-
-def _first_rank_is_running() -> bool:
-    for process in psutil.Process(os.getppid()).children():
-        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
-            if process.environ().get("LOCAL_RANK") == "0":
-                return True
-    return False
+    first = [
+        each
+        for each in psutil.process_iter(["ppid", "environ"])
+        if each.info["ppid"] == os.getppid() and (each.info["environ"] or {}).get("LOCAL_RANK") == "0"
+    ]
+    psutil.wait_procs(first, timeout)
 
 
 def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
@@ -201,23 +180,20 @@ def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
     """
     if context.world_size == 1:
         return
-    server, ipv6 = None, socket.has_dualstack_ipv6()
-    with contextlib.suppress(OSError):
-        family = socket.AF_INET6 if ipv6 else socket.AF_INET
-        server = socket.create_server(("", 0), family=family, dualstack_ipv6=ipv6) if context.is_main else None
-    if not (port := context.broadcast(server.getsockname()[1] if server else 0)):
-        return
+    ipv6 = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    server = socket.create_server(("", 0), family=family, dualstack_ipv6=ipv6) if context.is_main else None
+    port = context.broadcast(server.getsockname()[1] if server else 0)
     with contextlib.suppress(OSError):  # a firewall, or the timeout
         if server is None:
             address = os.environ.get("MASTER_ADDR", "127.0.0.1"), port
             socket.create_connection(address, timeout).detach()  # from now on it closes with the process
             return
-        with server:
-            server.settimeout(timeout)
-            connections = [server.accept()[0] for _ in range(context.world_size - 1)]
-            for connection in connections:
-                connection.settimeout(timeout)
-                connection.recv(1)
+        server.settimeout(timeout)
+        connections = [server.accept()[0] for _ in range(context.world_size - 1)]
+        for connection in connections:
+            connection.settimeout(timeout)
+            connection.recv(1)
 
 
 def stop_before_start(reason: str) -> NoReturn:

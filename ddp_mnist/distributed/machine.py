@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -53,26 +52,20 @@ def _keep_freed_memory() -> None:
     """Let glibc keep what one step frees: the next would wait for new pages. What the user has tuned stays."""
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # it is another C library
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(m_mmap_threshold, 32 << 20):
-            mallopt(m_trim_threshold, 256 << 20)
-            mallopt(m_top_pad, 16 << 20)
+        mallopt(m_mmap_threshold, 32 << 20)
+        mallopt(m_trim_threshold, 256 << 20)
 
 
-@contextlib.contextmanager
-def batch_scheduling() -> Iterator[None]:
-    """Start threads inside under Linux's policy for batch jobs: when woken, they do not interrupt a running thread.
+def use_batch_scheduling() -> None:
+    """Give this thread and those that it starts Linux's policy for batch jobs: woken, they interrupt no running thread.
 
     gloo's wake each other with a lock in hand, and would take the CPU from the one that holds it.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, AttributeError):  # a container forbids it, or it is not Linux
-            if os.sched_getscheduler(0) == os.SCHED_OTHER:
-                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a new thread inherits it
-                stack.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
-        yield
+    with contextlib.suppress(OSError, AttributeError):  # a container forbids it, or it is not Linux
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def choose_interface() -> None:
@@ -86,25 +79,25 @@ def choose_interface() -> None:
     if on_one_machine or master in ("localhost", "::1") or master.startswith("127."):
         return
     # By its own name the first machine reaches itself through the loopback: then the default route is the best guess.
-    found = [_interface_to(host) for host in (master, *OUTSIDE)]
-    name = next((each for each in found if each not in (None, _interface_with("127.0.0.1"))), None)
-    if name is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or name
-        # NCCL takes a name as a prefix, unless it follows this sign.
-        os.environ["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME") or f"={name}"
+    for host in (master, *OUTSIDE):
+        if name := _interface_to(host):
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or name
+            # NCCL takes a name as a prefix, unless it follows this sign.
+            os.environ["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME") or f"={name}"
+            return
 
 
 def _interface_to(host: str) -> str | None:
-    """Return the interface through which the kernel would send to `host`, or None. Nothing is sent."""
+    """Return the interface through which the kernel would send to `host`; None: the loopback, or no route."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            return _interface_with(probe.getsockname()[0])
+            probe.connect(address)  # sends nothing
+            source = probe.getsockname()[0]
     except OSError:  # an unknown name, or no route
         return None
-
-
-def _interface_with(address: str) -> str | None:
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, found in interfaces if address in [each.address for each in found]), None)
+    for name, addresses in psutil.net_if_addrs().items():
+        found = [each.address for each in addresses]
+        if source in found and "127.0.0.1" not in found:
+            return name
+    return None

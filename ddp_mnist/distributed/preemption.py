@@ -17,12 +17,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ddp_mnist.distributed.launcher import (
-    has_launcher,
-    seconds_before_restart,
-    stop_before_start,
-    world_size_from_environment,
-)
+import psutil
+
+from ddp_mnist.distributed.launcher import stop_before_start, world_size_from_environment
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
@@ -34,6 +31,8 @@ SIGNALS = ("SIGHUP", "SIGUSR1", "SIGXCPU", "SIGUSR2", "SIGINT", "SIGTERM")
 REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)
 """Reasons to stop. When those of the ranks differ, the last one in this order counts."""
 INTERVAL_SECONDS = 0.1
+LAUNCHER_MARKS = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DDP_MNIST_LAUNCHER"}
+"""Variables that a launcher sets, and a user who sets RANK by hand does not."""
 
 
 class StopSignal:
@@ -48,10 +47,9 @@ class StopSignal:
         self._deadline = float("inf")
         self._alone = world_size_from_environment() == 1
         # Without a launcher (a shell, nohup, a notebook) the parent may leave first.
-        self._parent = os.getppid() if has_launcher() else None
+        self._parent = None if LAUNCHER_MARKS.isdisjoint(os.environ) else os.getppid()
         self._interval = 1
-        self._next_step = 0
-        self._last_question = time.monotonic(), 0
+        self._last_question = time.monotonic(), -1
         self._pending: Any = None
 
     def __enter__(self) -> StopSignal:
@@ -71,7 +69,9 @@ class StopSignal:
     def limit(self, minutes: float) -> None:
         """Stop after so many minutes from now, or from torchrun's start if it has restarted the ranks; 0 is never."""
         if minutes:
-            self._deadline = time.monotonic() + 60 * minutes - seconds_before_restart()
+            self._deadline = time.monotonic() + 60 * minutes
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+                self._deadline -= time.time() - psutil.Process(os.getppid()).create_time()
 
     def wait_for_peers(self, meet: Callable[[], None]) -> None:
         """Run `meet`, in which C++ waits for other ranks; with a reason to stop, leave if they do not come."""
@@ -92,7 +92,7 @@ class StopSignal:
         """Return why to stop, or None to go on; the same on all ranks. Collective: call it at every step."""
         if context.world_size == 1:
             return self._local_reason()
-        if step < self._next_step:
+        if step < self._last_question[1] + self._interval:
             return None
         reason = self._answer()
         if reason is None:
@@ -125,7 +125,6 @@ class StopSignal:
         question = [REASONS.index(self._local_reason()), max(1, interval) if context.is_main else 0]
         tensor = torch.tensor(question, dtype=torch.int32).to(context.device, non_blocking=True)
         self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor
-        self._next_step = step + self._interval
 
     def _local_reason(self) -> str | None:
         if self._reason is None and time.monotonic() >= self._deadline:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ddp_mnist.data.mnist import class_names
-from ddp_mnist.report.runs import RunLog, comparison
+from ddp_mnist.report.runs import RunLog
 
 # Okabe and Ito's colours for the colour-blind. Seven and four have no common divisor: the first 28 runs look different.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -32,25 +32,21 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
             for part, look in ("train", {"lw": 0.8, "alpha": 0.6, "ls": "-"}), ("test", {"lw": 2, "marker": "o"}):
                 steps, values = run.series(f"{part}/{key}")
                 heights = np.maximum(1 - np.array(values), 1e-4) if key == "accuracy" else values
-                dot = {"marker": "."} if len(steps) == 1 else {}  # a line of one point would not be seen
-                axes.plot(np.divide(steps, size if all(sizes) else 1), heights, **style | dot | look)
+                axes.plot(np.divide(steps, size if all(sizes) else 1), heights, **style | look)
         axes.set(ylabel=key, yscale="log", xlim=(0, None))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(LogLocator(subs=()))
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
         axes.grid(alpha=0.25)
     every_axes[-1].set_xlabel("epoch" if all(sizes) else "step")
     if keys[1:]:
-        every_axes[1].invert_yaxis()
-        every_axes[1].yaxis.set_major_formatter(lambda error, _: f"{100 - 100 * error:g}%")
-    names, title = [row[0].replace("$", r"\$") for row in comparison(runs)[1:]], "thin: training, with marks: test"
+        every_axes[1].yaxis.set(inverted=True, major_formatter=lambda error, _: f"{100 - 100 * error:g}%")
+    names, title = [str(run.path).replace("$", r"\$") for run in runs], "thin: training, with marks: test"
     lines = every_axes[0].lines[1::2]
     figure.legend(lines, names, loc="outside lower left", handlelength=4, title=title, alignment="left")
     return figure
 
 
 def confusion_figure(run: RunLog) -> Figure:
-    """Draw the counts of the newest test score, [label][prediction], with the accuracy of each class on the right."""
+    """Draw the counts of the newest test score, [label][prediction], with the accuracy of each class."""
     counts = np.asarray(run.score["test/confusion"])
     total, right, classes = counts.sum(1), counts.diagonal(), range(len(counts))
     caption = f"{(total - right).sum():,} of {total.sum():,} wrong. Colour: the error's share of its true class."
@@ -64,36 +60,31 @@ def confusion_figure(run: RunLog) -> Figure:
     for row, column in zip(*counts.nonzero(), strict=True):
         axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center")
     names = class_names(run.dataset, len(counts))
+    accuracies = right / np.maximum(total, 1)
     axes.set_xticks(classes, names, fontsize=8)
-    axes.set_yticks(classes, names)
-    accuracies = axes.secondary_yaxis("right")
-    accuracies.set_yticks(classes, [f"{part:.1%}" for part in right / np.maximum(total, 1)])
-    accuracies.set_ylabel("accuracy")
+    axes.set_yticks(classes, [f"{name}\n{part:.1%}" for name, part in zip(names, accuracies, strict=True)])
     return figure
 
 
 def mistakes_figure(run: RunLog, images: Any) -> Figure:
     """Draw the mistakes of the newest test score, of which `images` are uint8 (N, 28, 28), five to a row."""
-    mistakes = run.score["test/mistakes"]
-    names = class_names(run.dataset, 1 + max(max(each["label"], each["prediction"]) for each in mistakes))
+    mistakes, names = run.score["test/mistakes"], class_names(run.dataset)
     rows = -(-len(mistakes) // 5)
     caption = "True class → answer of the network, with the probability that it gave to that answer."
     figure = _figure(8, 1 + 1.62 * rows, [run], "most confident mistakes on the test set", caption)
-    axes = figure.subplots()  # one pair for all: a pair for each costs more than all that is drawn into them
-    axes.set_axis_off()
-    for number, (image, mistake) in enumerate(zip(images, mistakes, strict=True)):
-        left, top = 1.4 * (number % 5), 1.48 * (number // 5)
-        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(left, left + 1, top + 1, top))
+    for number, (image, mistake) in enumerate(zip(images, mistakes, strict=True), start=1):
+        axes = figure.add_subplot(rows, 5, number)
+        axes.set_axis_off()
+        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
         text = f"{names[mistake['label']]} → {names[mistake['prediction']]}\n{mistake['confidence']:.2%}"
-        axes.text(left + 0.5, top - 0.05, text, fontsize=9, ha="center", va="bottom")
-    axes.set(xlim=(-0.2, 6.8), ylim=(1.48 * rows - 0.43, -0.43))
+        axes.set_title(text, fontsize=9)
     return figure
 
 
 def _figure(width: float, height: float, runs: Sequence[RunLog], what: str, caption: str = "") -> Figure:
     """Make an empty figure, in inches, with a title that names the data."""
     figure = Figure((width, height), dpi=150, layout="constrained")
-    name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    name = runs[0].path.resolve().name if len(runs) == 1 else f"{len(runs)} runs"
     data = " + ".join(dict.fromkeys(run.dataset for run in runs))
     colour = "#B00020" if "synthetic" in data else "black"
     data = data.replace("synthetic", "GENERATED DIGITS (NOT MNIST)")

@@ -17,8 +17,6 @@ from ddp_mnist.storage.directory import format_setting, translate_write_errors, 
 
 log = logging.getLogger(__name__)
 
-CURVES, CONFUSION, MISTAKES, PAGE = "curves.png", "confusion.png", "mistakes.png", "report.html"
-
 
 def try_to_draw(run_dir: Path, data_dir: Path) -> None:
     """Draw a finished run; warn where that fails: no picture is worth its exit code."""
@@ -37,38 +35,31 @@ def draw(run_dirs: Sequence[Path], *, output: Path | None = None, data_dir: Path
     """
     import jinja2  # like matplotlib only to draw
 
+    from ddp_mnist.report import figures
+
     runs = read_runs(run_dirs)
-    notes: list[str] = []
-    files = _draw_pictures(runs, data_dir, notes)
+    drawn, notes = {}, []
+    if measured := [run for run in runs if run.lines]:
+        drawn["curves.png"] = figures.curves_figure(measured)
+    score = runs[0].score if len(runs) == 1 else {}
+    if score.get("test/confusion"):
+        drawn["confusion.png"] = figures.confusion_figure(runs[0])
+    if score.get("test/mistakes"):
+        try:
+            drawn["mistakes.png"] = figures.mistakes_figure(runs[0], _test_images(runs[0], data_dir))
+        except JobError as error:
+            notes.append(f"{runs[0].path}: no picture of the mistakes. {error}")
+    files = {name: figures.png(figure) for name, figure in drawn.items()}
     source = Path(__file__).with_name("page.html.j2").read_text()
     template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     tools = {"base64": base64.b64encode, "setting": format_setting}
-    files[PAGE] = template.render(tools, runs=runs, table=comparison(runs), pictures=files, notes=notes).encode()
+    page = template.render(tools, runs=runs, table=comparison(runs), pictures=files, notes=notes)
+    files["report.html"] = page.encode()
     with translate_write_errors(output or (runs[0].path if len(runs) == 1 else Path("report"))) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in {CURVES, CONFUSION, MISTAKES} - files.keys() if len(runs) == 1 else ():
-            (folder / name).unlink(missing_ok=True)  # of a run that --fresh has set aside
         for name, content in files.items():
             write_atomic(folder / name, content)
     return [*notes, *(f"wrote {folder / name}" for name in files)]
-
-
-def _draw_pictures(runs: Sequence[RunLog], data_dir: Path | None, notes: list[str]) -> dict[str, bytes]:
-    """Return the pictures for which there are numbers; add to `notes` where the mistakes have no images."""
-    from ddp_mnist.report import figures
-
-    drawn = {}
-    if measured := [run for run in runs if run.lines]:
-        drawn[CURVES] = figures.curves_figure(measured)
-    score = runs[0].score if len(runs) == 1 else {}
-    if score.get("test/confusion"):
-        drawn[CONFUSION] = figures.confusion_figure(runs[0])
-    if score.get("test/mistakes"):
-        try:
-            drawn[MISTAKES] = figures.mistakes_figure(runs[0], _test_images(runs[0], data_dir))
-        except JobError as error:
-            notes.append(f"{runs[0].path}: no picture of the mistakes. {error}")
-    return {name: figures.png(figure) for name, figure in drawn.items()}
 
 
 def _test_images(run: RunLog, data_dir: Path | None) -> Any:
@@ -77,11 +68,8 @@ def _test_images(run: RunLog, data_dir: Path | None) -> Any:
         raise JobError(f"This command has no images of the data set {run.dataset}.")
     own = Path(run.settings.get("data_dir", ""))
     root = data_dir or (own if own.is_dir() else default_data_dir())
-    images, labels = mnist.read_split(run.dataset, root, "test", fetch=False)
-    rows, expected = zip(*((each["index"], each["label"]) for each in run.score["test/mistakes"]), strict=True)
-    if max(rows) >= len(labels) or labels[[*rows]].tolist() != [*expected]:
-        raise JobError("The test images found are not those that the run was scored on. Name theirs with --data-dir.")
-    return images[[*rows]]
+    images, _ = mnist.read_split(run.dataset, root, "test", fetch=False)
+    return images[[mistake["index"] for mistake in run.score["test/mistakes"]]]
 
 
 @entry_point

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +17,23 @@ CAUSES = (*RESUME_FIELDS, "recipe", "mixed_precision", "compile", "max_steps")
 
 @dataclass(frozen=True)
 class RunLog:
-    """The files of one run; {} or [] where there is nothing yet."""
+    """What the files of one run say so far."""
 
     path: Path
-    name: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # {}, as also the other dictionaries, where there is nothing yet
     settings: dict[str, Any]
     dataset: str
     summary: dict[str, Any]
     lines: list[dict[str, Any]]  # of metrics.jsonl, and the last test score where summary.json alone has it
-
-    @property
-    def step(self) -> int | None:
-        """Return the newest step that is known."""
-        return self.summary.get("steps", self.lines[-1]["step"] if self.lines else None)
-
-    @property
-    def score(self) -> dict[str, Any]:
-        """Return the line with the newest test score; {} before the first."""
-        return next((line for line in reversed(self.lines) if "test/loss" in line), {})
+    step: int | None  # the newest that is known
+    score: dict[str, Any]  # the line with the newest test score
 
     @property
     def state(self) -> str:
         """Return how the run has ended, or that this is not known."""
         if self.summary:
             return "finished" if self.summary.get("finished") else f"stopped: {self.summary.get('stop_reason')}"
-        return "no summary yet" if self.config or self.lines else "not started"
+        return "no summary yet" if self.settings or self.lines else "not started"
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return the steps and values of the lines that have the key."""
@@ -57,21 +47,20 @@ def read_runs(paths: Sequence[Path]) -> list[RunLog]:
     for path, run in zip(paths, runs, strict=True):
         if not path.is_dir() or (len(runs) == 1 and run.state == "not started"):
             raise JobError(f"{path} is not a run directory of ddp_mnist. Name what training was given as --output-dir.")
-    runs.sort(key=lambda run: (run.score.get("test/loss") or math.inf, run.name))  # where there is no accuracy
+    runs.sort(key=lambda run: run.score.get("test/loss") or math.inf)  # where there is no accuracy
     return sorted(runs, key=lambda run: -(run.score.get("test/accuracy") or 0))
 
 
 def _read_run(path: Path) -> RunLog:
     config, summary, lines = read_json(path / CONFIG), read_json(path / SUMMARY), _read_metrics(path / METRICS)
-    settings = config.get("settings")
-    if not isinstance(settings, dict):  # another program's, or damaged
-        config, settings = {}, {}
-    dataset = settings.get("dataset") or summary.get("dataset") or "unknown data"
-    run = RunLog(path, path.resolve().name, config, settings, dataset, summary, lines)
-    if summary.get("test_loss") is not None and run.score.get("step") != run.step:  # --max-steps within an epoch
+    settings = config.get("settings", {})
+    step = summary.get("steps", lines[-1]["step"] if lines else None)
+    score: dict[str, Any] = next((line for line in reversed(lines) if "test/loss" in line), {})
+    if summary.get("test_loss") is not None and score.get("step") != step:  # --max-steps within an epoch
         score = {name.replace("_", "/", 1): value for name, value in summary.items() if name.startswith("test_")}
-        lines.append({"step": run.step} | score)
-    return run
+        score["step"] = step
+        lines.append(score)
+    return RunLog(path, config, settings, settings.get("dataset", "unknown data"), summary, lines, step, score)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -80,11 +69,10 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         for row in path.read_bytes().split(b"\n")[:-1]:  # what follows the last line's end is half written
             line = json.loads(row)
             lines.append(line | {"step": int(line["step"])})
-    except OSError as error:
-        if path.exists():
-            raise JobError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise JobError(f"{path} is damaged: line {len(lines) + 1} is not a JSON object with step.") from error
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise JobError(f"{path}: line {len(lines) + 1} is damaged or cannot be read: {error}.") from error
     return lines
 
 
@@ -93,12 +81,11 @@ def comparison(runs: Sequence[RunLog]) -> list[list[str]]:
     known = [run.settings for run in runs if run.settings]
     names = [name for name in CAUSES if len({json.dumps(each.get(name)) for each in known}) > 1]
     rows = [["run", "test accuracy", "test loss", "steps", *(name.replace("_", "-") for name in names), "state"]]
-    counts = Counter(run.name for run in runs)
     for run in runs:
-        label = run.name if counts[run.name] == 1 else str(run.path)
         accuracy, loss = run.score.get("test/accuracy"), run.score.get("test/loss")
         scores = ["-" if accuracy is None else f"{accuracy:.2%}", "-" if loss is None else f"{loss:.4f}"]
-        rows.append([label, *scores, *map(format_setting, [run.step, *map(run.settings.get, names)]), run.state])
+        settings = map(format_setting, [run.step, *map(run.settings.get, names)])
+        rows.append([str(run.path), *scores, *settings, run.state])
     return rows
 
 

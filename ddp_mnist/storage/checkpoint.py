@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import re
-import secrets
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -45,10 +44,8 @@ NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 TEMPORARY = ".tmp-"
 DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, SafetensorError)
 """Exceptions of reading a damaged checkpoint; a disk that does not answer raises another OSError."""
-MAX_SHARE_OF_TIME = 0.01
-"""An epoch ends with an automatic checkpoint if saving takes at most this share of the time since the last one."""
-MAX_SECONDS = 600.0
-"""After so long without one, an automatic checkpoint is due within an epoch too."""
+MAX_SHARE_OF_TIME = 0.01  # an epoch ends with an automatic checkpoint if that takes at most this share of the time
+MAX_SECONDS = 600.0  # after so long without one, an automatic checkpoint is due within an epoch too
 
 
 @dataclass
@@ -135,10 +132,11 @@ class Checkpoints:
         contents = {
             MODEL: safetensors.torch.save(values.pop("weights")),
             OPTIMIZER: safetensors.torch.save(values.pop("optimizer")),
-            STATE: _json(values),
+            STATE: directory.format_json(values).encode(),
         }
-        contents[MANIFEST] = _json({name: _fingerprint(content) for name, content in contents.items()})
-        temporary = self._temporary(target)
+        manifest = {name: _fingerprint(content) for name, content in contents.items()}
+        contents[MANIFEST] = directory.format_json(manifest).encode()
+        temporary = target.with_name(TEMPORARY + target.name)
         try:
             temporary.mkdir()
             for name, content in contents.items():
@@ -150,15 +148,15 @@ class Checkpoints:
         directory.sync_directory(self.folder)
         for old in map(self.path, self.steps()[: -self.keep]):
             # Renamed first, so that a kill in between leaves no half checkpoint.
-            shutil.rmtree(old.rename(self._temporary(old)), ignore_errors=True)
+            shutil.rmtree(old.rename(old.with_name(TEMPORARY + old.name)), ignore_errors=True)
 
-    def newest(self) -> Snapshot | None:
-        """Return the newest checkpoint that verifies, or None. Set damaged ones aside, with a warning.
+    def newest(self, *, read_only: bool = False) -> Snapshot | None:
+        """Return the newest checkpoint that verifies, or None. Warn of damaged ones, and set them aside.
 
-        Raises:
-            OSError: The disk does not answer; the checkpoint may be whole.
+        `read_only`: the run may be going on, so leave everything where it is. Raises JobError: the disk does not
+        answer; the checkpoint may be whole.
         """
-        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+        for leftover in () if read_only else self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         paths = list(map(self.path, self.steps()))
         while paths:
@@ -166,13 +164,14 @@ class Checkpoints:
             try:
                 return read(path)
             except DAMAGE as error:
-                aside = path.rename(directory.make_new(path.with_name(f"damaged-{path.name}")))
-                next_one = f"using {paths[-1].name}" if paths else "there is none before it: starting over"
-                log.warning("%s is damaged (%s); set aside as %s, %s.", path, error, aside.name, next_one)
+                then = f"using {paths[-1].name}" if paths else "there is none before it: the run starts over"
+                if not read_only:
+                    aside = path.rename(directory.make_new(path.with_name(f"damaged-{path.name}")))
+                    then = f"set aside as {aside.name}, {then}"
+                log.warning("%s is damaged (%s); %s.", path, error, then)
+            except OSError as error:
+                raise JobError(f"{path} cannot be read: {error}.") from error
         return None
-
-    def _temporary(self, path: Path) -> Path:
-        return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
 
 
 def read(path: Path) -> Snapshot:
@@ -196,10 +195,6 @@ def _fingerprint(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()
-
-
 class Saver:
     """Saves the state of a run: position, weights, optimizer and loss scaler. Every rank owns one; rank 0 writes."""
 
@@ -220,22 +215,22 @@ class Saver:
         if self.state.step_in_epoch == self.metrics.steps_per_epoch:
             return  # the last step of an epoch is saved after scoring
         if self.config.checkpoint_every:
-            due = self.state.step % self.config.checkpoint_every == 0
-            if due:
-                self.metrics.sync()
+            if self.state.step % self.config.checkpoint_every:
+                return
+            self.metrics.sync()
         else:
             # Rank 0 decides by its own clock, and the others do not hear of it: this save must need no collective. So
             # it waits while losses are still to be summed over the ranks.
             since = time.monotonic() - self._last_save
             due = since >= MAX_SECONDS or (epoch_end and self._cost <= MAX_SHARE_OF_TIME * since)
-            due = due and not self.metrics.unread
-        if due and self.context.is_main:
+            if self.metrics.unread or not due:
+                return
+        if self.context.is_main:
             try:
                 self._save()
             except JobError as error:
                 log.warning("%s", error)
-        if due:
-            self.metrics.resume_timer()
+        self.metrics.resume_timer()
 
     def save(self) -> None:
         """Save now, at a stop or at the end. Collective. Raises: JobError, on all ranks."""
@@ -251,7 +246,7 @@ class Saver:
             kept = f"The one of step {steps[-1]} is kept." if steps else "There is none before it."
             raise JobError(
                 f"the checkpoint of step {self.state.step} could not be saved ({error}). {kept}",
-                stop_reason=error.stop_reason if isinstance(error, JobError) else "save_failed",
+                stop_reason=getattr(error, "stop_reason", "save_failed"),
             ) from error
         finally:
             self._last_save = time.monotonic()
@@ -284,8 +279,7 @@ class Saver:
 def restore(train_step: TrainStep, snapshot: Snapshot) -> None:
     """Give the optimizer and the loss scaler their saved state. The network has its weights already.
 
-    Raises:
-        UsageError: The run was trained by another optimizer.
+    Raises UsageError: the run was trained by another optimizer.
     """
     values = dict(snapshot.optimizer_values)
     check_same(values.pop("identity"), train_step.optimizer_identity)
@@ -349,23 +343,14 @@ def open_saved(run_dir: Path) -> SavedRun:
     if config.has_user_data or directory.read_json(run_dir / directory.CONFIG).get("network"):
         raise JobError(f"{run_dir} is of a script with a network and data of its own: only that script can read it.")
     summary = directory.read_json(run_dir / directory.SUMMARY)
-    if summary.get("test_count") is None:
-        summary = {}  # then `model.safetensors` may be from an earlier stop, and a checkpoint is at least as new
     network, path = CNN(widths=config.widths), run_dir / directory.WEIGHTS
-    if not (summary and path.exists()):
+    if summary.get("test_count") is None or not path.exists():
+        summary = {}  # then `model.safetensors` may be from an earlier stop, and a checkpoint is at least as new
         checkpoints = Checkpoints(run_dir, config.keep_checkpoints)
-        for checkpoint in map(checkpoints.path, reversed(checkpoints.steps())):
-            try:
-                snapshot = read(checkpoint)
-                network.load_state_dict(snapshot.weights)
-            except (OSError, RuntimeError, *DAMAGE) as error:
-                log.warning("%s is damaged (%s); looking at the one before it.", checkpoint, error)
-                continue
-            return SavedRun(config, network, checkpoint, snapshot.state.step, {})
+        if snapshot := checkpoints.newest(read_only=True):
+            network.load_state_dict(snapshot.weights)
+            return SavedRun(config, network, checkpoints.path(snapshot.state.step), snapshot.state.step, {})
     if not path.exists():
-        raise JobError(
-            f"{run_dir} holds no weights yet: neither {directory.WEIGHTS} nor a checkpoint that verifies. Wait for its "
-            "first checkpoint, or continue the run."
-        )
+        raise JobError(f"{run_dir} holds no weights yet. Wait for its first checkpoint, or continue the run.")
     load_weights(network, path, of_run=True)
     return SavedRun(config, network, path, summary.get("steps"), summary)

@@ -31,8 +31,7 @@ SUMMARY = "summary.json"
 WEIGHTS = "model.safetensors"
 WANDB = "wandb"
 WANDB_STATE = "wandb.json"
-PATIENCE = 60.0
-"""Seconds that a job waits for another one to leave the run directory."""
+PATIENCE = 60.0  # seconds that a job waits for another one to leave the run directory
 
 
 def create(config: TrainConfig) -> Path:
@@ -85,13 +84,14 @@ def lock(path: Path, patience: float = PATIENCE) -> filelock.BaseFileLock | None
 
 
 def start_over(path: Path) -> None:
-    """Set aside what a run has left in the directory; delete nothing. Raises: OSError."""
-    names = (CHECKPOINTS, METRICS, SUMMARY, WEIGHTS, CONFIG, WANDB, WANDB_STATE)
-    present = [path / name for name in names if (path / name).exists()]
+    """Set aside what a run has left in the directory; delete nothing. Raises: JobError."""
+    names = (CHECKPOINTS, METRICS, SUMMARY, WEIGHTS, CONFIG, WANDB, WANDB_STATE, "report.html")
+    present = [*(path / name for name in names if (path / name).exists()), *path.glob("*.png")]
     if present:
-        aside = make_new(path / f"old-{time.strftime('%Y%m%d-%H%M%S')}")
-        for item in present:
-            item.rename(aside / item.name)
+        with translate_write_errors(path):
+            aside = make_new(path / f"old-{time.strftime('%Y%m%d-%H%M%S')}")
+            for item in present:
+                item.rename(aside / item.name)
 
 
 def read_settings(path: Path) -> TrainConfig:
@@ -159,14 +159,14 @@ def sync_directory(path: Path) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write the object, a line for each entry. Raises: OSError."""
-    write_atomic(path, (_pretty(finite(value)) + "\n").encode())
+    write_atomic(path, (format_json(finite(value)) + "\n").encode())
 
 
-def _pretty(value: Any, indent: str = "  ") -> str:
+def format_json(value: Any, indent: str = "  ") -> str:
     """Return JSON with one line for a whole list: a confusion matrix has 100 numbers."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value)
-    lines = (f"{indent}{json.dumps(key)}: {_pretty(entry, indent + '  ')}" for key, entry in value.items())
+    lines = (f"{indent}{json.dumps(key)}: {format_json(entry, indent + '  ')}" for key, entry in value.items())
     return "{\n" + ",\n".join(lines) + "\n" + indent[2:] + "}"
 
 

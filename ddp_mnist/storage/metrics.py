@@ -20,7 +20,7 @@ from copy import copy
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ from ddp_mnist.errors import JobError
 from ddp_mnist.storage import directory
 
 if TYPE_CHECKING:
-    from io import FileIO
-
     from ddp_mnist.data.batches import Batches
     from ddp_mnist.distributed.context import Context
     from ddp_mnist.evaluate import Score
@@ -42,8 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_CLASSES = 100
-"""With more, confusion matrices and values of single classes stay out of files, pictures and W&B."""
+MAX_CLASSES = 100  # with more, the values of single classes stay out of files, pictures and W&B
+LINES_BYTES = 2**24  # of the memory in which lines of metrics.jsonl wait that a full disk has refused
 
 
 class Metrics:
@@ -55,9 +53,7 @@ class Metrics:
         self._started = self._resumed = time.perf_counter()
         self.unread: list[tuple[Tensor, Tensor, int]] = []
         """Loss, correct predictions and global batch of each step that has not been read from the device."""
-        self._file: FileIO | None = None
-        self._unwritten = b""
-        """Lines of metrics.jsonl that a full disk has refused so far."""
+        self._file: BinaryIO | None = None
         self._bar: Any = None
 
     def open(self, batches: Batches, test_images: int, train_step: TrainStep, *, network: str | None = None) -> None:
@@ -78,7 +74,7 @@ class Metrics:
             directory.write_json(path, content | provenance(self.context.world_size))
         expected = self.run.snapshot.metrics_bytes if self.run.snapshot else 0
         with directory.translate_write_errors(self.run.path / directory.METRICS) as path:
-            self._file = path.open("ab", buffering=0)
+            self._file = path.open("ab", buffering=LINES_BYTES)
             found = path.stat().st_size
             self._file.truncate(min(expected, found))
         if found < expected:
@@ -90,7 +86,8 @@ class Metrics:
         """Close what `open` has opened."""
         for each in (self._bar, self._file):
             if each is not None:
-                each.close()
+                with suppress(OSError):  # the disk is full to the end
+                    each.close()
 
     def resume_timer(self) -> None:
         """Count time as training time from now on. What has passed since `_stop_timer` (a score, a save) is dropped."""
@@ -166,17 +163,12 @@ class Metrics:
                 record |= {"test/class_accuracy": score.class_accuracy(), "test/confusion": confusion}
         state.interval_loss, state.interval_correct, state.interval_images = 0.0, 0, 0
         if self._file is not None:
-            self._unwritten += (json.dumps(directory.finite(record)) + "\n").encode()
             try:
-                self._write(self._file)
+                self._file.write((json.dumps(directory.finite(record)) + "\n").encode())
+                self._file.flush()
             except OSError as error:
                 log.warning("%s: %s; its lines are kept in memory and tried again.", self._file.name, error.strerror)
             self._show(record)
-
-    def _write(self, file: FileIO) -> None:
-        while self._unwritten:
-            # A disk that fills up takes a part of a line; the rest follows when there is room.
-            self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
     def _speed(self) -> dict[str, Any]:
         """Return this attempt's speed since the last line, with each rank's seconds a step. Collective."""
@@ -199,7 +191,7 @@ class Metrics:
     def metrics_bytes(self) -> int:
         """Return the length of metrics.jsonl so far, flushed to disk, on rank 0. Raises: OSError."""
         assert self._file is not None
-        self._write(self._file)
+        self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
@@ -311,9 +303,8 @@ def _count(number: int, noun: str) -> str:
 
 def provenance(world_size: int) -> dict[str, Any]:
     """Return `versions`, `git` (None outside a checkout) and `launch` of a job of `world_size` ranks."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("ddp_mnist", "torch", "torchvision", "accelerate", "numpy", "safetensors", "wandb"):
-        versions[name] = None
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     # The values of --...key, --token=... and the like are not saved.

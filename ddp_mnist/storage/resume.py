@@ -59,16 +59,16 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
     if holder is not None:
         stack.callback(holder.release)
-    try:
-        if config.fresh:
-            directory.start_over(path)
-        snapshot = Checkpoints(path, config.keep_checkpoints).newest()
-    except OSError as error:
-        raise JobError(f"{path} cannot be used: {error}.") from error
+    if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun's first start
+        directory.start_over(path)
+    snapshot = Checkpoints(path, config.keep_checkpoints).newest()
     summary = directory.read_json(path / directory.SUMMARY)
     config = config.replace(output_dir=path, init_from=config.init_from and config.init_from.resolve())
     if snapshot is not None:
-        config = _as_saved(config, snapshot)
+        dataset = str(snapshot.config["dataset"])
+        if config.dataset == "auto" and not dataset.startswith(USER_DATA_PREFIX):
+            config = config.replace(dataset=dataset)  # on which the run has decided
+        check_identity(snapshot, config)
         complete = summary.get("finished") and (path / directory.WEIGHTS).exists()
         if complete and snapshot.state.epoch >= config.epochs:
             return Run(path, config, snapshot.state, snapshot, summary)
@@ -81,36 +81,30 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     return Run(path, config, snapshot.state if snapshot else TrainState(), snapshot)
 
 
-def _as_saved(config: TrainConfig, snapshot: Snapshot) -> TrainConfig:
-    """Return the settings, with the data set on which the run has decided. Raises UsageError: it is another run."""
-    dataset = str(snapshot.config["dataset"])
-    if dataset.startswith(USER_DATA_PREFIX) and dataset != config.dataset:
-        raise UsageError(
-            f"{config.output_dir} holds a run on other data, of a script with data of its own: start that script "
-            f"again, with a seed for whatever draws or splits them, {OTHERWISE}"
-        )
-    if config.dataset == "auto":
-        config = config.replace(dataset=dataset)
-    check_identity(snapshot, config)
-    return config
-
-
 def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
     """Refuse to continue a run as another one. Raises: UsageError naming the field and both values."""
     now = config.to_dict()
     is_adam = snapshot.optimizer_values["identity"]["class"].startswith("ddp_mnist.")
-    for name in RESUME_FIELDS if is_adam else set(RESUME_FIELDS) - {"lr", "beta2"}:  # the script's has its own
+    for name in RESUME_FIELDS:
         was, is_ = snapshot.config.get(name), now[name]
         more_epochs = name == "epochs" and config.schedule == "constant" and is_ > was
-        if was != is_ and not more_epochs:
-            flag = f"--{name.replace('_', '-')}"
-            old = f"no {flag}" if was is None else f"{flag} {directory.format_setting(was)}"
-            new = "has none" if is_ is None else f"says {directory.format_setting(is_)}"
-            hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
+        unused = name in ("lr", "beta2") and not is_adam  # the script's optimizer has its own
+        if was == is_ or more_epochs or unused:
+            continue
+        if str(was).startswith(USER_DATA_PREFIX):
             raise UsageError(
-                f"{config.output_dir} holds a run with {old}; this command {new}{hint}. "
-                f"Continue it with {old}, {OTHERWISE}"
+                f"{config.output_dir} holds a run on other data, of a script with data of its own: start that script "
+                f"again, with a seed for whatever draws or splits them, {OTHERWISE}"
             )
+        flag = f"--{name.replace('_', '-')}"
+        old, new = (
+            f"no {flag}" if value is None else f"{flag} {directory.format_setting(value)}" for value in (was, is_)
+        )
+        hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
+        raise UsageError(
+            f"{config.output_dir} holds a run with {old}; this command has {new}{hint}. "
+            f"Continue it with {old}, {OTHERWISE}"
+        )
 
 
 def continue_command(config: TrainConfig, context: Context, workload: Workload) -> str:
@@ -124,7 +118,7 @@ def continue_command(config: TrainConfig, context: Context, workload: Workload) 
     changes = [
         f"{name}={str(value) if isinstance(value, Path) else value!r}"
         for name in ("fresh", "output_dir", "lr", "init_from", "max_steps")
-        if (value := getattr(config, name)) != getattr(asked, name) and not (name == "lr" and workload.optimizer)
+        if (value := getattr(config, name)) != getattr(asked, name)
     ]
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import configparser
 import contextlib
-import importlib.util
 import json
 import logging
 import netrc
@@ -18,9 +17,9 @@ import shlex
 import ssl
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,37 +44,29 @@ class Mode:
     why: str = ""  # the reason, where it is not simply what was asked for
     surprising: bool = False  # the user has asked for something else
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}" if self.why else self.name
+
 
 def decide(config: TrainConfig) -> Mode:
     """Return where to mirror to: what is asked for, or offline without a key or a server. Takes up to PROBE_SECONDS."""
     asked: str = config.wandb
     if asked == "auto":
         asked = (os.environ.get("WANDB_MODE") or _setting("mode") or "auto").lower()
-    if asked not in ("auto", "online", "offline", "disabled"):
-        return Mode("disabled", f"WANDB_MODE is {asked}; expected online, offline or disabled", surprising=True)
-    spec = importlib.util.find_spec("wandb")
-    if asked != "disabled" and (spec is None or spec.origin is None):  # no origin: a folder that wandb left in a run
-        return Mode("disabled", "wandb is not installed", surprising=asked != "auto")
     if asked in ("disabled", "offline"):
         return Mode(asked)
+    if asked not in ("auto", "online"):
+        return Mode("disabled", f"WANDB_MODE is {asked}; expected online, offline or disabled", surprising=True)
     error = credentials_error() or server_error()
     return Mode("offline", error, surprising=asked == "online") if error else Mode("online")
-
-
-def _home(otherwise: Path) -> Path:
-    """Return the user's home, or `otherwise` in a container that has neither HOME nor a name for the user."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return otherwise
 
 
 def _setting(name: str) -> str | None:
     """Return what wandb's settings files say: the one in this folder (`wandb disabled`) before the user's (`login`)."""
     settings = configparser.ConfigParser(interpolation=None)
-    folders = os.environ.get("WANDB_CONFIG_DIR") or _home(Path()) / ".config/wandb", os.environ.get("WANDB_DIR") or ""
+    user = os.environ.get("WANDB_CONFIG_DIR") or Path(os.environ.get("HOME", ""), ".config", "wandb")
     with contextlib.suppress(configparser.Error, UnicodeDecodeError):
-        settings.read([Path(folders[0], "settings"), Path(folders[1], "wandb", "settings")])
+        settings.read([Path(user, "settings"), Path(os.environ.get("WANDB_DIR", ""), "wandb", "settings")])
     return settings.get("default", name, fallback=None)
 
 
@@ -92,7 +83,7 @@ def credentials_error() -> str | None:
         return None
     _, host = _server()
     with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        if netrc.netrc(os.environ.get("NETRC") or _home(Path()) / ".netrc").authenticators(host):
+        if netrc.netrc(os.environ.get("NETRC") or Path(os.environ.get("HOME", ""), ".netrc")).authenticators(host):
             return None
     return f"no key for {host} (WANDB_API_KEY, or `wandb login`)"
 
@@ -100,30 +91,23 @@ def credentials_error() -> str | None:
 def server_error() -> str | None:
     """Return why the W&B server cannot be used, or None. Takes up to PROBE_SECONDS."""
     scheme, host = _server()
-    error: str | None = f"{host} does not answer within {PROBE_SECONDS:g} s"
-
-    def probe() -> None:
-        nonlocal error
-        try:
-            urllib.request.urlopen(f"{scheme}://{host}", timeout=PROBE_SECONDS).close()
-            error = None
-        except Exception as raised:  # an address that is none, and whatever else lies at a port
-            reason = getattr(raised, "reason", raised)
-            # A 404 is an answer, too; and wandb may know a certificate that Python does not.
-            is_there = isinstance(raised, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError)
-            error = None if is_there else f"{host} cannot be reached ({reason})"
-
-    thread = threading.Thread(target=probe, daemon=True)  # looking up a name has no time limit of its own
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return error
+    # In a thread, as looking up a name has no time limit of its own.
+    answer = ThreadPoolExecutor(1).submit(urllib.request.urlopen, f"{scheme}://{host}", timeout=PROBE_SECONDS)
+    try:
+        answer.result(PROBE_SECONDS).close()
+    except urllib.error.HTTPError:  # a 404 is an answer, too
+        return None
+    except Exception as error:  # an address that is none, and whatever else lies at a port
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):  # wandb may know a certificate that Python does not
+            return f"{host} cannot be reached ({str(reason) or 'no answer'})"
+    return None
 
 
 class Mirror(contextlib.AbstractContextManager["Mirror"]):
     """The mirror's process as rank 0 sees it; on other ranks nothing. No method raises."""
 
     def __init__(self, config: TrainConfig, *, is_main: bool) -> None:
-        """Decide where to mirror to. Takes up to PROBE_SECONDS."""
         self.mode = decide(config) if is_main else Mode("disabled")  # after `wait` as it turned out
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -145,14 +129,12 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
                 self._process = self._start()
         except OSError as error:
             self.mode = Mode("disabled", f"the mirror could not be started ({error})", surprising=True)
-        why = f": {self.mode.why}" if self.mode.why else ""
-        where = self.mode.name + why if why else ""
+        text = str(self.mode)
         if self.mode.name == "offline":
-            where = f"offline{why}; send it later with: {self._sync_command()}"
+            text += f"; send it later with: {self._sync_command()}"
         if self.mode.surprising:
-            log.warning("W&B is %s", where)
-            return ""
-        return where
+            log.warning("W&B is %s", text)
+        return "" if self.mode.surprising or text == "disabled" else text
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start the process. It also ends when its standard input closes, as it does when this process dies."""
@@ -161,11 +143,11 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
             "WANDB_ERROR_REPORTING": "false",  # without a network it would try for 10 s
             "WANDB_INIT_TIMEOUT": str(INIT_SECONDS),
             "WANDB_DATA_DIR": str(folder),  # files that `wandb sync` sends later; a home may be read-only
+            "HOME": str(folder),  # in a container that has none
         }
         given = {name: value for name, value in os.environ.items() if value or not name.startswith("WANDB_")}
         ours = {
             "WANDB_MODE": self.mode.name,
-            "HOME": str(_home(folder)),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it finds its modules where this process did
         }
         with (folder / LOG).open("ab") as output:
@@ -202,7 +184,6 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         state = directory.read_json(self.folder.parent / directory.WANDB_STATE)
         self.mode = Mode(state.get("mode", "disabled"))
         if problem:
-            problem = state.get("problem", problem)
             advice = "" if self.mode.name == "disabled" else f" Send what wandb has with: {self._sync_command()}"
             return f"W&B: {problem} (see {self.folder / LOG}); metrics.jsonl has everything.{advice}"
         if self.mode.name == "offline":

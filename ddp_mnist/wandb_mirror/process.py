@@ -24,32 +24,26 @@ from ddp_mnist.wandb_mirror.mirror import PATIENCE
 log = logging.getLogger(__name__)
 
 START_SECONDS = 300.0  # for wandb's service to start: a training on every core leaves it little CPU
-LOCK_SECONDS = START_SECONDS + 180.0  # for the mirror of a killed attempt to end: wandb's limits, added up
 POLL_SECONDS = 0.5
 FLUSH_SECONDS = 0.1  # until wandb has a line on the disk, where it outlives a kill; wandb's default is 15
 
 
-def main() -> int:
-    """Mirror a run until it ends. Return the exit code: 0 if everything went to the server, or to the disk."""
+def main() -> None:
+    """Mirror a run until it ends. A failure is raised: a traceback in mirror.log, and exit code 1."""
     for name in ("HUP", "USR1", "XCPU", "USR2", "INT", "TERM"):  # `scancel` signals every process
         signal.signal(signal.Signals["SIG" + name], signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     mode, run_id, run_dir = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     end: dict[str, Any] = {}
+    # Until this process ends. The mirror of a killed attempt may take as long as all of wandb's limits.
+    _lock = directory.lock(run_dir / directory.WANDB, START_SECONDS + 180)
     try:
-        _lock = directory.lock(run_dir / directory.WANDB, LOCK_SECONDS)  # until this process ends
-        try:
-            mirror(run_dir, run_id, mode, end)
-        except Exception:  # signals to every process, as SLURM sends them, end wandb's service
-            log.exception("once more")
-            with contextlib.suppress(Exception):
-                wandb.teardown()
-            mirror(run_dir, run_id, mode, end)
-    except Exception as error:
-        log.exception("the mirror has failed")
-        note(run_dir, run_id, problem=f"{type(error).__name__}: {error}")
-        return 1
-    return 0
+        mirror(run_dir, run_id, mode, end)
+    except Exception:  # signals to every process, as SLURM sends them, end wandb's service
+        log.exception("once more")
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        mirror(run_dir, run_id, mode, end)
 
 
 def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
@@ -73,9 +67,7 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
     summary = directory.read_json(run_dir / directory.SUMMARY) | {"wandb_mode": mode}
     run.summary.update({key: value for key, value in summary.items() if not isinstance(value, list)})
     if run.config["settings"].get("wandb_model") and summary.get("finished"):
-        model = wandb.Artifact(f"model-{run_id}", type="model", metadata={"test_accuracy": summary["test_accuracy"]})
-        model.add_file(str(run_dir / directory.WEIGHTS))
-        run.log_artifact(model)
+        run.log_model(run_dir / directory.WEIGHTS, f"model-{run_id}")
     if end["preempted"]:
         run.mark_preempting()
     run.finish(exit_code=end["exit_code"])
@@ -85,9 +77,8 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
 def wait_for_end(end: dict[str, Any], seconds: float) -> bool:
     """Wait up to `seconds` for the end of the training. Return True if it has come; `end` then says how."""
     if not end and select.select([sys.stdin], [], [], seconds)[0]:
-        end.update(preempted=False, exit_code=1)  # of a training that was killed and could not say it
-        with contextlib.suppress(ValueError):
-            end.update(json.loads(sys.stdin.readline()))  # it stays open while a loader's process has it
+        said = sys.stdin.readline()  # nothing, if the training was killed
+        end.update(json.loads(said) if said else {"preempted": False, "exit_code": 1})
     return bool(end)
 
 
@@ -164,4 +155,4 @@ def media(record: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -233,7 +233,7 @@ class NoLength(Dataset[Any]):
         (Items(lambda row: (torch.zeros(4), {"box": 1})), "a target is a dict; expected a tensor or a number"),
         (Items(lambda row: (torch.zeros(4), 3)), "there is a label 3; the network tells 3 classes apart"),
         (Items(lambda row: (torch.zeros(4), 3 if row == 9 else 0)), "there is a label 3"),
-        (Items(lambda row: (torch.zeros(4), 0.5)), "expects a class, an integer. Give a `loss` of your own"),
+        (Items(lambda row: (torch.zeros(4), 0.5)), "a class, an integer. Give a `loss` of your own"),
         (
             Items(lambda row: point(row) if row != 10 else [][row]),
             "item 10 could not be made.\nTraceback(?s:.*)IndexErr",

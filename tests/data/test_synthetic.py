@@ -29,7 +29,7 @@ def test_both_splits_have_the_shapes_and_types_of_mnist_and_the_bytes_of_every_o
 
 
 def test_a_smaller_count_gives_the_first_of_the_same_images(train):
-    for count in (0, 1, 1500):
+    for count in (1, 1500):
         images, labels = make_digits("train", count=count)
         assert np.array_equal(images, train[0][:count])
         assert np.array_equal(labels, train[1][:count])

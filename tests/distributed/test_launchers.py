@@ -136,7 +136,7 @@ def test_torchrun_changes_nothing_also_where_it_restarts_the_ranks(
 ) -> None:
     (tmp_path / "train.py").write_text(KILLED_ONCE)
     line = f"torchrun --nproc-per-node 2 --max-restarts 1 --master-port {{port}} {tmp_path / 'train.py'}"
-    with faults.launch(line, *flags, "--checkpoint-every", 10, "--output-dir", tmp_path / "run") as job:
+    with faults.launch(line, *flags, "--fresh", "--checkpoint-every", 10, "--output-dir", tmp_path / "run") as job:
         (ended,) = job.wait()
     assert ended.code == 0, ended.err
     assert ended.out.count("Checking accuracy on test data") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,12 +24,16 @@ NAMESPACES = ("--net", "--uts", "--mount")
 BOOT = 'hostname "$0" && mount --bind "$1" /etc/hosts && echo booted && exec cat'
 HOSTS = "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {name}\n"
 TORCHRUN = "torchrun --nnodes 2 --nproc-per-node 1 --node-rank 0 --master-addr fd00::1 --master-port 29400"
-INTERFACE = """
-import os
+INTERFACES = """
+import json, os, sys
 from ddp_mnist.distributed.machine import choose_interface
 
-choose_interface()
-print(os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME"))
+before = dict(os.environ)
+for variables in json.loads(sys.argv[1]):
+    os.environ.clear()
+    os.environ.update(before | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"} | variables)
+    choose_interface()
+    print(os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME"))
 """
 HANDSHAKE = """
 import sys, time
@@ -186,25 +191,24 @@ def test_the_first_machine_leaves_last_and_soon_also_with_addresses_of_ipv6(
     jobs.succeeded(jobs.run_together([machine.inside(*command) for machine in machines], environments))
 
 
-@pytest.mark.parametrize(
-    ("machine", "variables", "expected"),
-    [
-        (0, {"MASTER_ADDR": "10.0.0.1"}, "eth0 =eth0"),  # its own address
-        (1, {"MASTER_ADDR": "10.0.0.1"}, "eth0 =eth0"),
-        (1, {"MASTER_ADDR": "fd00::1"}, "eth0 =eth0"),
-        (0, {"MASTER_ADDR": "machine1"}, "eth0 =eth0"),  # 127.0.1.1, but there is a default route
-        (1, {"MASTER_ADDR": "machine2"}, "None None"),  # and here is none
-        (1, {"MASTER_ADDR": "203.0.113.1"}, "None None"),
-        (1, {"MASTER_ADDR": "no.such.name.invalid"}, "None None"),
-        (0, {"MASTER_ADDR": "127.0.0.1"}, "None None"),  # started by hand, on one machine
-        (0, {"MASTER_ADDR": "10.0.0.1", "LOCAL_WORLD_SIZE": "2"}, "None None"),
-        (0, {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": ""}, "lo =eth0"),
-    ],
-)
-def test_the_interface_is_the_one_that_leads_to_the_first_machine(
-    machines: list[Machine], machine: int, variables: dict[str, str], expected: str
-) -> None:
+def test_the_interface_is_the_one_that_leads_to_the_first_machine(machines: list[Machine]) -> None:
     machines[0].ip("route", "replace", "default", "dev", "eth0")
-    command = machines[machine].inside(sys.executable, "-c", INTERFACE)
-    ended = jobs.run(command, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", **variables})
-    assert (ended.code, ended.out.strip()) == (0, expected), ended.err
+    first = [
+        ({"MASTER_ADDR": "10.0.0.1"}, "eth0 =eth0"),  # its own address
+        ({"MASTER_ADDR": "machine1"}, "eth0 =eth0"),  # 127.0.1.1, but there is a default route
+        ({"MASTER_ADDR": "127.0.0.1"}, "None None"),  # started by hand, on one machine
+        ({"MASTER_ADDR": "10.0.0.1", "LOCAL_WORLD_SIZE": "2"}, "None None"),
+        ({"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": ""}, "lo =eth0"),
+    ]
+    second = [
+        ({"MASTER_ADDR": "10.0.0.1"}, "eth0 =eth0"),
+        ({"MASTER_ADDR": "fd00::1"}, "eth0 =eth0"),
+        ({"MASTER_ADDR": "machine2"}, "None None"),  # and there is no default route
+        ({"MASTER_ADDR": "203.0.113.1"}, "None None"),
+        ({"MASTER_ADDR": "no.such.name.invalid"}, "None None"),
+    ]
+    for machine, cases in zip(machines, (first, second), strict=True):
+        variables, expected = zip(*cases, strict=True)
+        command = machine.inside(sys.executable, "-c", INTERFACES, json.dumps(variables))
+        ended = jobs.run(command)
+        assert (ended.code, ended.out.splitlines()) == (0, list(expected)), ended.err

@@ -136,7 +136,7 @@ def test_what_sbatch_says_is_passed_on(checkout: Path, run: Run, flags: list[str
     assert ended.err.startswith(message)
 
 
-@pytest.mark.parametrize("program", ["yours.py", "mine.py --epochs 3", "-m yours", "-m yours.job", "-m "])
+@pytest.mark.parametrize("program", ["yours.py", "mine.py --epochs 3", "-m yours", "-m yours.job"])
 def test_a_program_that_is_not_there_is_refused(checkout: Path, run: Run, program: str) -> None:
     ended = run(launch.check, f"--program={program}", "--", "--dataset", "synthetic")
     assert ended.code == 2

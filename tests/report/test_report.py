@@ -13,7 +13,6 @@ from typing import Any
 import jobs
 import numpy as np
 import pytest
-from conftest import write_digits
 from PIL import Image
 
 from ddp_mnist.config import USER_DATA_PREFIX
@@ -139,8 +138,9 @@ def test_the_confusion_matrix_shows_each_count_and_the_errors_in_colour(run: Pat
     assert weights[0, 3] < weights[0, 1] < weights[0, 2]  # of 0, 1 and 2 errors
     assert counts[9, 7] == counts[7, 9] and weights[9, 7] > weights[7, 9]
     shares = [f"{row[label] / sum(row):.1%}" for label, row in enumerate(CONFUSION)]
-    assert [label.get_text() for label in matrix.child_axes[0].get_yticklabels()] == shares
-    assert [label.get_text() for label in matrix.get_xticklabels()[::9]] == ["T-shirt/top", "Ankle boot"]
+    names = figures.class_names("fashion-mnist")
+    assert [label.get_text() for label in matrix.get_yticklabels()] == [*map("{}\n{}".format, names, shares)]
+    assert [label.get_text() for label in matrix.get_xticklabels()] == [*names]
     assert f"{counts.sum() - 819} of {counts.sum()} wrong" in figure.get_supxlabel()
 
 
@@ -155,14 +155,10 @@ def test_perfect_empty_and_many_classes_are_drawn(run: Path, counts: Any) -> Non
 
 def test_the_mistakes_have_their_images_classes_and_confidence(run: Path, tiny: Path) -> None:
     images = np.arange(7 * 784, dtype=np.uint8).reshape(7, 28, 28)
-    (axes,) = figures.mistakes_figure(read(run), images).axes
-    assert len({tuple(drawn.get_extent()) for drawn in axes.images}) == 7
-    for image, drawn, text, each in zip(images, axes.images, axes.texts, mistakes(tiny), strict=True):
+    for image, axes, each in zip(images, figures.mistakes_figure(read(run), images).axes, mistakes(tiny), strict=True):
         names = [figures.class_names("fashion-mnist")[each[key]] for key in ("label", "prediction")]
-        assert (np.asarray(drawn.get_array()) == image).all()
-        assert text.get_text() == f"{names[0]} → {names[1]}\n{100 * each['confidence']:.2f}%"
-        left, right, bottom, top = drawn.get_extent()
-        assert axes.viewLim.x0 <= left < right <= axes.viewLim.x1 and axes.viewLim.y1 < top < bottom < axes.viewLim.y0
+        assert (np.asarray(axes.images[0].get_array()) == image).all()
+        assert axes.get_title() == f"{names[0]} → {names[1]}\n{100 * each['confidence']:.2f}%"
 
 
 @pytest.mark.parametrize("is_set", [True, False])  # an empty variable is no variable
@@ -183,12 +179,10 @@ def test_a_run_that_is_going_is_drawn_as_far_as_it_is(run: Path, capsys: pytest.
     (run / "config.json").write_text(json.dumps({"settings": SETTINGS | {"dataset": "synthetic"}}))
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics(10)) + '{"step": 15, "epo')
     (run / "summary.json").unlink()
-    (run / "confusion.png").touch()  # of a run that was set aside
     assert main([str(run)]) == 0
     said, page = capsys.readouterr().out, page_of(run)
     assert said.splitlines() == [f"wrote {run / 'curves.png'}", f"wrote {run / 'report.html'}"]
     assert page.count("<img") == 1 and "no summary yet" in page and "Generated digits are not MNIST" in page
-    assert not (run / "confusion.png").exists()
 
 
 def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
@@ -205,26 +199,21 @@ def test_the_score_of_a_run_stopped_within_an_epoch_is_in_its_summary(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("images", "dataset", "why"),
+    ("dataset", "why"),
     [
-        (0, "fashion-mnist", "t10k-images-idx3-ubyte: missing"),
-        (12, "fashion-mnist", "not those that the run was scored on"),
-        (40, "fashion-mnist", "not those that the run was scored on"),
-        (0, f"{USER_DATA_PREFIX}12", "no images of the data set"),
+        ("fashion-mnist", "t10k-images-idx3-ubyte: missing"),
+        (f"{USER_DATA_PREFIX}12", "no images of the data set"),
     ],
 )
 def test_without_the_images_the_rest_is_drawn_and_the_page_says_why(
-    run: Path, monkeypatch: pytest.MonkeyPatch, images: int, dataset: str, why: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, why: str
 ) -> None:
     monkeypatch.setattr("socket.socket", lambda *_: pytest.fail("goes to the network"))
     (run / "config.json").write_text(json.dumps({"settings": SETTINGS | {"dataset": dataset}}))
     other = run.parent / "other"
-    if images:
-        labels = write_digits(other, 10, images) / "t10k-labels-idx1-ubyte"
-        labels.write_bytes(labels.read_bytes()[:8] + bytes(images))
     assert draw(run, data_dir=other) == ["curves.png", "confusion.png", "report.html"]
     assert "no picture of the mistakes" in page_of(run) and why in page_of(run)
-    assert other.exists() == (images > 0)
+    assert not other.exists()
 
 
 def test_runs_are_told_apart_by_name_settings_colour_and_style(run: Path, tmp_path: Path, tiny: Path) -> None:
@@ -235,7 +224,7 @@ def test_runs_are_told_apart_by_name_settings_colour_and_style(run: Path, tmp_pa
     assert [line.get_color() for line in trains] == [line.get_color() for line in tests]
     shown = [(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()]
     assert shown == [(line.get_color(), line.get_linestyle()) for line in tests]
-    assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == [other.name for other in others]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == [*map(str, others)]
     figure.draw_without_rendering()
 
 
@@ -245,16 +234,16 @@ def test_page_and_table_of_several_runs_have_the_best_first(
     lines = [line | ({"test/accuracy": 0.9987} if "test/accuracy" in line else {}) for line in metrics()]
     best = make_run(tmp_path / "best", tiny, lines, seed=1, wandb_name="x", threads=2)
     going = make_run(tmp_path / "going", tiny, metrics(10), summary={}, seed=2, compile=True)
-    (twin := tmp_path / "other" / "best").mkdir(parents=True)  # with nothing in it yet
+    (twin := tmp_path / "other" / "best").mkdir(parents=True)  # of the same name, with nothing in it yet
     paths = [run, going, twin, best]
     assert main([*map(str, paths), "--table"]) == 0
     head, *rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
     assert head == ["run", "test accuracy", "test loss", "steps", "seed", "compile", "state"]
     assert rows == [
         [str(best), "99.87%", "0.0500", "30", "1", "-", "finished"],
-        [NAME, "99.33%", "0.0500", "30", "0", "-", "finished"],
+        [str(run), "99.33%", "0.0500", "30", "0", "-", "finished"],
+        [str(going), "-", "-", "10", "2", "True", "no summary yet"],
         [str(twin), "-", "-", "-", "-", "-", "not started"],
-        ["going", "-", "-", "10", "2", "True", "no summary yet"],
     ]
     assert main([*map(str, paths)]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == ["wrote report/curves.png", "wrote report/report.html"]
@@ -282,9 +271,9 @@ def test_a_run_without_class_labels_has_the_curve_of_its_loss(
     rows = [re.split("  +", line)[:4] for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows[0][1] == "99.33%"
     assert rows[1:] == [
-        ["better", "-", "0.0100", "30"],
-        ["within", "-", "0.0200", "12"],
-        ["worse", "-", "0.0500", "30"],
+        [str(better), "-", "0.0100", "30"],
+        [str(within), "-", "0.0200", "12"],
+        [str(worse), "-", "0.0500", "30"],
     ]
     assert draw(worse, within, run, better, output=tmp_path / "all") == ["curves.png", "report.html"]
 
@@ -294,8 +283,8 @@ def test_a_run_without_class_labels_has_the_curve_of_its_loss(
     [
         ("", "", "is not a run directory of ddp_mnist"),
         ("config.json", '{"model_type": "bert"}', "is not a run directory of ddp_mnist"),
-        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl is damaged: line 2 "),
-        ("metrics.jsonl", "[1]\n\n", "metrics.jsonl is damaged: line 1 "),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl: line 2 is damaged"),
+        ("metrics.jsonl", "[1]\n\n", "metrics.jsonl: line 1 is damaged"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(
@@ -317,7 +306,7 @@ def test_what_cannot_be_read_or_written_is_named(run: Path, capsys: pytest.Captu
     assert re.match(r"error: .*config.json could not be written: ", capsys.readouterr().err)
     (run / "metrics.jsonl").symlink_to("/proc/self/mem")  # its first page can be read by nobody
     assert main([str(run)]) == 1
-    assert capsys.readouterr().err == f"error: {run / 'metrics.jsonl'} cannot be read: Input/output error.\n"
+    assert re.match(r"error: .*metrics.jsonl: .* cannot be read: .*Input/output error", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_another_run_in_its_place_is_refused_by_field_and_values(train: Train, s
         ended = train(*flags, "--output-dir", stopped)
         message = jobs.the_message([ended], 2)
         assert f"holds a run with {was if was.startswith('no ') else f'{flags[0]} {was}'};" in message, message
-        assert f"this command says {now}" in message or name == "init_from", message
+        assert f"this command has {flags[0]} {now}" in message or name == "init_from", message
         assert now in message and str(stopped) in message and "--fresh" in message, message
         assert everything(stopped) == before
 
@@ -139,9 +139,9 @@ def test_a_run_is_not_continued_without_its_weights_nor_a_schedule_with_more_epo
     flags, weights = ["--schedule", "onecycle", "--output-dir", tmp_path], expected / "model.safetensors"
     assert train(*flags, "--init-from", weights, "--max-steps", 3).code == 0
     message = jobs.the_message([train(*flags)], 2)
-    assert f"holds a run with --init-from {weights}; this command has none." in message
+    assert f"holds a run with --init-from {weights}; this command has no --init-from." in message
     message = jobs.the_message([train(*flags, "--init-from", weights, "--epochs", 3)], 2)
-    assert f"--epochs {EPOCHS}" in message and "says 3" in message and "constant" in message
+    assert f"--epochs {EPOCHS}" in message and "has --epochs 3" in message and "constant" in message
 
 
 @pytest.mark.slow
@@ -219,6 +219,8 @@ def test_a_run_that_was_killed_after_its_last_step_is_completed_without_training
 
 @pytest.mark.slow
 def test_fresh_starts_over_and_loses_nothing(train: Train, stopped: Path, expected: Path) -> None:
+    for name in ("curves.png", "report.html"):
+        (stopped / name).write_text("of the run before")
     before = everything(stopped)
     assert train("--fresh", "--output-dir", stopped).code == 0
     faults.assert_same_result(stopped, expected)
@@ -227,7 +229,7 @@ def test_fresh_starts_over_and_loses_nothing(train: Train, stopped: Path, expect
     assert everything(aside) == {name: content for name, content in before.items() if name != ".lock"}
 
 
-@pytest.mark.parametrize(("damaged", "then"), [([30], "using step-00000020"), ([30, 20], "starting over")])
+@pytest.mark.parametrize(("damaged", "then"), [([30], "using step-00000020"), ([30, 20], "starts over")])
 @pytest.mark.slow
 def test_damaged_checkpoints_are_named_and_set_aside_and_the_one_before_them_used(
     train: Train, stopped: Path, expected: Path, caplog: pytest.LogCaptureFixture, damaged: list[int], then: str
@@ -254,7 +256,7 @@ def test_a_checkpoint_that_cannot_be_read_is_reported_and_kept(train: Train, sto
     before = everything(stopped)
     path.symlink_to(path)  # reading it fails, and not as reading a file that is not there
     message = jobs.the_message([train("--output-dir", stopped)], 1)
-    assert message.startswith(f"error: {stopped} cannot be used: ") and str(path) in message
+    assert message.startswith(f"error: {path.parent} cannot be read: ")
     path.unlink()
     assert everything(stopped) == before
     path.write_bytes(whole)

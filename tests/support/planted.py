@@ -22,8 +22,8 @@ COPIED = ("ddp_mnist", "docs", "launch", "slurm", "tests", "README.md", "pyproje
 # Name → (text that stands once in the package, what replaces it, the tests of which each fails then).
 FAULTS: dict[str, tuple[str, ...]] = {
     "scoring goes past hooks": (
-        "outputs = call(network, inputs)\n            sums",
-        "outputs = call(type(network).forward.__get__(network), inputs)\n            sums",
+        "outputs = call(network, inputs)\n            totals",
+        "outputs = call(type(network).forward.__get__(network), inputs)\n            totals",
         "tests/training/test_evaluate.py::test_a_run_scores_the_module_that_it_trains[with_a_pre_hook]",
     ),
     "scoring is autocast": (
@@ -52,8 +52,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_train.py::test_no_rank_exits_before_the_error_is_reported",
     ),
     "the ranks do not wait for the one that reports": (
-        "while time.monotonic() < deadline and _first_rank_is_running():",
-        "while False:",
+        "psutil.wait_procs(first, timeout)",
+        "pass",
         "tests/training/test_train.py::test_a_mistake_is_reported_under_torchrun_also_by_a_rank_0_that_starts_late[mistake1-error: --lr is -1.0]",
     ),
     "the shards are sharded again": (
@@ -97,7 +97,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-whole]",
     ),
     "the ranks keep their gradients": (
-        "outputs = call(self.model, inputs)",
+        "outputs = call(self.wrapped, inputs)",
         "outputs = call(self.network, inputs)",
         "tests/distributed/test_distributed.py::test_the_gradient_of_every_batch_is_the_single_process_one[2-whole]",
     ),
@@ -133,13 +133,13 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/storage/test_properties.py::test_what_a_kill_takes_back_is_done_again_and_nothing_else",
     ),
     "Adam's averages are not restored": (
-        "optimizer.state[parameter][key] = target.copy_(value)",
-        "optimizer.state[parameter][key] = target.zero_()",
+        'device="cpu").copy_(value)',
+        'device="cpu").zero_()',
         "tests/storage/test_resume.py::test_every_kind_of_run_continues_with_the_same_bytes[--schedule]",
     ),
     "buckets are not warmed up at 4 ranks": (
-        "range(2 if torch.distributed.is_initialized() else 0)",
-        "range(0)",
+        "for _ in range(2):\n                    self.network.zero_grad()",
+        "for _ in range(0):\n                    self.network.zero_grad()",
         "tests/training/test_own.py::test_it_is_killed_and_resumed_bit_for_bit",
     ),
     "the exit code is lost": (

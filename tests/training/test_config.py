@@ -39,10 +39,12 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--workers", ["2"], "workers", 2),
     ("--cuda-graphs", [], "cuda_graphs", True),
     ("--no-cuda-graphs", [], "cuda_graphs", False),
+    ("--no-compile", [], "compile", False),
     ("--compile", [], "compile", True),
     ("--init-from", ["f"], "init_from", Path("f")),
     ("--checkpoint-every", ["25"], "checkpoint_every", 25),
     ("--keep-checkpoints", ["3"], "keep_checkpoints", 3),
+    ("--no-fresh", [], "fresh", False),
     ("--fresh", [], "fresh", True),
     ("--max-steps", ["9"], "max_steps", 9),
     ("--max-minutes", ["1.5"], "max_minutes", 1.5),
@@ -56,6 +58,7 @@ FLAGS: list[tuple[str, list[str], str, Any]] = [
     ("--wandb-group", ["g"], "wandb_group", "g"),
     ("--wandb-name", ["n"], "wandb_name", "n"),
     ("--wandb-tags", ["a", "b"], "wandb_tags", ("a", "b")),
+    ("--no-wandb-model", [], "wandb_model", False),
     ("--wandb-model", [], "wandb_model", True),
     ("--progress", [], "progress", True),
     ("--no-progress", [], "progress", False),
@@ -119,7 +122,7 @@ def test_data_directory_and_precision_come_from_the_environment_unless_a_flag_sa
     assert (config.data_dir, config.mixed_precision) == (Path("/from/flag"), "no")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert parse(["--mixed_precision=bf16"]).mixed_precision == "bf16"
-    with pytest.raises(UsageError, match=r"^--mixed-precision is fp8; expected one of no, fp16 or bf16\.$"):
+    with pytest.raises(UsageError, match=r"^--mixed-precision is 'fp8'; it should be 'no', 'fp16' or 'bf16'\.$"):
         TrainConfig()
 
 
@@ -129,7 +132,8 @@ def test_data_directory_and_precision_come_from_the_environment_unless_a_flag_sa
     ids=["recipe first", "recipe last"],
 )
 def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(words: list[str]) -> None:
-    assert parse(words) == TrainConfig(recipe="fast", **RECIPES["fast"] | {"lr": 0.001, "epochs": 7})
+    expected = TrainConfig(**RECIPES["fast"] | {"recipe": "fast", "lr": 0.001, "epochs": 7})
+    assert parse(words) == TrainConfig(recipe="fast", lr=0.001, epochs=7) == expected
 
 
 @pytest.mark.parametrize(
@@ -143,12 +147,13 @@ def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(words: list[str]) 
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
-def test_a_wrong_flag_exits_with_2_and_a_message_unless_quiet(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+def test_a_wrong_flag_exits_with_2_and_a_message_of_the_first_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     for quiet in (False, True):
+        monkeypatch.setenv("RANK", str(int(quiet)))
         with pytest.raises(SystemExit) as exit:
-            parse(words, quiet=quiet)
+            parse(words)
         assert exit.value.code == 2
         printed = capsys.readouterr()
         assert not printed.out
@@ -182,7 +187,7 @@ def test_the_flags_of_a_configuration_give_it_again_with_and_without_the_variabl
 
 def test_a_default_needs_no_flag() -> None:
     assert TrainConfig().flags() == []
-    assert TrainConfig(recipe="fast", **RECIPES["fast"], epochs=2).flags() == ["--recipe", "fast", "--epochs", "2"]
+    assert TrainConfig(recipe="fast", epochs=2).flags() == ["--recipe", "fast", "--epochs", "2"]
     assert TrainConfig(dataset=USER_DATA_PREFIX + "0123").flags() == []  # type: ignore[arg-type]
 
 
@@ -214,51 +219,46 @@ def test_settings_cannot_be_changed_but_a_changed_copy_is_checked() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 1.0  # type: ignore[misc]
     assert config.replace(lr=1.0).lr == 1.0
-    with pytest.raises(UsageError, match=r"^--lr is -1\.0; expected "):
+    with pytest.raises(UsageError, match=r"^--lr is -1\.0; it should be "):
         dataclasses.replace(config, lr=-1.0)
 
 
-# Field, values at the ends of its range, values outside of it, and what the message expects.
-LIMITS: list[tuple[str, list[Any], list[Any], str]] = [
-    ("epochs", [1, 100_000], [-1, 0, 100_001], "a value from 1 up to 100000"),
-    ("batch_size", [1, 60_000], [-64, 0, 60_001], "a value from 1 up to 60000"),
-    ("accumulate", [1, 60_000], [0, 60_001], "a value from 1 up to 60000"),
-    ("lr", [1e-300, 10], [-1e-3, 0, 0.0, 10.1], "a value above 0 up to 10"),
-    ("beta2", [0, 1 - 1e-16], [-0.1, 1, 1.0], "a value from 0 to below 1"),
-    ("grad_clip", [0, 1e6], [-1.0, 1e7], "a value from 0 up to 1000000"),
-    ("seed", [0, 2**63 - 1], [-1, 2**63, 10**30], f"a value from 0 up to {2**63 - 1}"),
-    ("threads", [0, 4096], [-1, 4097], "a value from 0 up to 4096"),
-    ("checkpoint_every", [0, 2**53], [-1, 2**53 + 1], f"a value from 0 up to {2**53}"),
-    ("keep_checkpoints", [2, 1_000_000], [1, 1_000_001], "a value from 2 up to 1000000"),
-    ("max_steps", [0, 2**53], [-1, 2**53 + 1], f"a value from 0 up to {2**53}"),
-    ("max_minutes", [0, 1e6], [-1.0, 1e7], "a value from 0 up to 1000000"),
-    ("timeout_minutes", [0.05, 1440], [0, 1441], "a value from 0.05 up to 1440"),
-    ("log_every", [1, 10_000], [0, 10_001], "a value from 1 up to 10000"),
-    ("recipe", ["record"], ["record-breaking", None], "one of tutorial, fast or record"),
-    ("dataset", ["auto"], ["cifar", 7], "one of auto, mnist, fashion-mnist or synthetic"),
-    ("schedule", ["linear"], ["cosine"], "one of constant, onecycle or linear"),
-    ("mixed_precision", ["fp16"], ["fp8"], "one of no, fp16 or bf16"),
-    ("wandb", ["online"], ["on", True], "one of auto, online, offline or disabled"),
-    ("epochs", [], [2.5, 64.0, True, "5", None, np.True_, [1], math.nan], "a whole number"),
-    ("lr", [], ["1e-3", None, True, math.nan, math.inf, 1j], "a finite number"),
-    ("pictures", [], [1, 0, None, "yes"], "True or False"),
-    ("widths", [], [8, "ab", None], "a list"),
-    ("widths", [], [(), (8,), (8, 9, 10)], "two numbers"),
-    ("wandb_tags", [], ["mine", None], "a list"),
-    ("wandb_name", [], [7, True], "a string"),
-    ("output_dir", [], [7, True], "a path"),
+# Field, values at the ends of its range, values outside of it.
+LIMITS: list[tuple[str, list[Any], list[Any]]] = [
+    ("epochs", [1, 100_000], [-1, 0, 100_001]),
+    ("batch_size", [1, 60_000], [-64, 0, 60_001]),
+    ("accumulate", [1, 60_000], [0, 60_001]),
+    ("lr", [1e-300, 10], [-1e-3, 0, 0.0, 10.1]),
+    ("beta2", [0, 1 - 1e-16], [-0.1, 1, 1.0]),
+    ("grad_clip", [0, 1e6], [-1.0, 1e7]),
+    ("seed", [0, 2**63 - 1], [-1, 2**63, 10**30]),
+    ("threads", [0, 4096], [-1, 4097]),
+    ("checkpoint_every", [0, 2**53], [-1, 2**53 + 1]),
+    ("keep_checkpoints", [2, 1_000_000], [1, 1_000_001]),
+    ("max_steps", [0, 2**53], [-1, 2**53 + 1]),
+    ("max_minutes", [0, 1e6], [-1.0, 1e7]),
+    ("timeout_minutes", [0.05, 1440], [0, 1441]),
+    ("log_every", [1, 10_000], [0, 10_001]),
+    ("recipe", ["record"], ["record-breaking", None]),
+    ("dataset", ["auto"], ["cifar", 7]),
+    ("schedule", ["linear"], ["cosine"]),
+    ("mixed_precision", ["fp16"], ["fp8"]),
+    ("wandb", ["online"], ["on", True]),
+    ("epochs", [], [2.5, 64.0, True, "5", None, np.True_, [1], math.nan]),
+    ("lr", [], ["1e-3", None, True, math.nan, math.inf, 1j]),
+    ("pictures", [], [1, 0, None, "yes"]),
+    ("widths", [], [8, "ab", None, (), (8,), (8, 9, 10), (0, 16), [8, 4097]]),
+    ("wandb_tags", [], ["mine", None]),
+    ("wandb_name", [], [7, True]),
+    ("output_dir", [], [7, True]),
 ]
-REFUSED = [(field, value, expected) for field, _, values, expected in LIMITS for value in values]
+REFUSED = [(field, value) for field, _, values in LIMITS for value in values]
 
 
-@pytest.mark.parametrize(("field", "value", "expected"), REFUSED)
-def test_a_wrong_value_is_refused_in_one_line_with_flag_value_and_what_is_expected(
-    field: str, value: Any, expected: str
-) -> None:
-    with pytest.raises(UsageError) as caught:
+@pytest.mark.parametrize(("field", "value"), REFUSED)
+def test_a_wrong_value_is_refused_in_one_line_with_its_flag(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^--{field.replace('_', '-')} (is|has) .*; .*\.$") as caught:
         TrainConfig(**{field: value})
-    found = value if expected.startswith("one of") else repr(value)
-    assert str(caught.value) == f"--{field.replace('_', '-')} is {found}; expected {expected}."
     assert caught.value.exit_code == 2
     assert caught.value.__suppress_context__, "a traceback would show pydantic's own words"
 
@@ -266,14 +266,17 @@ def test_a_wrong_value_is_refused_in_one_line_with_flag_value_and_what_is_expect
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"widths": (0, 16)}, "--widths has 0; expected a value from 1."),
-        ({"widths": [8, 4097]}, "--widths has 4097; expected a value up to 4096."),
-        ({"wandb_tags": ["mine", 1]}, "--wandb-tags has 1; expected a string."),
-        ({"epochs": np.float32(3)}, "--epochs is 3.0; expected a whole number."),
-        ({"lr": "a\nb" * 100}, r"--lr is 'a\nba\nba\nb...ba\nba\nba\nb'; expected a finite number."),
-        ({"log_every": 0, "epochs": 0, "wandb": "on"}, "--epochs is 0; expected a value from 1 up to 100000."),
+        ({"epochs": 0}, "--epochs is 0; it should be greater than or equal to 1."),
+        ({"beta2": 1}, "--beta2 is 1; it should be less than 1."),
+        ({"lr": math.inf}, "--lr is inf; it should be a finite number."),
+        ({"schedule": "cosine"}, "--schedule is 'cosine'; it should be 'constant', 'onecycle' or 'linear'."),
+        ({"widths": (0, 16)}, "--widths has 0; it should be greater than or equal to 1."),
+        ({"wandb_tags": ["mine", 1]}, "--wandb-tags has 1; it should be a valid string."),
+        ({"epochs": np.float32(3)}, "--epochs is 3.0; it should be a valid integer."),
+        ({"lr": "a\nb" * 100}, r"--lr is 'a\nba\nba\nb...ba\nba\nba\nb'; it should be a valid number."),
+        ({"log_every": 0, "epochs": 0, "wandb": "on"}, "--epochs is 0; it should be greater than or equal to 1."),
     ],
-    ids=["item", "item above", "tag", "numpy", "long", "several"],
+    ids=["below", "above", "infinite", "choice", "item", "tag", "numpy", "long", "several"],
 )
 @pytest.mark.filterwarnings("error")
 def test_wrong_values_make_one_short_line_about_the_first_of_them(settings: dict[str, Any], message: str) -> None:
@@ -333,7 +336,7 @@ def test_an_indivisible_batch_names_the_nearest_sizes_that_work(
     [
         (["--help"], 0, ""),
         (["--bogus", "1"], 2, "--bogus"),
-        (["--epochs", "0"], 2, "error: --epochs is 0; expected a value from 1 up to 100000.\n"),
+        (["--epochs", "0"], 2, "error: --epochs is 0; it should be greater than or equal to 1.\n"),
         (["--batch-size", "63"], 2, "error: --batch-size 63 does not divide by 2 ranks. "),
     ],
     ids=["help", "unknown", "out of range", "indivisible"],

@@ -41,8 +41,7 @@ def recorded(process_of_a_job: None, monkeypatch: pytest.MonkeyPatch) -> list[tu
             output.copy_(function(*static))
             attributes.update(before)  # a replay sets no attribute
 
-        inputs = [each for each in static if isinstance(each, Tensor)]
-        return SimpleNamespace(inputs=inputs, output=output, graph=SimpleNamespace(replay=replay))
+        return SimpleNamespace(inputs=static, output=output, graph=SimpleNamespace(replay=replay))
 
     monkeypatch.setattr(CUDAGraph, "_record", record)
     monkeypatch.setattr(

@@ -137,7 +137,7 @@ def test_a_signal_while_workers_start_stops_the_job(tmp_path: Path, method: str)
         (
             "if row == 7 and is_worker: os._exit(1)",
             1,
-            ["the training set could not be loaded (DataLoader worker", "--workers"],
+            ["the training set could not be loaded: a worker has died", "--workers"],
         ),
         ("if row == 7: return torch.zeros(4), 5", 2, ["there is a label 5; the network tells 3 classes apart"]),
         ("if row == 39 and self.length == 41: [][1]", 1, ["the test set: item 39", "IndexError"]),

@@ -56,12 +56,23 @@ def groups(net: nn.Module, decay: float = 0.1, rate: float = 1e-2) -> list[dict[
     return [{"params": of_kind[False], "weight_decay": decay}, {"params": of_kind[True], "lr": rate}]
 
 
+class Slowing(SGD):
+    """An optimizer that counts in its group, as schedule-free ones do."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            group["weight_decay"] = 0.5 / group["steps"]
+        super().step()
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "SGD": lambda net: SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True),
     "AdamW": lambda net: AdamW(groups(net), lr=3e-3, amsgrad=True),
     "RMSprop": lambda net: RMSprop(net.parameters(), momentum=0.5, centered=True),
     "Adagrad": lambda net: Adagrad(net.parameters(), lr=0.1),
     "NAdam": lambda net: NAdam(net.parameters(), decoupled_weight_decay=True, weight_decay=0.1),
+    "Slowing": lambda net: Slowing(net.parameters(), lr=0.1),
 }
 
 

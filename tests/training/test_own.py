@@ -124,22 +124,21 @@ result.exit()
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["variables", "torchrun"])
-def test_several_fits_in_one_script_give_the_results_of_a_script_each(
-    script: Path, tmp_path: Path, launcher: str
-) -> None:
-    """They set up the process group again and again at the same port."""
+def test_several_fits_in_one_script_give_the_results_of_a_script_each(script: Path, tmp_path: Path) -> None:
+    """They set up the process group again and again at the same port, with torchrun's store and with their own."""
     several, alone = tmp_path / "several.py", tmp_path / "alone.py"
     several.write_text(script.read_text().split("config =")[0] + SEVERAL)
-    alone.write_text(several.read_text().replace("in 0, 1, 2:", "in (2,):").replace("runs/{seed}", "runs/alone"))
-    if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(jobs.free_port())]
-        jobs.succeeded([jobs.run([*command, "--nproc-per-node", "2", str(several)], cwd=tmp_path)])
-    else:
-        jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(several)], cwd=tmp_path))
-    jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(alone)], cwd=tmp_path))
-    assert len({(tmp_path / "runs" / name / "model.safetensors").read_bytes() for name in ("0", "1", "2")}) == 3
-    faults.assert_same_result(tmp_path / "runs" / "2", tmp_path / "runs" / "alone")
+    alone.write_text(several.read_text().replace("in 0, 1, 2:", "in (2,):"))
+    folders = [tmp_path / name for name in ("torchrun", "variables", "alone")]
+    for folder in folders:
+        folder.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(jobs.free_port())]
+    jobs.succeeded([jobs.run([*torchrun, "--nproc-per-node", "2", str(several)], cwd=folders[0])])
+    for folder, program in zip(folders[1:], (several, alone), strict=True):
+        jobs.succeeded(jobs.run_ranks(2, program=[sys.executable, str(program)], cwd=folder))
+    assert len({(folders[0] / "runs" / name / "model.safetensors").read_bytes() for name in ("0", "1", "2")}) == 3
+    for folder in folders[:2]:
+        faults.assert_same_result(folder / "runs" / "2", folders[2] / "runs" / "2")
 
 
 @pytest.mark.slow
@@ -159,7 +158,7 @@ def test_run_gives_a_script_the_flags_and_exit_codes_of_the_command(script: Path
     path = tmp_path / "command.py"
     path.write_text(f"{text}\nrun(model=network, data=lambda: (stripes(201, seed=0), stripes(53, seed=1)))\n")
     program = [sys.executable, str(path)]
-    assert "expected a value from 1" in jobs.the_message([jobs.run([*program, "--epochs", "0"])], 2)
+    assert "--epochs is 0; it should be" in jobs.the_message([jobs.run([*program, "--epochs", "0"])], 2)
     ended = jobs.run([*program, "--epochs", "2", "--max-steps", "3", "--output-dir", "run"], cwd=tmp_path)
     jobs.succeeded([ended])
     assert jobs.read_json(tmp_path / "run" / "summary.json")["steps"] == 3
@@ -260,6 +259,30 @@ def test_a_result_has_the_summary_and_the_trained_network(fit_here: Callable[...
     again = fit_here()  # finished: the network is loaded, nothing is trained
     assert all(torch.equal(value, saved[name]) for name, value in again.model.state_dict().items())
     assert again.summary == result.summary
+
+
+class Moded(nn.Module):
+    """Notes the modes of itself and of a frozen layer whenever it is trained."""
+
+    modes: set[tuple[bool, bool]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.head = nn.Dropout().eval(), nn.LazyLinear(4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.modes.add((self.training, self.frozen.training))
+        return self.head(images.flatten(1))
+
+
+def test_a_network_is_in_training_mode_and_layers_that_it_has_frozen_are_not(fit_here: Callable[..., Result]) -> None:
+    Moded.modes = set()
+    fit_here(model=Moded)
+    assert Moded.modes == {(True, False)}
+    Moded.modes = set()
+    fit_here("loaded", model=lambda: Moded().eval())  # as Hugging Face's come
+    assert Moded.modes == {(True, True)}
 
 
 class Noisy(nn.Module):
@@ -512,15 +535,16 @@ PART_UNUSED = """
 class network(nn.Module):
     def __init__(self):
         super().__init__()
-        self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 5)
+        self.used, self.unused, self.used_by_rank_1 = nn.Linear(4, 2), nn.Linear(4, 5), nn.Linear(4, 2)
     def forward(self, images):
-        return self.used(images.flatten(1))
+        logits = self.used(images.flatten(1))
+        return logits + 0 * self.used_by_rank_1(images.flatten(1)) if rank else logits
 """
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_layer_that_forward_never_uses_is_trained_around_at_any_number_of_ranks(tmp_path: Path) -> None:
+def test_a_layer_that_forward_does_not_use_is_trained_around_at_any_number_of_ranks(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     counts = []
     for ranks in (1, 2):
