@@ -103,7 +103,7 @@ class TrainConfig:
     accumulate: Annotated[Int, Field(ge=1, le=60_000)] = 1
     """Split each rank's share of the global batch into this many backward passes, to save memory."""
     lr: Annotated[Float, Field(gt=0, le=10)] = 1e-3
-    """Adam's learning rate; with another --schedule than constant, the highest one."""
+    """Adam's learning rate; under --schedule onecycle and linear, the peak."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
     """Adam's decay of the squared gradients; a lower one suits a short run."""
     # A new one also needs a branch in `rate_factor`, and in `check_identity` if it allows more epochs later.
@@ -115,7 +115,7 @@ class TrainConfig:
     widths: Annotated[tuple[Width, Width], Field(strict=False)] = (8, 16)
     """Output channels of the two convolutions."""
     seed: Annotated[Int, Field(ge=0, le=2**63 - 1)] = 0
-    """Seed of the initial weights and of the batch order."""
+    """Seed of all that is random: initial weights, batch order, dropout, items of your own data."""
 
     mixed_precision: Precision = field(default_factory=launcher_precision)
     """Autocast in training; evaluation is always fp32. fp16 needs a GPU."""
@@ -133,7 +133,7 @@ class TrainConfig:
     """Start from the weights in this model.safetensors."""
     checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
     """Save a checkpoint every so many steps. A stop and the end of the run always save one.
-    0: automatic, after an epoch if saving takes under 1 % of the time, and at least every 10 minutes."""
+    0: automatic, after an epoch if saving takes under 1 % of the time, and every 10 minutes."""
     keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
     """Keep this many of the newest checkpoints."""
     fresh: bool = False
@@ -153,7 +153,7 @@ class TrainConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mirror the run to Weights & Biases.
     auto: as WANDB_MODE says, else online if there is a key and the server answers, else offline, to be sent later.
-    online: the same, with a warning if it cannot be online. disabled: start nothing."""
+    online: the same without WANDB_MODE, and with a warning if it has to be offline. disabled: start nothing."""
     wandb_project: Annotated[str | None, _hint("$WANDB_PROJECT, else ddp_mnist")] = None
     """The run's project."""
     wandb_entity: Annotated[str | None, _hint("the owner of the key")] = None
@@ -189,7 +189,7 @@ class TrainConfig:
     def flags(self) -> list[str]:
         """Return the command line that gives this configuration in any environment, without the defaults."""
         arguments: list[str] = []
-        without_environment: dict[str, Any] = {  # None, so always a flag, where a variable is set
+        without_environment: dict[str, Any] = {  # where a variable is set: None, so the flag is always there
             "data_dir": None if os.environ.get("DDP_MNIST_DATA") else Path("data"),
             "mixed_precision": None if os.environ.get("ACCELERATE_MIXED_PRECISION") else "no",
         }

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ddp_mnist.config import TrainConfig, default_data_dir
 from ddp_mnist.data import sources
-from ddp_mnist.data.batches import DataSet, TensorSet, check_labels, derive_seed, evaluation_batches, seed_generators
+from ddp_mnist.data.batches import Split, TensorSet, check_labels, derive_seed, evaluation_batches, seed_generators
 from ddp_mnist.distributed.context import Context, translate_errors
 from ddp_mnist.distributed.launcher import entry_point, hard_exit, rank_from_environment, show_warnings, suppress_output
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
 from ddp_mnist.step import Loss, call, cross_entropy
 from ddp_mnist.storage import directory
-from ddp_mnist.storage.checkpoint import SavedRun, open_saved
+from ddp_mnist.storage.checkpoint import SavedRun, load_saved_run
 
 WORST = 25  # mistakes that a Score remembers
 
@@ -57,7 +57,7 @@ class Score:
 
     @property
     def accuracy(self) -> float | None:
-        """Return the correct part of the images, 0-1; None without class labels."""
+        """Return the share of correct images, 0-1; None without class labels."""
         return None if self.correct is None else self.correct / self.count
 
     def class_accuracy(self) -> list[float | None]:
@@ -73,7 +73,7 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, split: DataSet, context: Context, *, loss: Loss = cross_entropy, classes: int | None
+    network: nn.Module, split: Split, context: Context, *, loss: Loss = cross_entropy, classes: int | None
 ) -> Score:
     """Return the network's exact score, in fp32, the same on every rank. Collective.
 
@@ -106,7 +106,7 @@ def evaluate(
     return Score(loss_sum / len(split), len(split), confusion, tuple(_worst(gather_object(mistakes))))
 
 
-def chunk_size(split: DataSet, device: torch.device) -> int:
+def chunk_size(split: Split, device: torch.device) -> int:
     """Return how many items to score at once, whatever the world size: the larger an item, the fewer."""
     numbers: list[int] = []
     recursively_apply(lambda tensor: numbers.append(tensor.numel()), split.load(torch.tensor([0]), 0)[0])
@@ -137,7 +137,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def find_classes(network: nn.Module, split: DataSet, loss: Loss = cross_entropy) -> int | None:
+def find_classes(network: nn.Module, split: Split, loss: Loss = cross_entropy) -> int | None:
     """Return how many classes the network tells apart; None if the targets are no class labels.
 
     Raises:
@@ -192,7 +192,7 @@ def _worst(mistakes: Iterable[Mistake]) -> list[Mistake]:
 def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[SavedRun, list[Score]]:
     """Return (the saved run, [its score on the training set, on the test set]). Collective. Raises: JobError."""
     # Rank 0 reads for all: the run may be going on, and write its next checkpoint meanwhile.
-    saved = context.broadcast(context.run_on_all_ranks(lambda: open_saved(run_dir) if context.is_main else None))
+    saved = context.broadcast(context.run_on_all_ranks(lambda: load_saved_run(run_dir) if context.is_main else None))
     assert saved is not None
     own = saved.config.data_dir
     root = data_dir or (own if own.exists() else default_data_dir())

@@ -70,9 +70,9 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.fl
     """Return each label's probability by the run's weights, on the CPU: (N, classes). Raises: JobError."""
     import torch  # after arguments and pictures: it takes a second or more
 
-    from ddp_mnist.storage.checkpoint import open_saved
+    from ddp_mnist.storage.checkpoint import load_saved_run
 
-    network = open_saved(run_dir).network
+    network = load_saved_run(run_dir).network
     with torch.no_grad():
         logits = network(torch.from_numpy(np.stack(images)).unsqueeze(1) / 255)
     return logits.double().softmax(1).numpy()

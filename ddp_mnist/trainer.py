@@ -34,7 +34,7 @@ from ddp_mnist.workload import Workload
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
-    from ddp_mnist.data.batches import DataSet
+    from ddp_mnist.data.batches import Split
     from ddp_mnist.data.sources import UserData
     from ddp_mnist.optimizer import MakeOptimizer
     from ddp_mnist.step import Loss
@@ -136,7 +136,7 @@ class Trainer:
     def build(self, stack: ExitStack) -> None:
         """Load the data, build network and optimizer, go on from the run's checkpoint. Collective.
 
-        `stack` closes what is opened. Raises JobError: they cannot be had or do not fit each other; on all ranks.
+        `stack` closes what is opened. Raises JobError: something is missing or does not fit the rest; on all ranks.
         """
         config, context, snapshot, workload = self.config, self.context, self.snapshot, self.workload
         self.batches, self.test_set = workload.load_data(context)
@@ -145,15 +145,15 @@ class Trainer:
         self.total_steps = len(self.batches) * config.epochs
         network = self.network = workload.build_network(context, snapshot, self.batches.dummy[0])
         # What does not fit fails here, not after an epoch.
-        self.classes = context.run_on_all_ranks(lambda: workload.find_classes(network, self.batches, self.test_set))
+        self.classes = context.run_on_all_ranks(lambda: workload.try_out(network, self.batches, self.test_set))
         self.train_step = TrainStep(
-            config, context, self.network, loss=workload.loss, optimizer=workload.optimizer, classes=self.classes
+            config, context, self.network, loss=workload.loss, optimizer=workload.make_optimizer, classes=self.classes
         )
         stack.callback(self.train_step.close)
         if snapshot is not None:
             restore(self.train_step, snapshot)
         stack.callback(self.metrics.close)
-        name = f"{type(self.network).__module__}.{type(self.network).__qualname__}" if workload.model else None
+        name = f"{type(self.network).__module__}.{type(self.network).__qualname__}" if workload.make_network else None
         self.metrics.open(self.batches, len(self.test_set), self.train_step, network=name)
         self.saver = Saver(context, self.train_step, self.metrics)
         self.is_built = True
@@ -184,8 +184,8 @@ class Trainer:
                     return reason
                 loss, correct = self.train_step(batch, rate_factor(config, state.step, self.total_steps))
                 if self.batches.train_set.failure is not None:
-                    # Loading has failed here, and this batch is a dummy. NaN reaches all ranks with the next sum of
-                    # losses, before any save; then `run` raises the real error.
+                    # Loading has failed on this rank, and this batch is a dummy. NaN reaches all ranks with the next
+                    # sum of losses, before any save; then `run` raises the real error.
                     loss = loss * math.nan
                 state.advance(batch.global_size, skipped=self.context.accelerator.optimizer_step_was_skipped)
                 self.metrics.record(loss, correct, batch.global_size)
@@ -196,7 +196,7 @@ class Trainer:
             self.saver.save_if_due(epoch_end=True)
         return "finished"
 
-    def _score(self, split: DataSet) -> Score:
+    def _score(self, split: Split) -> Score:
         started = time.perf_counter()
         score = evaluate(self.network, split, self.context, loss=self.workload.loss, classes=self.classes)
         self.state.eval_seconds += time.perf_counter() - started

@@ -11,7 +11,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
 from ddp_mnist.config import RECIPES, USER_DATA_PREFIX, TrainConfig
-from ddp_mnist.data.batches import Batches, DataSet
+from ddp_mnist.data.batches import Batches, Split
 from ddp_mnist.data.sources import UserData, load, validate_user_data
 from ddp_mnist.distributed.launcher import report_once_per_host
 from ddp_mnist.errors import UsageError
@@ -40,12 +40,12 @@ class Workload:
     ) -> None:
         """Take the parts, as for `fit`; None: ours. Check the data, and name them in the settings by a hash.
 
-        `script_config`: what a script gave to `fit`: the command to continue then repeats the script, not our flags.
+        `script_config`: what a script gave to `fit`; the command that continues the run is then the script's own.
         Raises: UsageError.
         """
         self.config, self.script_config = config, script_config
-        self.model, self.optimizer, self.loss = model, optimizer, loss or cross_entropy
-        self.sets: tuple[DataSet, DataSet] | None = None
+        self.make_network, self.make_optimizer, self.loss = model, optimizer, loss or cross_entropy
+        self.sets: tuple[Split, Split] | None = None
         self.is_script = any(part is not None for part in (model, data, optimizer, loss, script_config))
         with report_once_per_host():
             if optimizer is not None:
@@ -54,14 +54,14 @@ class Workload:
                 digest, self.sets = validate_user_data(data, config)
                 self.config = config.replace(dataset=USER_DATA_PREFIX + digest)
 
-    def load_data(self, context: Context) -> tuple[Batches, DataSet]:
+    def load_data(self, context: Context) -> tuple[Batches, Split]:
         """Return this rank's batches and the test set, on its device. Collective. Raises: JobError, on all ranks."""
         config = self.config
 
         if isinstance(self.loss, nn.Module):
             self.loss.to(context.device)  # it may hold the weights of classes
 
-        def place() -> tuple[Batches, DataSet]:
+        def place() -> tuple[Batches, Split]:
             train, test = (split.to(context.device) for split in self.sets or load(config.dataset, config.data_dir))
             shard = {"rank": context.rank, "world_size": context.world_size, "seed": config.seed}
             return Batches(train, batch_size=config.batch_size, **shard), test
@@ -88,7 +88,7 @@ class Workload:
             JobError: The file of --init-from cannot be used; on all ranks.
         """
         torch.manual_seed(self.config.seed)
-        network = self.model() if self.model else CNN(widths=self.config.widths)
+        network = self.make_network() if self.make_network else CNN(widths=self.config.widths)
         if hasattr(network, "_orig_mod"):  # its weights would be saved under names that the plain module does not have
             raise UsageError("the network is compiled already; return the module itself, and use --compile.")
         if not network.training:  # as Hugging Face's come; layers that are frozen in a training network stay so
@@ -109,11 +109,11 @@ class Workload:
             context.run_on_all_ranks(lambda: load_weights(network, path))
         return move_to_device(network, context.device)
 
-    def find_classes(self, network: nn.Module, batches: Batches, test_set: DataSet) -> int | None:
-        """Return how many classes the network tells apart; None if the targets are no class labels.
+    def try_out(self, network: nn.Module, batches: Batches, test_set: Split) -> int | None:
+        """Try network, data and loss on each other. Return how many classes there are; None: targets are no labels.
 
         Raises:
-            UsageError: Network, data and loss do not fit each other.
+            UsageError: They do not fit each other.
         """
         classes = find_classes(network, batches.train_set, self.loss)
         if find_classes(network, test_set, self.loss) != classes:

@@ -25,17 +25,17 @@ Items = tuple[Any, Any]
 """Inputs and targets of a batch. Inputs: a tensor (n, ...), a tuple of them, or a dict of them; targets: a tensor."""
 
 
-class DataSet(ABC):
+class Split(ABC):
     """The training set or the test set: tensors (`TensorSet`), or any data set behind a DataLoader (`LoadedSet`)."""
 
     failure: JobError | None = None
-    """The reason why `fetch` has ended early on this rank; the other ranks do not know."""
+    """The reason why `iterate` has ended early on this rank; the other ranks do not know."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def to(self, device: torch.device) -> DataSet:
+    def to(self, device: torch.device) -> Split:
         """Return the set with its batches on that device."""
 
     @abstractmethod
@@ -43,7 +43,7 @@ class DataSet(ABC):
         """Return copies of these rows, int64 (n,), as that epoch has them."""
 
     @abstractmethod
-    def fetch(self, rows: Tensor, size: int, epoch: int, /) -> Iterator[Items]:
+    def iterate(self, rows: Tensor, size: int, epoch: int, /) -> Iterator[Items]:
         """Yield the same in batches of `size` rows; the last one may be smaller. Workers may load them ahead."""
 
     @abstractmethod
@@ -51,7 +51,7 @@ class DataSet(ABC):
         """Raise UsageError for a label that is not 0 ... classes - 1: now, or when it is loaded."""
 
     def check(self) -> None:
-        """Raise what has ended `fetch` early on this rank."""
+        """Raise what has ended `iterate` early on this rank."""
         if self.failure is not None:
             raise self.failure
 
@@ -61,7 +61,7 @@ class DataSet(ABC):
 
 
 @dataclass(frozen=True)
-class TensorSet(DataSet):
+class TensorSet(Split):
     """A data set in memory, on one device. A batch is one `index_select`, not a Python loop over items."""
 
     inputs: Tensor
@@ -81,7 +81,7 @@ class TensorSet(DataSet):
         rows = rows.to(self.inputs.device)
         return self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
 
-    def fetch(self, rows: Tensor, size: int, _epoch: int = 0, /) -> Iterator[Items]:
+    def iterate(self, rows: Tensor, size: int, _epoch: int = 0, /) -> Iterator[Items]:
         """Yield copies of these rows, `size` at a time."""
         rows = rows.to(self.inputs.device)
         return (self.load(rows[start : start + size]) for start in range(0, len(rows), size))
@@ -133,14 +133,14 @@ class ShardSampler(DistributedSampler):
 class Batches:
     """The training set as this rank's batches."""
 
-    def __init__(self, train_set: DataSet, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(self, train_set: Split, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
         """Shard the set. `batch_size` is the global one; the world size must divide it."""
         self.train_set = train_set
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
         self.sampler = ShardSampler(len(train_set), rank=rank, world_size=world_size, seed=seed)
         self.dummy = train_set.load(torch.zeros(min(2, self.local_size), dtype=torch.int64), 0)
-        """For a step in which this rank has no item: twice the first one, since batch norm cannot take a single one."""
+        """For a step in which this rank has no item: the first one, twice if it fits, since batch norm needs two."""
 
     def __len__(self) -> int:
         """Return the steps of an epoch, the same on every rank."""
@@ -154,9 +154,9 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches `start` ... len(self) - 1 of that epoch."""
-        fetched = self.train_set.fetch(self._rows(epoch, start), self.local_size, epoch)
+        loaded = self.train_set.iterate(self._rows(epoch, start), self.local_size, epoch)
         for step in range(start, len(self)):
-            yield self._batch(epoch, step, next(fetched, None))
+            yield self._batch(epoch, step, next(loaded, None))
 
     def sample(self, step_in_epoch: int = 0) -> Batch:
         """Return a batch of epoch 0, loaded by this process alone: to try the network on."""
@@ -174,13 +174,13 @@ class Batches:
         return Batch(inputs, targets, len(targets) if items else 0, global_size, seed)
 
 
-def evaluation_batches(split: DataSet, *, rank: int, world_size: int, size: int) -> Iterator[Items]:
+def evaluation_batches(split: Split, *, rank: int, world_size: int, size: int) -> Iterator[Items]:
     """Yield this rank's chunks of `size` items, as epoch 0 has them: chunk i goes to rank i % world_size. No padding.
 
     The chunks do not depend on the world size, so the outputs do not either.
     """
     chunks = torch.arange(len(split)).split(size)[rank::world_size]
-    return split.fetch(torch.cat(chunks), size, 0) if chunks else iter(())
+    return split.iterate(torch.cat(chunks), size, 0) if chunks else iter(())
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

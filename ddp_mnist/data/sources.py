@@ -1,8 +1,8 @@
 """The training set and the test set: from files, generated digits, or the script's own.
 
-The script's own are tensors in memory, or any map-style data set. Its items are loaded by a DataLoader, and each is a
-function of (seed, epoch, row): random augmentations draw from the generators of the process that makes an item, so they
-would change with the number of ranks and workers, and after a stop. Here these are seeded before each item.
+The script's own are tensors in memory, or any map-style data set, whose items a DataLoader loads. Random augmentations
+draw from the generators of the process that makes an item: their results would depend on the number of ranks and
+workers, and on stops. So `SeededItems` seeds the generators before each item, by (seed, epoch, row).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from ddp_mnist.data import mnist
-from ddp_mnist.data.batches import DataSet, Items, TensorSet, check_labels, derive_seed, seed_generators
+from ddp_mnist.data.batches import Items, Split, TensorSet, check_labels, derive_seed, seed_generators
 from ddp_mnist.distributed.preemption import SIGNALS
 from ddp_mnist.errors import JobError, UsageError
 
@@ -64,7 +64,7 @@ def load(dataset: str, root: Path) -> tuple[TensorSet, TensorSet]:
     return train, test
 
 
-def validate_user_data(data: UserData, config: TrainConfig) -> tuple[str, tuple[DataSet, DataSet]]:
+def validate_user_data(data: UserData, config: TrainConfig) -> tuple[str, tuple[Split, Split]]:
     """Return (a hash of these data, (training set, test set)).
 
     Raises:
@@ -110,8 +110,8 @@ def _validate_tensors(name: str, tensors: tuple[Any, ...]) -> TensorSet:
     return TensorSet(inputs.float() if inputs.is_floating_point() else inputs, targets)
 
 
-class LoadedSet(DataSet):
-    """The training set or the test set behind a DataLoader; a `DataSet`, as `TensorSet` is."""
+class LoadedSet(Split):
+    """The training set or the test set behind a DataLoader; a `Split`, as `TensorSet` is."""
 
     def __init__(self, name: str, dataset: Any, *, seed: int, workers: int = 0) -> None:
         """Wrap a data set that has `__len__` and `__getitem__` → (input, target); `name` is for messages."""
@@ -140,7 +140,7 @@ class LoadedSet(DataSet):
             items = [self._items[epoch, row] for row in rows.tolist()]
         return self._finish(collate(items))
 
-    def fetch(self, rows: Tensor, size: int, epoch: int) -> Iterator[Items]:
+    def iterate(self, rows: Tensor, size: int, epoch: int) -> Iterator[Items]:
         """Yield these rows as that epoch has them, `size` at a time; workers load them ahead.
 
         Where `load` would raise, or a worker has died, it sets `failure` and ends: the other ranks are at other items,

@@ -53,7 +53,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
     """All ranks of this job, started through Accelerate; leaving the `with` block closes the process group."""
 
     def __init__(self, config: TrainConfig, stop: StopSignal | None = None) -> None:
-        """Bring the ranks together; a signal that `stop` catches ends a rank that waits for others. Collective.
+        """Bring the ranks together. Collective. While one waits for others, a signal that `stop` catches ends it.
 
         Raises:
             JobError: They cannot find each other, or launcher and Accelerate disagree on how many there are.
@@ -76,7 +76,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
                 )
         self.threads = use_threads(config.threads)
         if self.shares_gpus:
-            # Accelerate would give DDP the GPU number LOCAL_RANK, which is not there. So DDP uses that of the weights.
+            # Accelerate would give DDP the GPU number LOCAL_RANK, and there are fewer: let it use that of the weights.
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         try:
@@ -125,11 +125,11 @@ class Context(contextlib.AbstractContextManager["Context"]):
         GradientState._reset_state()
 
     def has_broken_connection(self) -> bool:
-        """Return True if gloo has seen a connection fail or a peer time out: it refuses to send more there, at once."""
+        """Return True if gloo has seen a connection fail or a peer time out. Under NCCL always False."""
         peers = {*range(self.world_size)} - {self.rank} if self.accelerator.state.backend == "gloo" else ()
         try:
             for peer in peers:
-                dist.isend(torch.zeros(1), peer)  # nobody receives it, and nobody waits
+                dist.isend(torch.zeros(1), peer)  # gloo refuses it at once on a broken one; nobody receives it
         except RuntimeError:
             return True
         return False
@@ -199,7 +199,7 @@ def translate_errors(context: Context) -> Iterator[None]:
 
 
 def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
-    """Create the process group under a prefix of its own: the store has the keys of earlier ones and starts."""
+    """Create the process group under a prefix of its own: the store still has the keys of earlier groups and starts."""
     global _store
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))

@@ -56,7 +56,7 @@ def report_once_per_host() -> Iterator[None]:
 
 
 def check_environment(*, gloo: bool = False) -> None:
-    """Raise UsageError if a variable is wrong, or asks Accelerate for more than DDP."""
+    """Raise UsageError if a rank variable is no number, or another one asks Accelerate for more than DDP."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         _number(name)
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
@@ -157,13 +157,13 @@ def install_excepthook() -> None:
 def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
     """Let this machine's first rank, which reports for the others, leave before them.
 
-    Launchers end all ranks with the first one that fails. The ranks may not have met, so look for it among the
-    processes that the launcher has started, as far as the system shows them.
+    Launchers end all ranks with the first one that fails. So after an error it leaves first, and after a stop last, see
+    `wait_for_peers_to_exit`. The ranks may not have met: look for it among the launcher's processes.
     """
-    if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):  # or they are no numbers, which each reports
+    if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
         return
-    with contextlib.suppress(ValueError):  # in a thread. srun would show this signal as the job's exit code
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(ValueError):  # this is a thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or srun would show it as the job's exit code
     first = [
         each
         for each in psutil.process_iter(["ppid", "environ"])
@@ -173,7 +173,7 @@ def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
 
 
 def wait_for_peers_to_exit(context: Context, timeout: float = 10.0) -> None:
-    """Wait on rank 0 until the other processes are gone, at most `timeout` seconds for each. Collective.
+    """Wait on rank 0 until the other processes are gone, or one has taken `timeout` seconds. Collective.
 
     srun --kill-on-bad-exit ends all ranks with the first that fails, and takes the exit code of those that it killed:
     rank 0 must leave last. It waits until the kernel closes the connections of the dead processes.

@@ -79,7 +79,8 @@ class StopSignal:
         met = pool.submit(meet)
         pool.shutdown(wait=False)
         self._waiting = True
-        patience = 20 if self._local_reason() else 1  # seconds; with a reason from before, so may have the others
+        # Seconds. A signal from before came to the others too, perhaps: they will meet, and save.
+        patience = 20 if self._local_reason() else 1
         while not met.done():
             reason = self._local_reason()
             wait([met], patience if reason else 0.1)
@@ -89,7 +90,10 @@ class StopSignal:
         met.result()
 
     def agreed(self, context: Context, step: int) -> str | None:
-        """Return why to stop, or None to go on; the same on all ranks. Collective: call it at every step."""
+        """Return why to stop, or None to go on; the same on all ranks. Collective: call it at every step.
+
+        On several ranks it is what they have said one interval ago, about 100 ms.
+        """
         if context.world_size == 1:
             return self._local_reason()
         if step < self._last_question[1] + self._interval:
@@ -104,7 +108,7 @@ class StopSignal:
         self._answer()
 
     def _answer(self) -> str | None:
-        """Return the answer to the question of one interval ago. It has arrived by now, so nobody waits."""
+        """Return the answer to the question of one interval ago, which has mostly arrived by now."""
         if self._pending is None:
             return None
         (work, tensor), self._pending = self._pending, None

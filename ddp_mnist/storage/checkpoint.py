@@ -97,7 +97,7 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     """`<parameter>.<name of the state>`, on the CPU"""
     optimizer_values: dict[str, Any]
-    """Numbers of the same; settings of its groups; as "identity", class and settings before the first step."""
+    """State that is no tensor; "groups": settings now; "identity": class and settings before the first step."""
     scaler: dict[str, Any]
     """fp16's loss scaler; empty for other precisions"""
     metrics_bytes: int
@@ -162,7 +162,7 @@ class Checkpoints:
         while paths:
             path = paths.pop()
             try:
-                return read(path)
+                return read_checkpoint(path)
             except DAMAGE as error:
                 then = f"using {paths[-1].name}" if paths else "there is none before it: the run starts over"
                 if not read_only:
@@ -174,7 +174,7 @@ class Checkpoints:
         return None
 
 
-def read(path: Path) -> Snapshot:
+def read_checkpoint(path: Path) -> Snapshot:
     """Return the content of a checkpoint. Raises: OSError, or one of DAMAGE where a byte is not as it was written."""
     manifest = json.loads((path / MANIFEST).read_bytes())
     contents = {}
@@ -202,15 +202,15 @@ class Saver:
         self.context, self.train_step, self.metrics = context, train_step, metrics
         self.run_dir, self.config, self.state = metrics.run.path, metrics.config, metrics.state
         self.checkpoints = Checkpoints(self.run_dir, self.config.keep_checkpoints)
-        self._last_save, self._cost, self._is_tried = time.monotonic(), 0.0, False
+        self._last_save, self._cost, self._state_was_checked = time.monotonic(), 0.0, False
 
     def save_if_due(self, *, epoch_end: bool = False) -> None:
         """Save where `checkpoint_every` says so, or the clock. Collective.
 
         Training goes on when it fails, after a warning: the last checkpoint is kept.
         """
-        if not self._is_tried:  # a state that cannot be saved ends the run now, on all ranks, and not at its end
-            self._is_tried = True
+        if not self._state_was_checked:  # one that cannot be saved ends the run now, on all ranks, and not at its end
+            self._state_was_checked = True
             save_state(self.train_step.network, self.train_step.optimizer)
         if self.state.step_in_epoch == self.metrics.steps_per_epoch:
             return  # the last step of an epoch is saved after scoring
@@ -219,8 +219,8 @@ class Saver:
                 return
             self.metrics.sync()
         else:
-            # Rank 0 decides by its own clock, and the others do not hear of it: this save must need no collective. So
-            # it waits while losses are still to be summed over the ranks.
+            # Rank 0 decides alone, by its clock. So this save may not use a collective, and is put off until no loss is
+            # left to be summed over the ranks.
             since = time.monotonic() - self._last_save
             due = since >= MAX_SECONDS or (epoch_end and self._cost <= MAX_SHARE_OF_TIME * since)
             if self.metrics.unread or not due:
@@ -334,7 +334,7 @@ class SavedRun:
     """summary.json, where it has counted with these weights; else empty."""
 
 
-def open_saved(run_dir: Path) -> SavedRun:
+def load_saved_run(run_dir: Path) -> SavedRun:
     """Return the final weights of a run, or the newest that verify while it is not finished.
 
     Raises JobError: there are none, or the network is not ours.

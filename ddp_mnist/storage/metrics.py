@@ -90,7 +90,7 @@ class Metrics:
                     each.close()
 
     def resume_timer(self) -> None:
-        """Count time as training time from now on. What has passed since `_stop_timer` (a score, a save) is dropped."""
+        """Count time as training time from now on, and not what has passed since `_stop_timer`: a score, a save."""
         self._resumed = time.perf_counter()
 
     def _stop_timer(self) -> None:

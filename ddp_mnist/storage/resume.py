@@ -131,16 +131,16 @@ def advise(error: JobError, config: TrainConfig, context: Context, workload: Wor
     if error.stop_reason == "nan":
         start = checkpoints.path(kept[-1]) / MODEL if kept else config.init_from
         again = config.replace(output_dir=None, init_from=start)
-        if workload.optimizer is None:
+        if workload.make_optimizer is None:
             again = again.replace(lr=float(f"{config.lr / 3:.2g}"))
-        where = "" if workload.optimizer is None else " in your optimizer"
+        where = "" if workload.make_optimizer is None else " in your optimizer"
         error.add(f"A lower rate{where} may help:\n  {continue_command(again, context, workload)}")
     elif kept:
         error.add(f"Continue from step {kept[-1]} with\n  {continue_command(config, context, workload)}")
 
 
 def _launcher(context: Context, module: str, *, precision: bool) -> str:
-    """Return how to start `module` again. `precision`: repeat that of `accelerate launch`, which no flag has."""
+    """Return how to start `module` again. `precision`: with that of `accelerate launch`, as a script has no flag."""
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = local_world_size_from_environment()

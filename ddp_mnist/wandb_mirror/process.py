@@ -77,7 +77,8 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
 def wait_for_end(end: dict[str, Any], seconds: float) -> bool:
     """Wait up to `seconds` for the end of the training. Return True if it has come; `end` then says how."""
     if not end and select.select([sys.stdin], [], [], seconds)[0]:
-        said = sys.stdin.readline()  # nothing, if the training was killed
+        # A line, not all: a loader's process may keep the pipe open. Nothing, if the training was killed.
+        said = sys.stdin.readline()
         end.update(json.loads(said) if said else {"preempted": False, "exit_code": 1})
     return bool(end)
 

@@ -127,7 +127,7 @@ def test_a_score_sees_each_row_once_as_epoch_0_makes_it(
 
 def test_more_workers_than_items(load: Load) -> None:
     split = load(Augmented(2), workers=3)
-    found = [targets.tolist() for _, targets in split.fetch(torch.tensor([1, 0]), 1, 0)]
+    found = [targets.tolist() for _, targets in split.iterate(torch.tensor([1, 0]), 1, 0)]
     assert found == [[1], [0]]
 
 

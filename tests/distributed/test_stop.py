@@ -64,7 +64,7 @@ def test_a_stop_saves_says_how_to_go_on_and_leaves_no_process(
     assert (summary["stop_reason"], summary["exit_code"], summary["finished"]) == (reason, 75, False)
     assert summary["world_size"] == world_size
     steps = summary["steps"]
-    assert checkpoint.read(run_dir / "checkpoints" / f"step-{steps:08d}").state.step == steps
+    assert checkpoint.read_checkpoint(run_dir / "checkpoints" / f"step-{steps:08d}").state.step == steps
     assert printed.count(f"stopped by {reason} after step {steps} of ") == 1 and "error: " not in printed
     command = faults.printed_command(printed)
     assert command.startswith(f"{again} ddp_mnist.train "), command

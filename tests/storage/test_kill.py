@@ -49,7 +49,7 @@ def kill(job: Job, run_dir: Path, way: str, seconds: float, victim: int) -> bool
 
 def assert_checkpoints_are_whole(run_dir: Path) -> None:
     for path in (run_dir / "checkpoints").glob("step-*"):
-        checkpoint.read(path)
+        checkpoint.read_checkpoint(path)
 
 
 @pytest.mark.timeout(3600)  # with --kills 100
