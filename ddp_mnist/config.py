@@ -87,7 +87,7 @@ class TrainConfig:
 
     recipe: Literal["tutorial", "fast", "record"] = "tutorial"
     """Preset for the settings below; what is given explicitly beats it.
-    tutorial: Adam 1e-3, batch 64, 5 epochs. fast: batch 320, one-cycle schedule; 98 % after one epoch.
+    tutorial: Adam 1e-3, batch 64, 5 epochs. fast: batch 256, one-cycle schedule; 98 % after one epoch.
     record: two epochs of a wider network, tuned for 99 %."""
     dataset: Annotated[Literal["auto", "mnist", "fashion-mnist", "synthetic"], _or_user_data] = "auto"
     """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
@@ -126,14 +126,14 @@ class TrainConfig:
     # `constructor=bool` makes the pair --x/--no-x; with neither given the value stays None.
     cuda_graphs: Annotated[bool | None, arg(constructor=bool), _hint("on one GPU, for our own network")] = None
     """Record a step's kernels on the GPU once and replay them with one call.
-    --cuda-graphs: also for a network of your own, where it can be captured. Never in fp16."""
+    --cuda-graphs: also for your own network, if it can be captured. Never in fp16 or with your own optimizer."""
     compile: bool = False
     """Compile the network first. On a CPU it is slower."""
     init_from: Annotated[UserPath | None, _hint("random, from --seed", "FILE")] = None
     """Start from the weights in this model.safetensors."""
     checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
     """Save a checkpoint every so many steps. A stop and the end of the run always save one.
-    0: automatic, after an epoch if saving takes under 1 % of the time, and every 10 minutes."""
+    0: automatic, after an epoch if saving takes under 1 % of the time, and at the log's next line after 10 minutes."""
     keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
     """Keep this many of the newest checkpoints."""
     fresh: bool = False
@@ -153,14 +153,14 @@ class TrainConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mirror the run to Weights & Biases.
     auto: as WANDB_MODE says, else online if there is a key and the server answers, else offline, to be sent later.
-    online: the same without WANDB_MODE, and with a warning if it has to be offline. disabled: start nothing."""
+    online: as auto, but WANDB_MODE is ignored, and having to go offline is a warning. disabled: start nothing."""
     wandb_project: Annotated[str | None, _hint("$WANDB_PROJECT, else ddp_mnist")] = None
     """The run's project."""
     wandb_entity: Annotated[str | None, _hint("the owner of the key")] = None
     """The user or team that the project belongs to."""
     wandb_group: Annotated[str | None, _hint("none")] = None
     """Runs of a group are shown together."""
-    wandb_name: Annotated[str | None, _hint("the name of the run directory")] = None
+    wandb_name: Annotated[str | None, _hint("$WANDB_NAME, else the run directory's name")] = None
     """The run's name."""
     wandb_tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Words to find the run by."""
@@ -216,7 +216,7 @@ class TrainConfig:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "tutorial": {},
-    "fast": {"batch_size": 320, "lr": 4e-2, "beta2": 0.9, "schedule": "onecycle"},
+    "fast": {"batch_size": 256, "lr": 3e-2, "beta2": 0.9, "schedule": "onecycle"},
     "record": {"widths": (8, 32), "batch_size": 160, "epochs": 2, "lr": 2.2e-2, "beta2": 0.95, "schedule": "linear"},
 }
 
@@ -234,7 +234,7 @@ TrainConfig.__init__ = _init  # type: ignore[method-assign]
 
 
 class _Unchecked(TrainConfig):
-    # Holds what tyro has read, for `parse` to check: tyro would print our message in a box of its own.
+    # What tyro builds. It checks nothing, since tyro would print our message in a box of its own: `parse` checks.
     __doc__ = TrainConfig.__doc__
 
     def __init__(self, **values: Any) -> None:

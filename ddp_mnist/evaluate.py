@@ -110,7 +110,7 @@ def chunk_size(split: Split, device: torch.device) -> int:
     """Return how many items to score at once, whatever the world size: the larger an item, the fewer."""
     numbers: list[int] = []
     recursively_apply(lambda tensor: numbers.append(tensor.numel()), split.load(torch.tensor([0]), 0)[0])
-    # On a CPU what fits its caches; of a loader's items what one process loads at once.
+    # 250: on a CPU what fits its caches; of a `LoadedSet` what one process loads at a time.
     size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
     return max(1, size * 784 // max(784, sum(numbers)))
 
@@ -155,7 +155,7 @@ def find_classes(network: nn.Module, split: Split, loss: Loss = cross_entropy) -
         found = f"{targets.dtype} {tuple(targets.shape[1:])}"
         raise UsageError(f"a target is {found}; cross entropy expects a class, an integer. Give a `loss` of your own.")
     classes = None
-    # Another loss may take integers that are no classes for something else.
+    # With a loss of the script's own, integers need not be classes: then there is no error, and no accuracy.
     with contextlib.nullcontext() if loss is cross_entropy else contextlib.suppress(UsageError):
         if labels and logits and outputs.shape[1] > 1:
             check_labels(targets, outputs.shape[1])

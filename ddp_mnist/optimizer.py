@@ -134,7 +134,7 @@ def load_state(
     """Fill the optimizer's state from what `save_state` has returned."""
     parameters = dict(network.named_parameters())
     groups = [
-        # The rate is set in every step, and a CUDA graph needs it as a tensor.
+        # The saved settings count, but for the rate: each step sets it, and it may have to stay a tensor.
         now | was | {"lr": now["lr"], "params": was["params"]}
         for now, was in zip(optimizer.param_groups, values.pop("groups"), strict=True)
     ]

@@ -90,7 +90,8 @@ class TrainStep:
         self.wrapped: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
-            vars(self.optimizer).pop("_step_supports_amp_scaling", None)  # fused ones would hide a skipped step
+            # Without this mark the scaler skips steps, and not a fused kernel, in which nobody would see it.
+            vars(self.optimizer).pop("_step_supports_amp_scaling", None)
             self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
         self._norm: Tensor | None = None
         """Norm of the last gradient, if clipping or a CUDA graph gave it; else None, and `.grad` has the gradient."""
@@ -179,9 +180,7 @@ class TrainStep:
             seed_generators(seed, self.context.device)
 
     def rehearse(self, batches: Batches) -> None:
-        """Let DDP order its buckets, and capture the CUDA graphs. Collective.
-
-        Weights, buffers and torch's random state stay as they are.
+        """Let DDP order its buckets, and capture the CUDA graphs. Weights and random state stay. Collective.
 
         DDP reorders its buckets in the forward after the first backward, which changes the order of sums at 3 and more
         ranks. Two passes put that before step 1, so that a new run and a resumed one sum in the same order.
@@ -194,7 +193,7 @@ class TrainStep:
             batch = self.context.run_on_all_ranks(batches.sample)
             arguments = batch.inputs, batch.targets, batch.count, batch.global_size
             if self.context.world_size > 1:
-                with self.context.accelerator.no_sync(self.wrapped):
+                with self.context.accelerator.no_sync(self.wrapped):  # DDP would wait for gradients that never come
                     self._accumulate_gradients(*arguments)
                 unused = any(each.requires_grad and each.grad is None for each in self.network.parameters())
                 if self.context.sum(torch.tensor(float(unused), device=device)):
@@ -227,7 +226,7 @@ class TrainStep:
     def _run_captured(self, *arguments: Any) -> Tensor:
         """Run one step; return loss, correct and the gradient's norm as one tensor.
 
-        The norm is computed inside, since `.grad` belongs to the graph that was captured last.
+        The norm is computed inside: each capture has gradients of its own, and `.grad` is always those of the last one.
         """
         self._norm = None
         loss, correct = self._run(*arguments)

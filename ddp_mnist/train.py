@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, *, data: Callable[[], UserData] | No
 
         here = Path.cwd()
         sets = data() if data else None
-        if Path.cwd() != here:  # by `data`: the flags' paths are from where the command was typed
+        if Path.cwd() != here:  # `data` has changed it; the flags' paths count from where the command was typed
             names = [name for name in ("output_dir", "data_dir", "init_from") if getattr(config, name)]
             config = config.replace(**{name: here / getattr(config, name) for name in names})
         return run_attempt(Workload(config, data=sets, **parts), stop=stop).exit_code

@@ -1,1 +1,1 @@
-"""Ways to start the job: submitit, files for `accelerate launch`, and the check in front of both."""
+"""Starting the job elsewhere: submitit, files for `accelerate launch`, and the check before a job is submitted."""

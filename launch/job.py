@@ -51,7 +51,7 @@ class Job:
         # --fresh is for the first start: a requeued job would throw away what there is.
         if code := self._train(env, self.config.replace(fresh=self.config.fresh and attempt == 0)):
             hard_exit(code)
-        # submitit has yet to write the result. Where it fails, Python has set `last_type`.
+        # Only at Python's exit, as submitit has yet to write the result. If that raises, Python sets `last_type`.
         atexit.register(lambda: hard_exit(1 if hasattr(sys, "last_type") else 0))
         return code
 

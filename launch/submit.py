@@ -65,7 +65,7 @@ def make_executor(given: argparse.Namespace) -> submitit.AutoExecutor:
     """Return submitit's executor with everything but the job."""
     limits = {"slurm_max_num_timeout": given.max_requeues, "local_max_num_timeout": given.max_requeues}
     executor = submitit.AutoExecutor(folder=given.folder, cluster=given.cluster, **limits)
-    # Or each rank would end with a traceback when it unpickles the job.
+    # Tried before srun, or each rank would end with a traceback when it unpickles the job.
     advice = "error: keep this repository and its Python on a disk that all nodes share, or use --setup"
     import_check = f"{shlex.quote(sys.executable)} -m launch.check || {{ echo '{advice}' >&2; exit 1; }}"
     # srun does not take the CPUs over from sbatch, and one dead rank must not leave the others waiting.

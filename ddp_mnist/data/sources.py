@@ -228,10 +228,14 @@ class SeededItems(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
+        self._epoch, self._epoch_seed = -1, 0
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, row = key
-        seed_generators(derive_seed("item", self.seed, epoch, row))
+        if epoch != self._epoch:
+            self._epoch, self._epoch_seed = epoch, derive_seed("items", self.seed, epoch)
+        # Distant seeds for rows that follow each other. A hash of each row would take longer.
+        seed_generators((self._epoch_seed + row * 0x9E37_79B9_7F4A_7C15) % 2**63)
         try:
             return self.dataset[row]
         except Exception:
@@ -284,7 +288,7 @@ def prepare_worker(_number: int = 0) -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold signals back while workers start inside: one that ignores them not yet would die of them."""
+    """Hold signals back while workers start inside: they would kill one that does not ignore them yet."""
     if multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # when it starts, it lets SIGINT and SIGTERM through again
     of_children = signal.getsignal(signal.SIGCHLD)
@@ -292,7 +296,7 @@ def signals_held() -> Iterator[None]:
     try:
         yield
     finally:
-        # Torch's handler would raise the death of a worker anywhere, such as in a save.
+        # Torch has set a handler that would raise a worker's death wherever this thread is, such as in a save.
         if threading.current_thread() is threading.main_thread() and of_children is not None:
             signal.signal(signal.SIGCHLD, of_children)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

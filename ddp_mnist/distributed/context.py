@@ -76,7 +76,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
                 )
         self.threads = use_threads(config.threads)
         if self.shares_gpus:
-            # Accelerate would give DDP the GPU number LOCAL_RANK, and there are fewer: let it use that of the weights.
+            # Accelerate would give DDP the GPU number LOCAL_RANK, which may not exist; now DDP takes the weights' GPU.
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         try:
@@ -129,7 +129,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
         peers = {*range(self.world_size)} - {self.rank} if self.accelerator.state.backend == "gloo" else ()
         try:
             for peer in peers:
-                dist.isend(torch.zeros(1), peer)  # gloo refuses it at once on a broken one; nobody receives it
+                dist.isend(torch.zeros(1), peer)  # raises at once on a broken one; else nobody receives it
         except RuntimeError:
             return True
         return False
@@ -146,7 +146,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
         """Run `action` on every rank and return its result; where it fails on one, all end with its error. Collective.
 
         Raises:
-            JobError: That of the lowest rank. An exception that is no JobError is raised unchanged on its own rank.
+            JobError: That of the lowest rank. Any other exception is raised on its own rank, and named on the others.
         """
         failure: Exception | None = None
         try:

@@ -95,7 +95,7 @@ def entry_point(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        for stream in (sys.stdout, sys.stderr):  # what the console's encoding lacks, as in a file's name: as escapes
+        for stream in (sys.stdout, sys.stderr):  # print what the console cannot encode, as in a file's name, as escapes
             with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or a stream without an encoding
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
@@ -157,8 +157,8 @@ def install_excepthook() -> None:
 def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
     """Let this machine's first rank, which reports for the others, leave before them.
 
-    Launchers end all ranks with the first one that fails. So after an error it leaves first, and after a stop last, see
-    `wait_for_peers_to_exit`. The ranks may not have met: look for it among the launcher's processes.
+    Launchers end all ranks with the first one that fails. So after an error the rank that reports leaves first; after a
+    stop it leaves last, see `wait_for_peers_to_exit`. The ranks may not have met: look among the launcher's processes.
     """
     if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
         return

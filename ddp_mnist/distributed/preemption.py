@@ -79,7 +79,7 @@ class StopSignal:
         met = pool.submit(meet)
         pool.shutdown(wait=False)
         self._waiting = True
-        # Seconds. A signal from before came to the others too, perhaps: they will meet, and save.
+        # Seconds. Ranks that were told to stop before they met may still all arrive, and then save.
         patience = 20 if self._local_reason() else 1
         while not met.done():
             reason = self._local_reason()

@@ -20,7 +20,7 @@ STYLES = ("-", "--", "-.", ":")
 def curves_figure(runs: Sequence[RunLog]) -> Figure:
     """Draw the losses of one run or several, above the accuracies if there are any: training thin, test thick.
 
-    Scaled by logarithms, accuracy by the share of errors: 98 and 99 % are as far apart as 80 and 90 %.
+    Scaled by logarithms where all are positive, accuracy by the share of errors: 98 % is as far from 99 as 80 from 90.
     """
     keys = ["loss", "accuracy"] if any(run.series("train/accuracy")[0] for run in runs) else ["loss"]
     figure = _figure(8, 4 * len(keys) + 0.2 * len(runs), runs, " and ".join(keys))
@@ -33,8 +33,11 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
                 steps, values = run.series(f"{part}/{key}")
                 heights = np.maximum(1 - np.array(values), 1e-4) if key == "accuracy" else values
                 axes.plot(np.divide(steps, size if all(sizes) else 1), heights, **style | look)
-        axes.set(ylabel=key, yscale="log", xlim=(0, None))
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+        axes.set(ylabel=key, xlim=(0, None))
+        if all(np.min(line.get_ydata(), initial=1) > 0 for line in axes.lines):  # a likelihood's loss may be negative
+            axes.set_yscale("log")
+            locators = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
+            axes.yaxis.set(**locators, major_formatter="{x:g}")
         axes.grid(alpha=0.25)
     every_axes[-1].set_xlabel("epoch" if all(sizes) else "step")
     if keys[1:]:

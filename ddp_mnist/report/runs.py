@@ -47,8 +47,12 @@ def read_runs(paths: Sequence[Path]) -> list[RunLog]:
     for path, run in zip(paths, runs, strict=True):
         if not path.is_dir() or (len(runs) == 1 and run.state == "not started"):
             raise JobError(f"{path} is not a run directory of ddp_mnist. Name what training was given as --output-dir.")
-    runs.sort(key=lambda run: run.score.get("test/loss") or math.inf)  # where there is no accuracy
-    return sorted(runs, key=lambda run: -(run.score.get("test/accuracy") or 0))
+
+    def order(run: RunLog) -> tuple[float, float]:
+        accuracy, loss = run.score.get("test/accuracy"), run.score.get("test/loss")
+        return -(accuracy or 0), math.inf if loss is None else loss
+
+    return sorted(runs, key=order)
 
 
 def _read_run(path: Path) -> RunLog:

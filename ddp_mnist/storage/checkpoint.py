@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
 import shutil
 import time
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -290,11 +288,13 @@ def restore(train_step: TrainStep, snapshot: Snapshot) -> None:
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return the network's state dict on the CPU, floats as fp32. Raises JobError: one is not finite."""
+    """Return the network's state dict on the CPU, floats as fp32. Raises JobError: a parameter is not finite."""
     tensors = {}
+    parameters = dict(network.named_parameters())
     for name, value in network.state_dict().items():
         value = value.detach().cpu()
-        if not math.isfinite(value.double().abs().sum().item()):
+        # A buffer may be infinite on purpose, as masks of attention are.
+        if value.isnan().any() or (name in parameters and value.isinf().any()):
             raise JobError(f"the weights of {name} are not finite; they are not saved.", stop_reason="nan")
         # A copy: safetensors refuses tensors that share memory, as tied weights do.
         tensors[name] = (value.float() if value.is_floating_point() else value).contiguous().clone()
@@ -316,7 +316,7 @@ def load_weights(network: nn.Module, path: Path, *, of_run: bool = False) -> Non
         if of_run:
             raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it. {error}") from error
         raise UsageError(f"{named} does not fit this network; do the --widths agree? {error}") from error
-    if not all(torch.isfinite(value).all() for value in tensors.values()):
+    if not all(value.isfinite().all() for value in network.parameters()):
         raise JobError(f"{named} holds weights that are not finite; use another file.")
 
 

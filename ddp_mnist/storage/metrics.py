@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CLASSES = 100  # with more, the values of single classes stay out of files, pictures and W&B
-LINES_BYTES = 2**24  # of the memory in which lines of metrics.jsonl wait that a full disk has refused
+BUFFER_BYTES = 2**24  # for metrics.jsonl: lines that a full disk refuses stay in it, to be tried again
 
 
 class Metrics:
@@ -74,7 +74,7 @@ class Metrics:
             directory.write_json(path, content | provenance(self.context.world_size))
         expected = self.run.snapshot.metrics_bytes if self.run.snapshot else 0
         with directory.translate_write_errors(self.run.path / directory.METRICS) as path:
-            self._file = path.open("ab", buffering=LINES_BYTES)
+            self._file = path.open("ab", buffering=BUFFER_BYTES)
             found = path.stat().st_size
             self._file.truncate(min(expected, found))
         if found < expected:

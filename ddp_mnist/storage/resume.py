@@ -55,7 +55,7 @@ def open_run(config: TrainConfig, context: Context) -> Iterator[Run]:
 
 def _find(config: TrainConfig, stack: ExitStack) -> Run:
     path = directory.create(config)
-    # Half of the time that the other ranks, which wait for this one, have before they give it up.
+    # Half of --timeout-minutes, in seconds: after all of it the other ranks give this one up.
     holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
     if holder is not None:
         stack.callback(holder.release)
@@ -140,7 +140,7 @@ def advise(error: JobError, config: TrainConfig, context: Context, workload: Wor
 
 
 def _launcher(context: Context, module: str, *, precision: bool) -> str:
-    """Return how to start `module` again. `precision`: with that of `accelerate launch`, as a script has no flag."""
+    """Return how to start `module` again. `precision`: with Accelerate's --mixed_precision, for a script."""
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = local_world_size_from_environment()

@@ -32,7 +32,7 @@ LOG = "mirror.log"
 PROBE_SECONDS = 5.0  # for a server to answer at all, before the training starts
 INIT_SECONDS = 30  # for a server to accept the run, while the training goes on
 PATIENCE = 60.0  # that the end of a finished run waits for the mirror
-HASTY_PATIENCE = 10.0  # the same after a stop: what kills the job soon leaves the time to the checkpoint
+HASTY_PATIENCE = 10.0  # the same after a stop or an error, since the job may be killed soon
 NICENESS = 10  # gets a tenth of a CPU that the training fills; at 19, importing wandb would take over a minute
 
 

@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/data/test_loader.py::test_every_item_of_every_epoch_is_drawn_anew",
     ),
     "random items are seeded by worker instead of by row": (
-        'seed_generators(derive_seed("item", self.seed, epoch, row))',
+        "seed_generators((self._epoch_seed + row * 0x9E37_79B9_7F4A_7C15) % 2**63)",
         'seed_generators(getattr(torch.utils.data.get_worker_info(), "seed", 0))',
         "tests/data/test_loader.py::test_every_item_of_every_epoch_is_drawn_anew",
         "tests/data/test_loader.py::test_each_row_is_loaded_once_to_the_same_bits_at_any_number_of_ranks_and_workers[3]",

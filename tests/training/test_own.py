@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import signal
@@ -269,6 +270,7 @@ class Moded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen, self.head = nn.Dropout().eval(), nn.LazyLinear(4)
+        self.register_buffer("mask", torch.tensor(-math.inf))  # as attention has them, and it is saved
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
