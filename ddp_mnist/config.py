@@ -33,9 +33,9 @@ RESUME_FIELDS = (
 _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v)
 Int = Annotated[int, _numpy_to_python]
 Float = Annotated[float, _numpy_to_python]
-# A shell expands `--output-dir ~/runs`, but not `--output-dir=~/runs`. Scripts and JSON have strings and lists.
+# A shell expands `--output-dir ~/runs`, but not `--output-dir=~/runs`.
 _expand_home = AfterValidator(lambda path: Path(os.path.expanduser(path)))  # noqa: PTH111 - takes unknown users as text
-UserPath = Annotated[Path, Field(strict=False), _expand_home]
+UserPath = Annotated[Path, Field(strict=False), _expand_home]  # not strict: in scripts and JSON paths are strings
 Width = Annotated[Int, Field(ge=1, le=4096)]
 # `Workload` puts "own-<hash>" into `dataset` for the data of a script.
 _or_user_data = WrapValidator(lambda v, check: v if isinstance(v, str) and v.startswith(USER_DATA_PREFIX) else check(v))
@@ -92,7 +92,7 @@ class TrainConfig:
     dataset: Annotated[Literal["auto", "mnist", "fashion-mnist", "synthetic"], _or_user_data] = "auto"
     """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
     data_dir: Annotated[UserPath, _hint("$DDP_MNIST_DATA, else data", "DIR")] = field(default_factory=default_data_dir)
-    """torchvision's root: the files are in DIR/MNIST/raw."""
+    """torchvision's root: MNIST's files are in DIR/MNIST/raw."""
     output_dir: Annotated[UserPath | None, _hint("runs/<date>-<time>-<recipe>", "DIR")] = None
     """The run directory. One that holds a stopped run is continued."""
 
@@ -115,7 +115,7 @@ class TrainConfig:
     widths: Annotated[tuple[Width, Width], Field(strict=False)] = (8, 16)
     """Output channels of the two convolutions."""
     seed: Annotated[Int, Field(ge=0, le=2**63 - 1)] = 0
-    """Seed of all that is random: initial weights, batch order, dropout, items of your own data."""
+    """Seed of all that is random: initial weights, batch order, dropout, augmentation of your own data."""
 
     mixed_precision: Precision = field(default_factory=launcher_precision)
     """Autocast in training; evaluation is always fp32. fp16 needs a GPU."""
@@ -133,14 +133,14 @@ class TrainConfig:
     """Start from the weights in this model.safetensors."""
     checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
     """Save a checkpoint every so many steps. A stop and the end of the run always save one.
-    0: automatic, after an epoch if saving takes under 1 % of the time, and at the log's next line after 10 minutes."""
+    0: automatic: after an epoch if saving takes under 1 % of the time, else at the first log line after 10 minutes."""
     keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
     """Keep this many of the newest checkpoints."""
     fresh: bool = False
     """Start over in a directory that holds a run; what was there is set aside."""
     max_steps: Annotated[Int, Field(ge=0, le=2**53)] = 0
     """Stop at this global step, with evaluation and summary; 0: no limit.
-    A later start with a larger value goes on. The length of the schedule never changes."""
+    A later start with a larger value goes on. The schedule still spans all --epochs."""
     max_minutes: Annotated[Float, Field(ge=0, le=1_000_000)] = 0.0
     """Stop with a checkpoint and exit code 75 after this long; 0: no limit."""
     timeout_minutes: Annotated[Float, Field(ge=0.05, le=1440)] = 5.0
@@ -189,7 +189,7 @@ class TrainConfig:
     def flags(self) -> list[str]:
         """Return the command line that gives this configuration in any environment, without the defaults."""
         arguments: list[str] = []
-        without_environment: dict[str, Any] = {  # where a variable is set: None, so the flag is always there
+        without_environment: dict[str, Any] = {  # None, which no value equals: where a variable is set, name the flag
             "data_dir": None if os.environ.get("DDP_MNIST_DATA") else Path("data"),
             "mixed_precision": None if os.environ.get("ACCELERATE_MIXED_PRECISION") else "no",
         }

@@ -169,7 +169,7 @@ def find_classes(network: nn.Module, split: Split, loss: Loss = cross_entropy) -
             'reduction="none", and a mean over what an item has several of.'
         )
     alone = loss(outputs[:1], targets[:1]) if isinstance(outputs, Tensor) else values[:1]
-    if not torch.allclose(alone, values[:1], 1e-3, 1e-5, equal_nan=True):
+    if alone.shape != values[:1].shape or not torch.allclose(alone, values[:1], 1e-3, 1e-5, equal_nan=True):
         raise UsageError(
             f"the loss of an item depends on the other items of its batch; outputs are {tuple(outputs.shape)}, targets "
             f"{tuple(targets.shape)}. Expected a loss of each item by itself: do these shapes fit each other?"

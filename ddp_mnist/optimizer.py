@@ -134,7 +134,8 @@ def load_state(
     """Fill the optimizer's state from what `save_state` has returned."""
     parameters = dict(network.named_parameters())
     groups = [
-        # The saved settings count, but for the rate: each step sets it, and it may have to stay a tensor.
+        # The saved settings count, but for the rate: each step sets it, and it may have to stay a tensor. torch finds
+        # parameters by their places in the groups; what is saved in "params" may be names.
         now | was | {"lr": now["lr"], "params": was["params"]}
         for now, was in zip(optimizer.param_groups, values.pop("groups"), strict=True)
     ]

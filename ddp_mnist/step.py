@@ -85,12 +85,13 @@ class TrainStep:
         self.classes = classes
         self.optimizer = make_optimizer(optimizer, network) if optimizer else make_adam(config, network)
         self.optimizer_identity = describe(network, self.optimizer)
-        self._is_ours = type(network) is CNN and loss is cross_entropy
+        unchanged = {type(each) for each in network.modules()} == {CNN, nn.Conv2d, nn.MaxPool2d, nn.Linear}
+        self._is_ours = unchanged and loss is cross_entropy
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.wrapped: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
-            # Without this mark the scaler skips steps, and not a fused kernel, in which nobody would see it.
+            # With this mark a fused kernel would skip steps by itself, unseen; without it the scaler skips, and counts.
             vars(self.optimizer).pop("_step_supports_amp_scaling", None)
             self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
         self._norm: Tensor | None = None
@@ -226,7 +227,7 @@ class TrainStep:
     def _run_captured(self, *arguments: Any) -> Tensor:
         """Run one step; return loss, correct and the gradient's norm as one tensor.
 
-        The norm is computed inside: each capture has gradients of its own, and `.grad` is always those of the last one.
+        The norm is computed inside: each graph has gradients of its own, and `.grad` is those of the last captured one.
         """
         self._norm = None
         loss, correct = self._run(*arguments)

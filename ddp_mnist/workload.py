@@ -91,7 +91,7 @@ class Workload:
         network = self.make_network() if self.make_network else CNN(widths=self.config.widths)
         if hasattr(network, "_orig_mod"):  # its weights would be saved under names that the plain module does not have
             raise UsageError("the network is compiled already; return the module itself, and use --compile.")
-        if not network.training:  # as Hugging Face's come; layers that are frozen in a training network stay so
+        if not network.training:  # as Hugging Face's come; else a layer that the script has put into eval() stays so
             network.train()
         if inputs is not None and any(map(nn.parameter.is_lazy, (*network.parameters(), *network.buffers()))):
             # Now, since the optimizer, DDP and the memory format need to see the weights.

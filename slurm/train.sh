@@ -36,7 +36,7 @@ source slurm/python.sh
 
 # slurm/sweep.sh puts @FILE in front of the flags: each task of the array adds its own line of it.
 if [[ ${1:-} == @* ]]; then
-    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${1#@}")
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID:-0}p" "${1#@}") || fail 2 "$1 is for an array: sbatch --array=2 slurm/train.sh $1"
     [[ -n $line ]] || fail 2 "${1#@} has no line $SLURM_ARRAY_TASK_ID"
     eval "set -- \"\${@:2}\" $line"
 fi

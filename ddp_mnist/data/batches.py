@@ -140,7 +140,7 @@ class Batches:
         self.local_size = batch_size // world_size
         self.sampler = ShardSampler(len(train_set), rank=rank, world_size=world_size, seed=seed)
         self.dummy = train_set.load(torch.zeros(min(2, self.local_size), dtype=torch.int64), 0)
-        """For a step in which this rank has no item: item 0, twice where there is room, since batch norm needs two."""
+        """For a step in which this rank has no item: item 0, twice if there is room, since batch norm may need two."""
 
     def __len__(self) -> int:
         """Return the steps of an epoch, the same on every rank."""

@@ -220,10 +220,10 @@ class LoadedSet(Split):
 
 
 class SeededItems(Dataset[Any]):
-    """A data set of which item (epoch, row) does not depend on what was drawn before.
+    """A data set whose item (epoch, row) is the same whatever random numbers were drawn before.
 
-    It has no `__getitems__`, so that a DataLoader asks for one item at a time. Errors are returned: one that is raised
-    in a worker loses its shape on the way.
+    It has no `__getitems__`, so that a DataLoader asks for one item at a time. Errors are returned: raised in a
+    worker, one would arrive as another type with another text.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -304,7 +304,7 @@ def signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread inside, as a worker does: with several, some operations round otherwise."""
+    """Let torch use one thread inside, as a worker does: with several, some operations round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

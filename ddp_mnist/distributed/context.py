@@ -84,7 +84,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
                 meet = functools.partial(_init_process_group, backend, self.world_size, timeout)
                 stop.wait_for_peers(meet) if stop else meet()
                 handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-            # A single rank needs no process group and no DDP, also under torchrun; without LOCAL_RANK it gets none.
+            # A single rank needs no process group and no DDP, also under torchrun: -1 tells Accelerate so.
             with contextlib.nullcontext() if self.world_size > 1 else patch_environment(LOCAL_RANK="-1"):
                 self.accelerator = Accelerator(
                     mixed_precision=config.mixed_precision,
@@ -207,5 +207,5 @@ def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max-restarts
     store = dist.PrefixStore(f"ddp_mnist/{start}/{next(_group_numbers)}", _store)
     choose_interface()
-    use_batch_scheduling()  # in gloo's threads; in training, this one has nothing else to do
+    use_batch_scheduling()  # for gloo's threads, which inherit it; in training, this thread ends after the next line
     dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)

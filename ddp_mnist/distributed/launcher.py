@@ -79,13 +79,13 @@ def check_environment(*, gloo: bool = False) -> None:
 
 
 def _number(name: str) -> int:
-    smallest = 0 if name.endswith("RANK") else 1  # and that is what it is without a launcher
+    smallest = 0 if name.endswith("RANK") else 1  # also the value where no launcher has set it
     text = os.environ.get(name, str(smallest))
     if not text.isdecimal() or int(text) < smallest:
         raise UsageError(
             f"the environment says {name}={text}; expected a whole number from {smallest}, as accelerate launch, "
             f"torchrun and slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
-            local=name.endswith("RANK"),
+            local=name.endswith("RANK"),  # a rank that does not know its number cannot leave it to rank 0
         )
     return int(text)
 

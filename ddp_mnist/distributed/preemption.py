@@ -79,7 +79,7 @@ class StopSignal:
         met = pool.submit(meet)
         pool.shutdown(wait=False)
         self._waiting = True
-        # Seconds. Ranks that were told to stop before they met may still all arrive, and then save.
+        # Seconds. If the stop came before this wait, the others had it, too, and may still come: then all can save.
         patience = 20 if self._local_reason() else 1
         while not met.done():
             reason = self._local_reason()
@@ -92,7 +92,7 @@ class StopSignal:
     def agreed(self, context: Context, step: int) -> str | None:
         """Return why to stop, or None to go on; the same on all ranks. Collective: call it at every step.
 
-        On several ranks it is what they have said one interval ago, about 100 ms.
+        On several ranks the answer is one interval old, about 100 ms.
         """
         if context.world_size == 1:
             return self._local_reason()

@@ -207,7 +207,7 @@ class Saver:
 
         Training goes on when it fails, after a warning: the last checkpoint is kept.
         """
-        if not self._state_was_checked:  # one that cannot be saved ends the run now, on all ranks, and not at its end
+        if not self._state_was_checked:  # an optimizer that cannot be saved ends the run after its first step
             self._state_was_checked = True
             save_state(self.train_step.network, self.train_step.optimizer)
         if self.state.step_in_epoch == self.metrics.steps_per_epoch:
@@ -217,8 +217,8 @@ class Saver:
                 return
             self.metrics.sync()
         else:
-            # Rank 0 decides alone, by its clock. So this save may not use a collective, and is put off until no loss is
-            # left to be summed over the ranks.
+            # Only rank 0 knows that a save is due, so it may not need the other ranks: it waits until no loss is left
+            # to be summed over them, as after each line of the log.
             since = time.monotonic() - self._last_save
             due = since >= MAX_SECONDS or (epoch_end and self._cost <= MAX_SHARE_OF_TIME * since)
             if self.metrics.unread or not due:

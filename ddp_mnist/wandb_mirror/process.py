@@ -58,7 +58,7 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
     with (run_dir / directory.METRICS).open("rb") as file:
         while not ended:
             ended = wait_for_end(end, POLL_SECONDS)  # before reading: no line from before the end is missed
-            note(run_dir, run_id, mode=mode, url=run.url, sent=sent)  # `sent` of the last turn, flushed meanwhile
+            note(run_dir, run_id, mode=mode, url=run.url, sent=sent)  # of the last turn: by now it is on the disk
             *lines, rest = (rest + file.read()).split(b"\n")
             for record in map(json.loads, lines):
                 if record["step"] > sent:

@@ -262,8 +262,9 @@ def test_targets_that_are_no_labels_are_trained_and_scored_by_loss_alone(
         (lambda outputs, targets: outputs.square(), r'the loss is \(2, 3\); expected .* reduction="none"'),
         (lambda outputs, targets: 1.0, 'the loss is a float; expected .* reduction="none"'),
         (lambda outputs, targets: outputs.mean(1) - targets.float().mean(), "depends on the other items of its batch"),
+        (lambda outputs, targets: outputs[:, 0].squeeze() - targets.squeeze(), "depends on the other items"),
     ],
-    ids=["mean", "several", "number", "of the batch"],
+    ids=["mean", "several", "number", "of the batch", "no shape for one item"],
 )
 def test_a_loss_of_another_shape_is_refused(fit_here: Fit, loss: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):

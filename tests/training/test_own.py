@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ddp_mnist import Result, TrainConfig, evaluate, fit, train
+from ddp_mnist import CNN, Result, TrainConfig, evaluate, fit, train
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.report.page import draw
 
@@ -310,6 +310,21 @@ def test_every_step_draws_anew(fit_here: Callable[..., Result]) -> None:
     assert net.drawn == again.drawn
 
 
+def test_our_network_with_a_layer_of_the_scripts_own_draws_as_if_it_had_not_been_stopped(
+    fit_here: Callable[..., Result],
+) -> None:
+    def network() -> nn.Module:
+        net = CNN()
+        net.fc1 = nn.Sequential(nn.Dropout(), net.fc1)  # type: ignore[assignment]
+        return net
+
+    images = TensorDataset(torch.rand(101, 1, 28, 28), torch.arange(101) % 10)
+    whole = fit_here("whole", model=network, data=(images, images)).run_dir
+    fit_here("pieces", model=network, data=(images, images), max_steps=8)
+    pieces = fit_here("pieces", model=network, data=(images, images)).run_dir
+    faults.assert_same_result(pieces, whole)
+
+
 def test_an_error_of_a_network_reaches_the_caller_unchanged(fit_here: Callable[..., Result]) -> None:
     class Failing(nn.Linear):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -482,7 +497,7 @@ def test_networks_of_many_kinds_are_trained_and_saved(fit_here: Callable[..., Re
 SCRIPT = """
 import os, torch
 from torch import nn
-from ddp_mnist import TrainConfig, fit
+from ddp_mnist import CNN, TrainConfig, fit
 
 rank = int(os.environ.get("RANK", "0"))
 NETWORK
