@@ -133,7 +133,7 @@ class TrainConfig:
     """Start from the weights in this model.safetensors."""
     checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
     """Save a checkpoint every so many steps. A stop and the end of the run always save one.
-    0: automatic: after an epoch if saving takes under 1 % of the time, else at the first log line after 10 minutes."""
+    0: automatic: after an epoch if saving takes under 1 % of the time, and at a log line 10 minutes after the last."""
     keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
     """Keep this many of the newest checkpoints."""
     fresh: bool = False
@@ -153,7 +153,7 @@ class TrainConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mirror the run to Weights & Biases.
     auto: as WANDB_MODE says, else online if there is a key and the server answers, else offline, to be sent later.
-    online: as auto, but WANDB_MODE is ignored, and having to go offline is a warning. disabled: start nothing."""
+    online: as auto, but WANDB_MODE is ignored, and going offline prints a warning. disabled: start nothing."""
     wandb_project: Annotated[str | None, _hint("$WANDB_PROJECT, else ddp_mnist")] = None
     """The run's project."""
     wandb_entity: Annotated[str | None, _hint("the owner of the key")] = None
@@ -256,7 +256,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     Exit with 2 on a wrong flag and 0 after `--help`, as argparse does; the first rank of a machine says why.
     """
     args = [_plain_switch(word) for word in (sys.argv[1:] if argv is None else argv)]
-    # "--recipe X" or "--recipe=X": its values become tyro's defaults, which flags beat.
+    # "--recipe X" or "--recipe=X": tyro's defaults are the recipe's, which flags beat. In the end all fields are given.
     recipes = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
     defaults = next(({"recipe": name} for name in reversed(recipes) if name in RECIPES), {})
     if any(re.match("--mixed[-_]precision(=|$)", word) for word in args):

@@ -93,7 +93,7 @@ def make_capturable(optimizer: Adam) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's learning rate to this part of the one it began with; in place where a CUDA graph reads it."""
+    """Set each group's learning rate to `factor` times its first one; a tensor in place, as a CUDA graph reads it."""
     for group in optimizer.param_groups:
         if "initial_lr" not in group:  # as torch's own schedules call it
             group["initial_lr"] = float(group["lr"])
@@ -147,3 +147,6 @@ def load_state(
             value = torch.empty_like(parameters[name], dtype=value.dtype, device="cpu").copy_(value)
         state[name][key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for name, saved in state.items():  # torch has chosen the devices, but also cast to the parameter's type
+        now = optimizer.state[parameters[name]]
+        now |= {key: value.to(now[key].device) if isinstance(value, Tensor) else value for key, value in saved.items()}

@@ -91,7 +91,7 @@ class TrainStep:
         self.wrapped: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
             # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
-            # With this mark a fused kernel would skip steps by itself, unseen; without it the scaler skips, and counts.
+            # With this mark a script's fused optimizer would skip steps by itself, unseen. Without it the scaler does.
             vars(self.optimizer).pop("_step_supports_amp_scaling", None)
             self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
         self._norm: Tensor | None = None
@@ -110,7 +110,7 @@ class TrainStep:
         return wrapped
 
     def __call__(self, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step with each group's learning rate at the part `factor`, 0-1, of its peak.
+        """Take one optimizer step; each group's learning rate is `factor`, 0-1, times its peak.
 
         Returns:
             (loss, correct): this rank's share of each, as scalars on the device. Summed over the ranks they are the

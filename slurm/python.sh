@@ -5,7 +5,10 @@ set -euo pipefail
 
 if [[ -n ${ENV_SETUP:-} ]]; then
     set +eu # activation scripts are not written for strict shells
+    given=("$@")
+    set -- # or conda's script would take the job's flags for its own
     eval "$ENV_SETUP"
+    set -- "${given[@]}"
     set -eu
 elif [[ -z ${VIRTUAL_ENV:-} && ${CONDA_DEFAULT_ENV:-base} == base && -f .venv/bin/activate ]]; then
     # shellcheck disable=SC1091 # exists on the user's machine only

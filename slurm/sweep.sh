@@ -26,7 +26,7 @@ mapfile -t lines < <(sed -E 's/[[:space:]]+$//; /^[[:space:]]*(#|$)/d' "$file")
 source slurm/python.sh
 flags=()
 for line in "${lines[@]}"; do
-    eval "flags=($line)" || fail "in $file: $line"
+    eval "flags=($line"$'\n'")" || fail "in $file: $line"
     "$python" -m launch.check --program="${PROGRAM:-}" -- --dataset mnist "$@" "${flags[@]}" || fail "in $file: $line"
 done
 
@@ -35,6 +35,7 @@ mkdir -p runs
 copy=$(mktemp "runs/sweep-$(date +%Y%m%d-%H%M%S)-XXXX.txt")
 printf '%s\n' "${lines[@]}" >"$copy"
 array=$(sbatch --parsable --array="1-${#lines[@]}" "${options[@]}" slurm/train.sh "@$copy" "$@")
+array=${array%;*} # with --clusters sbatch adds the cluster's name
 echo "Submitted batch job $array: ${#lines[@]} runs, from $copy"
 echo "log    slurm-${array}_<line>.out"
 echo "table  python -m ddp_mnist.report --table runs/slurm-${array}_*"

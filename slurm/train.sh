@@ -49,6 +49,7 @@ job=$SLURM_JOB_ID array=$(field ArrayJobId)
 [[ -z $array ]] || job=${array}_$(field ArrayTaskId)
 restarts=$(field Restarts)
 max_requeues=${MAX_REQUEUES:-20}
+[[ $max_requeues =~ ^[0-9]+$ ]] || fail 2 "MAX_REQUEUES is $max_requeues; expected a whole number"
 
 # Tasks: one per GPU; without GPUs as many as were asked for, else one per node. `shape` asks sbatch for the same.
 nodes=$SLURM_JOB_NUM_NODES
@@ -90,7 +91,8 @@ flags=(--dataset mnist --output-dir "runs/slurm-$job" --threads "$cpus" "$@")
 # The words in front of the flags in the command that continues the run.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
 [[ -z ${PROGRAM:-} ]] || DDP_MNIST_LAUNCHER="PROGRAM=$(printf %q "$PROGRAM") $DDP_MNIST_LAUNCHER"
-read -ra program <<<"${PROGRAM:--m ddp_mnist.train}"
+program=("${PROGRAM:-}")
+[[ -f ${PROGRAM:-} ]] || read -ra program <<<"${PROGRAM:--m ddp_mnist.train}"
 # --fresh is for the first start: a requeued job would throw away what there is, every time.
 ((restarts == 0)) || flags+=(--no-fresh)
 export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts

@@ -87,10 +87,11 @@ def published(dataset: str) -> tuple[list[str], dict[str, str]]:
     """Return torchvision's mirrors and its MD5 of each .gz. Raises: ImportError."""
     try:
         from torchvision import datasets  # takes seconds
+
+        source = getattr(datasets, FOLDERS[dataset])
     except Exception as error:  # one that was built for another torch may raise anything
         why = f"torchvision, which knows mirrors and hashes, cannot be imported ({type(error).__name__}: {error})"
         raise ImportError(f"{why}: first run `pip install --force-reinstall torch torchvision`") from error
-    source = getattr(datasets, FOLDERS[dataset])
     return source.mirrors, dict(source.resources)
 
 

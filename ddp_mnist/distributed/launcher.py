@@ -164,11 +164,11 @@ def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
         return
     with contextlib.suppress(ValueError):  # this is a thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or srun would show it as the job's exit code
-    first = [
-        each
-        for each in psutil.process_iter(["ppid", "environ"])
-        if each.info["ppid"] == os.getppid() and (each.info["environ"] or {}).get("LOCAL_RANK") == "0"
-    ]
+    first = []
+    for each in psutil.process_iter(["ppid", "environ"]):
+        given = each.info["environ"] or {}  # as it was started: submitit sets LOCAL_RANK later
+        if each.info["ppid"] == os.getppid() and given.get("LOCAL_RANK", given.get("SLURM_LOCALID")) == "0":
+            first.append(each)
     psutil.wait_procs(first, timeout)
 
 

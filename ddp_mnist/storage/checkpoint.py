@@ -162,10 +162,11 @@ class Checkpoints:
             try:
                 return read_checkpoint(path)
             except DAMAGE as error:
-                then = f"using {paths[-1].name}" if paths else "there is none before it: the run starts over"
+                then = f"using {paths[-1].name}" if paths else "there is none before it"
                 if not read_only:
-                    aside = path.rename(directory.make_new(path.with_name(f"damaged-{path.name}")))
-                    then = f"set aside as {aside.name}, {then}"
+                    with directory.translate_write_errors(path):
+                        aside = path.rename(directory.make_new(path.with_name(f"damaged-{path.name}")))
+                    then = f"set aside as {aside.name}, {then}" + ("" if paths else ": the run starts over")
                 log.warning("%s is damaged (%s); %s.", path, error, then)
             except OSError as error:
                 raise JobError(f"{path} cannot be read: {error}.") from error
@@ -182,11 +183,12 @@ def read_checkpoint(path: Path) -> Snapshot:
         if found != expected:
             raise ValueError(f"{name} has {found}, expected {expected}")
     values = json.loads(contents[STATE])
-    if "optimizer_values" not in values:
-        raise JobError(f"{path} is of an earlier version of ddp_mnist: continue it with that one, or --fresh.")
-    values["state"] = TrainState(**values["state"])
     tensors = [safetensors.torch.load(contents[name]) for name in (MODEL, OPTIMIZER)]
-    return Snapshot(weights=tensors[0], optimizer=tensors[1], **values)
+    try:  # every byte is as it was written
+        values["state"] = TrainState(**values["state"])
+        return Snapshot(weights=tensors[0], optimizer=tensors[1], **values)
+    except (TypeError, KeyError) as error:
+        raise JobError(f"{path} is of another version of ddp_mnist: continue it with that one, or --fresh.") from error
 
 
 def _fingerprint(content: bytes) -> dict[str, Any]:

@@ -82,8 +82,9 @@ def credentials_error() -> str | None:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
     _, host = _server()
-    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        if netrc.netrc(os.environ.get("NETRC") or Path(os.environ.get("HOME", ""), ".netrc")).authenticators(host):
+    path = os.environ.get("NETRC") or Path(os.environ.get("HOME", ""), ".netrc")
+    with contextlib.suppress(OSError, RuntimeError, netrc.NetrcParseError, UnicodeDecodeError):
+        if netrc.netrc(Path(path).expanduser()).authenticators(host):
             return None
     return f"no key for {host} (WANDB_API_KEY, or `wandb login`)"
 

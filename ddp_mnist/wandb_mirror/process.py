@@ -1,6 +1,6 @@
 """The mirror's own process: follow metrics.jsonl and summary.json, the truth, and send them to Weights & Biases.
 
-The only module that imports wandb. `mirror.py` starts it with the arguments MODE RUN_DIR ID.
+The only module that imports wandb. `mirror.py` starts it with the arguments MODE ID RUN_DIR.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import shlex
 import shutil
@@ -21,7 +23,7 @@ from ddp_mnist.config import RESUME_FIELDS
 from ddp_mnist.data import sources
 from ddp_mnist.model import CNN
 from ddp_mnist.step import TrainStep
-from ddp_mnist.storage.checkpoint import MODEL
+from ddp_mnist.storage.checkpoint import MANIFEST, MODEL, STATE
 
 Train = Callable[..., jobs.Ended]
 EPOCH_STEPS = STEPS // EPOCHS
@@ -263,6 +265,20 @@ def test_a_checkpoint_that_cannot_be_read_is_reported_and_kept(train: Train, sto
     ended = train("--output-dir", stopped)
     assert ended.code == 0 and "resumed at step 30 " in ended.out
     faults.assert_same_result(stopped, expected)
+
+
+def test_a_checkpoint_of_another_version_is_reported_and_kept(train: Train, stopped: Path) -> None:
+    """One that was written whole is not damaged."""
+    step = stopped / "checkpoints" / "step-00000030"
+    text = (step / STATE).read_text().replace('"epoch":', '"a_field_of_tomorrow": 1, "epoch":', 1).encode()
+    (step / STATE).write_bytes(text)
+    manifest = jobs.read_json(step / MANIFEST)
+    manifest[STATE] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (step / MANIFEST).write_text(json.dumps(manifest))
+    before = everything(stopped)
+    message = jobs.the_message([train("--output-dir", stopped)], 1)
+    assert f"{step} is of another version of ddp_mnist" in message and "--fresh" in message
+    assert everything(stopped) == before
 
 
 def test_what_others_leave_among_the_checkpoints_changes_nothing(train: Train, stopped: Path, expected: Path) -> None:

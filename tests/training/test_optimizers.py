@@ -57,12 +57,15 @@ def groups(net: nn.Module, decay: float = 0.1, rate: float = 1e-2) -> list[dict[
 
 
 class Slowing(SGD):
-    """An optimizer that counts in its group, as schedule-free ones do."""
+    """An optimizer that counts in its group, as schedule-free ones do, and in states that are not fp32."""
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             group["steps"] = group.get("steps", 0) + 1
-            group["weight_decay"] = 0.5 / group["steps"]
+            state = self.state[group["params"][0]]
+            state["seen"] = state.get("seen", torch.tensor(2**30)) + 1  # as fp32 it would not change
+            state["phase"] = "warm" if state.get("phase", "cold") == "cold" else "hot"
+            group["weight_decay"] = 0.5 / (group["steps"] + int(state["seen"]) % 7 + len(state["phase"]))
         super().step()
 
 
