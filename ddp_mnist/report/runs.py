@@ -17,7 +17,7 @@ CAUSES = (*RESUME_FIELDS, "recipe", "mixed_precision", "compile", "max_steps")
 
 @dataclass(frozen=True)
 class RunLog:
-    """What the files of one run say so far."""
+    """Hold what the files of one run say so far."""
 
     path: Path
     config: dict[str, Any]  # {}, as also the other dictionaries, where there is nothing yet

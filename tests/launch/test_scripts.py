@@ -51,20 +51,42 @@ def test_a_rank_gets_torchs_variables_and_all_signals(on_node: str, expected: in
     assert int(pid) == rank.pid, "the command does not have the wrapper's process id: signals miss it"
 
 
-def test_a_sweep_refuses_a_line_with_an_unmatched_quote(tmp_path: Path) -> None:
+def run_at_a_site(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a checkout, where sbatch prints a cluster's name too, and scontrol knows of one job."""
     for name in ("slurm", "launch", "ddp_mnist"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
+    answers = {"sbatch": "touch submitted; echo '4712;c1'", "scontrol": "echo JobId=12 Restarts=0"}
+    for name, answer in answers.items():
+        (folder / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (folder / name).chmod(0o755)
+    env = OUTSIDE | {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder)
+
+
+def test_a_sweep_refuses_a_line_with_an_unmatched_quote(tmp_path: Path) -> None:
     (tmp_path / "rates.txt").write_text("--lr 1e-3\n--wandb-tags a Bob's\n")
-    (tmp_path / "sbatch").write_text("#!/bin/sh\ntouch submitted\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = OUTSIDE | {"PATH": path}
-    command = ["slurm/sweep.sh", "rates.txt", "--", "--dataset=synthetic"]
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    ended = run_at_a_site(tmp_path, "slurm/sweep.sh", "rates.txt", "--", "--dataset=synthetic")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "unexpected EOF while looking for matching `''" in ended.stderr
     assert ended.stderr.endswith("error: in rates.txt: --wandb-tags a Bob's\n")
     assert not (tmp_path / "submitted").exists()
+
+
+def test_a_sweep_reads_comments_and_keeps_its_flags_from_the_set_up(tmp_path: Path) -> None:
+    """And what it prints names the job's files, also on one of several clusters."""
+    (tmp_path / "rates.txt").write_text("# rates\n--lr 1e-3  # the usual\n\n--lr 1e-2\n")
+    words = ("slurm/sweep.sh", "rates.txt", "--clusters=c1", "--", "--dataset=synthetic")
+    ended = run_at_a_site(tmp_path, *words, ENV_SETUP='echo "set up with $# words"')
+    assert ended.returncode == 0, ended.stderr
+    first, second, log, table = ended.stdout.splitlines()
+    assert first == "set up with 0 words" and second.startswith("Submitted batch job 4712: 2 runs, from runs/sweep-")
+    assert log.endswith("slurm-4712_<line>.out") and table.endswith("runs/slurm-4712_*")
+
+
+def test_a_number_of_requeues_that_is_none_is_named_before_the_job_trains(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(tmp_path), "MAX_REQUEUES": "many"}
+    ended = run_at_a_site(tmp_path, "slurm/train.sh", **job)
+    assert (ended.returncode, ended.stderr) == (2, "error: MAX_REQUEUES is many; expected a whole number\n")
 
 
 @pytest.mark.parametrize(

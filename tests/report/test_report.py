@@ -259,11 +259,12 @@ def test_a_run_without_class_labels_has_the_curve_of_its_loss(
     nothing = dict.fromkeys(["test_accuracy", "test_correct", "test_confusion", "test_mistakes", "train_accuracy"])
     lines = [{key: value for key, value in line.items() if not key.endswith("accuracy")} for line in metrics()]
     worse = make_run(tmp_path / "worse", tiny, lines, nothing, dataset=f"{USER_DATA_PREFIX}1")
-    lines = [line | ({"test/accuracy": None, "test/loss": 0.01} if "test/loss" in line else {}) for line in lines]
-    better = make_run(tmp_path / "better", tiny, lines, nothing | {"test_loss": 0.01}, dataset=f"{USER_DATA_PREFIX}1")
+    lines = [line | ({"test/accuracy": None, "test/loss": 0.0} if "test/loss" in line else {}) for line in lines]
+    better = make_run(tmp_path / "better", tiny, lines, nothing | {"test_loss": 0.0}, dataset=f"{USER_DATA_PREFIX}1")
     assert draw(better) == ["curves.png", "report.html"] and "<td>-</td>" in page_of(better)
     (axes,) = figures.curves_figure([read(better)]).axes
     assert (axes.get_ylabel(), axes.get_xlabel(), len(axes.lines)) == ("loss", "epoch", 2)
+    assert axes.get_yscale() == "linear", "zero has no logarithm"
     assert len(figures.curves_figure(read_runs([worse, run])).axes) == 2
     stopped = {"steps": 12, "test_loss": 0.02, "finished": False, "stop_reason": "max_steps"}
     within = make_run(tmp_path / "within", tiny, lines[:2], nothing | stopped)
@@ -271,7 +272,7 @@ def test_a_run_without_class_labels_has_the_curve_of_its_loss(
     rows = [re.split("  +", line)[:4] for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows[0][1] == "99.33%"
     assert rows[1:] == [
-        [str(better), "-", "0.0100", "30"],
+        [str(better), "-", "0.0000", "30"],
         [str(within), "-", "0.0200", "12"],
         [str(worse), "-", "0.0500", "30"],
     ]
