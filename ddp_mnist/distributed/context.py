@@ -35,6 +35,7 @@ from ddp_mnist.distributed.launcher import (
     local_world_size_from_environment,
     rank_from_environment,
     report_once_per_host,
+    restart_count,
     world_size_from_environment,
 )
 from ddp_mnist.distributed.machine import choose_interface, use_batch_scheduling, use_threads
@@ -204,8 +205,7 @@ def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     _store.set_timeout(timeout)
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max-restarts
-    store = dist.PrefixStore(f"ddp_mnist/{start}/{next(_group_numbers)}", _store)
+    store = dist.PrefixStore(f"ddp_mnist/{restart_count()}/{next(_group_numbers)}", _store)
     choose_interface()
     use_batch_scheduling()  # for gloo's threads, which inherit it; in training, this thread ends after the next line
     dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)

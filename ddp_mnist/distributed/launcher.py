@@ -40,6 +40,11 @@ def local_world_size_from_environment() -> int:
     return _number("LOCAL_WORLD_SIZE")
 
 
+def restart_count() -> int:
+    """Return how often `torchrun --max-restarts` has started its ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def is_first_on_its_machine() -> bool:
     """Return True on rank 0 and on the first rank of every other machine."""
     return rank_from_environment() == 0 or os.environ.get("LOCAL_RANK") == "0"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ddp_mnist.distributed.launcher import stop_before_start, world_size_from_environment
+from ddp_mnist.distributed.launcher import restart_count, stop_before_start, world_size_from_environment
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
@@ -70,7 +70,7 @@ class StopSignal:
         """Stop after so many minutes from now, or from torchrun's start if it has restarted the ranks; 0 is never."""
         if minutes:
             self._deadline = time.monotonic() + 60 * minutes
-            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            if restart_count():
                 self._deadline -= time.time() - psutil.Process(os.getppid()).create_time()
 
     def wait_for_peers(self, meet: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_mnist.config import RESUME_FIELDS, USER_DATA_PREFIX, TrainConfig
 from ddp_mnist.data import sources
-from ddp_mnist.distributed.launcher import local_world_size_from_environment
+from ddp_mnist.distributed.launcher import local_world_size_from_environment, restart_count
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.storage import directory
 from ddp_mnist.storage.checkpoint import MODEL, Checkpoints, Snapshot, TrainState
@@ -59,7 +59,7 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
     if holder is not None:
         stack.callback(holder.release)
-    if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun's first start
+    if config.fresh and not restart_count():
         directory.start_over(path)
     snapshot = Checkpoints(path, config.keep_checkpoints).newest()
     summary = directory.read_json(path / directory.SUMMARY)
