@@ -90,7 +90,7 @@ class TrainStep:
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.wrapped: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
-            # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path: 15 % of a step on a CPU.
+            # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path each time.
             # With this mark a script's fused optimizer would skip steps by itself, unseen. Without it the scaler does.
             vars(self.optimizer).pop("_step_supports_amp_scaling", None)
             self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
