@@ -20,7 +20,7 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Adam(torch.optim.Adam):
-    """Adam without torch.compile's wrappers, which import its compiler: 2.75 s of CPU time at every start."""
+    """Adam without torch.compile's wrappers, which import its compiler: seconds of CPU time at every start."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
