@@ -6,8 +6,6 @@ nodes may share a folder: only the holder of `.lock` writes, and a file gets its
 need no lock. Where a folder cannot be written, which is normal on clusters, files are made again in memory.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import logging
@@ -40,16 +38,12 @@ NAMES: dict[SplitName, tuple[str, str]] = {
 }
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "synthetic": f"Synthetic-v{synthetic.VERSION}"}
 """Folder below the root; for downloads also the name of torchvision's class."""
-RAW_MD5 = {
-    "mnist": {
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    },
-    "synthetic": synthetic.MD5,
+MNIST_MD5 = {  # of its unpacked files; torchvision has those of the .gz only, and takes seconds to import
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-"""Hashes of unpacked files, where known; torchvision has those of the .gz only, and takes seconds to import."""
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _make_digits = lru_cache(maxsize=1)(synthetic.make_digits)  # both files of a split come from one drawing
 
@@ -122,8 +116,8 @@ def _parse(dataset: str, name: str, content: bytes) -> Array:
     header = struct.unpack(f">{start // 4}I", content[:start].ljust(start, b"\0"))
     if header != (magic, header[1], *item) or len(content) != start + header[1] * math.prod(item):
         raise ValueError(f"{len(content)} bytes that begin with {header}")
-    if dataset in RAW_MD5:
-        _check_md5(content, RAW_MD5[dataset][name.removesuffix(".gz")])
+    if dataset == "mnist":
+        _check_md5(content, MNIST_MD5[name.removesuffix(".gz")])
     return np.frombuffer(content, np.uint8, offset=start).reshape(-1, *item).copy()  # torch wants it writable
 
 

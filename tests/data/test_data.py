@@ -149,7 +149,7 @@ def test_auto_is_the_real_data_where_it_is_there_and_generated_digits_where_it_i
     assert sources.resolve("auto", tmp_path) == "synthetic"
     assert "missing; download failed" in caplog.text and "THIS IS NOT MNIST" in caplog.text
     caplog.clear()
-    monkeypatch.delitem(files.RAW_MD5, "mnist")
+    monkeypatch.setattr(files, "_check_md5", lambda content, expected: None)
     for name, array in zip((*files.NAMES["train"], *files.NAMES["test"]), ([[[0] * 28] * 28], [0]) * 2, strict=True):
         (tmp_path / "MNIST" / "raw" / name).write_bytes(files.pack(np.array(array, np.uint8)))
     assert sources.resolve("auto", tmp_path) == "mnist"

@@ -59,7 +59,7 @@ import hashlib, json, logging, os, sys, time
 from ddp_mnist.data import mnist as files
 config = json.loads(sys.argv[1])
 logging.basicConfig(level=logging.INFO)
-files.RAW_MD5["mnist"] = config["md5"]
+files.MNIST_MD5 = config["md5"]
 asked = []  # torchvision
 files.published = lambda dataset: asked.append(dataset) or (config["mirrors"], config["packed"])
 if config["hang"]:
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Torchvision knows a mirror that is gone and those that `use` adds; the small files pass for the real ones."""
-    monkeypatch.setitem(files.RAW_MD5, "mnist", MD5)
+    monkeypatch.setattr(files, "MNIST_MD5", MD5)
     monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of an earlier test's environment
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.downloads, server.closing = Counter(), threading.Event()
@@ -322,7 +322,6 @@ def test_synthetic_digits_are_drawn_once_and_a_damaged_file_again(
     drawn = {split: synthetic.make_digits(split, count=50) for split in files.NAMES}
     hashes = [md5(idx(array)) for arrays in drawn.values() for array in arrays]
     monkeypatch.setattr(files, "_make_digits", drawn.get)
-    monkeypatch.setitem(files.RAW_MD5, "synthetic", dict(zip(RAW, hashes, strict=True)))
     caplog.set_level("INFO")
     for _ in range(2):
         assert main(["fetch", "--dataset", "synthetic", "--data-dir", str(tmp_path)]) == 0
