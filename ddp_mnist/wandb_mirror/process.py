@@ -3,8 +3,6 @@
 The only module that imports wandb. `mirror.py` starts it with the arguments MODE ID RUN_DIR.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -17,7 +15,6 @@ from typing import Any
 
 import wandb
 
-from ddp_mnist.data import mnist
 from ddp_mnist.storage import directory
 from ddp_mnist.wandb_mirror.mirror import PATIENCE
 
@@ -62,7 +59,7 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
             *lines, rest = (rest + file.read()).split(b"\n")
             for record in map(json.loads, lines):
                 if record["step"] > sent:
-                    log_record(run, record, run_dir)
+                    log_record(run, record)
                     sent = record["step"]
     summary = directory.read_json(run_dir / directory.SUMMARY) | {"wandb_mode": mode}
     run.summary.update({key: value for key, value in summary.items() if not isinstance(value, list)})
@@ -120,39 +117,21 @@ def start_run(run_dir: Path, run_id: str, mode: str) -> wandb.Run:
     return wandb.init(**given, mode="offline")
 
 
-def log_record(run: wandb.Run, record: dict[str, Any], run_dir: Path) -> None:
+def log_record(run: wandb.Run, record: dict[str, Any]) -> None:
     """Log a line of metrics.jsonl. Our step is also wandb's own, so that it goes on in the next attempt."""
     numbers = {key: value for key, value in record.items() if not isinstance(value, list)}
-    for label, accuracy in enumerate(record.get("test/class_accuracy") or ()):
-        numbers[f"test/class_accuracy/{label}"] = accuracy
+    chart = {}
     try:
-        run.log(numbers | media(record, run_dir), step=record["step"], commit=True)
+        if confusion := record.get("test/confusion"):
+            rows = [[str(a), str(b), count] for a, line in enumerate(confusion) for b, count in enumerate(line)]
+            fields = {name: name for name in ("Actual", "Predicted", "nPredictions")}
+            table = wandb.Table(columns=list(fields), data=rows)
+            title = {"title": "Confusion matrix of the test set"}
+            chart["test/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
+        run.log(numbers | chart, step=record["step"], commit=True)
     except Exception:  # a server that takes no tables may well take numbers
         log.exception("step %d: only its numbers are sent", record["step"])
         run.log(numbers, step=record["step"], commit=True)
-
-
-def media(record: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return the confusion matrix of a record as a chart, and its mistakes as pictures."""
-    found: dict[str, Any] = {}
-    if confusion := record.get("test/confusion"):
-        rows = [[str(a), str(b), count] for a, line in enumerate(confusion) for b, count in enumerate(line)]
-        fields = {name: name for name in ("Actual", "Predicted", "nPredictions")}
-        table = wandb.Table(columns=list(fields), data=rows)
-        title = {"title": "Confusion matrix of the test set"}
-        found["test/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
-    if mistakes := record.get("test/mistakes"):
-        with contextlib.suppress(mnist.DataError, KeyError):  # there are no pictures of a user's own data
-            settings = directory.read_json(run_dir / directory.CONFIG)["settings"]
-            images, _ = mnist.read_split(settings["dataset"], settings["data_dir"], "test", fetch=False)
-            found["test/mistakes"] = [
-                wandb.Image(
-                    images[mistake["index"]].repeat(4, 0).repeat(4, 1),
-                    caption=f"{mistake['label']} read as {mistake['prediction']}, {mistake['confidence']:.0%} sure",
-                )
-                for mistake in mistakes
-            ]
-    return found
 
 
 if __name__ == "__main__":
