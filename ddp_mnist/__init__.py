@@ -18,16 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CNN", "Result", "TrainConfig", "fit", "run"]
 
-_HOMES = {
-    "CNN": "ddp_mnist.model",
-    "Result": "ddp_mnist.trainer",
-    "TrainConfig": "ddp_mnist.config",
-    "fit": "ddp_mnist.trainer",
-    "run": "ddp_mnist.train",
-}
+_MODULES = {"CNN": "model", "Result": "trainer", "TrainConfig": "config", "fit": "trainer", "run": "train"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,7 +1,5 @@
 """All settings of a run, the recipes and the command line. No import of torch: `--help` answers at once."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -13,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
@@ -24,11 +22,10 @@ from ddp_mnist.distributed.launcher import is_first_on_its_machine, suppress_out
 from ddp_mnist.errors import UsageError
 
 USER_DATA_PREFIX = "own-"
-RESUME_FIELDS = (
+RESUME_FIELDS = (  # that must match to resume a run
     "dataset", "batch_size", "accumulate", "epochs", "lr", "beta2", "schedule", "grad_clip", "seed", "widths",
     "init_from",
 )  # fmt: skip
-"""Fields that must match to resume a run."""
 
 _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v)
 Int = Annotated[int, _numpy_to_python]
@@ -106,7 +103,7 @@ class TrainConfig:
     """Adam's learning rate; under --schedule onecycle and linear, the peak."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
     """Adam's decay of the squared gradients; a lower one suits a short run."""
-    # A new one also needs a branch in `rate_factor`, and in `check_identity` if it allows more epochs later.
+    # A new schedule also needs a branch in `rate_factor`, and one in `check_identity` if its runs may get more epochs.
     schedule: Literal["constant", "onecycle", "linear"] = "constant"
     """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine.
     linear: up over the first tenth, then down in a straight line."""
@@ -133,7 +130,7 @@ class TrainConfig:
     """Start from the weights in this model.safetensors."""
     checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
     """Save a checkpoint every so many steps. A stop and the end of the run always save one.
-    0: automatic: after an epoch if saving takes under 1 % of the time, and at a log line 10 minutes after the last."""
+    0: automatic: after an epoch if that takes under 1 % of the time, at a log line if the last is 10 minutes old."""
     keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
     """Keep this many of the newest checkpoints."""
     fresh: bool = False
@@ -205,7 +202,7 @@ class TrainConfig:
                 arguments += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
         return arguments
 
-    def replace(self, **changes: Any) -> TrainConfig:
+    def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`, checked. Raises: UsageError."""
         return replace(self, **changes)
 
@@ -241,13 +238,7 @@ class _Unchecked(TrainConfig):
         vars(self).update(values)
 
 
-_SWITCH = re.compile("(?i)--(cuda[-_]graphs|pictures|progress|compile|fresh|wandb[-_]model)=(true|false)")
-
-
-def _plain_switch(word: str) -> str:
-    """Return --no-pictures for --pictures=False and the like, as W&B's sweeps write them; others unchanged."""
-    match = _SWITCH.fullmatch(word)
-    return word if match is None else f"--{'' if match[2].lower() == 'true' else 'no-'}{match[1]}"
+_SWITCH = "(?i)^--(cuda[-_]graphs|pictures|progress|compile|fresh|wandb[-_]model)"
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -255,7 +246,9 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
     Exit with 2 on a wrong flag and 0 after `--help`, as argparse does; the first rank of a machine says why.
     """
-    args = [_plain_switch(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = sys.argv[1:] if argv is None else argv
+    # W&B's sweeps write --pictures=True and --pictures=False for --pictures and --no-pictures.
+    args = [re.sub(f"{_SWITCH}=true$", r"--\1", re.sub(f"{_SWITCH}=false$", r"--no-\1", word)) for word in words]
     # "--recipe X" or "--recipe=X": tyro's defaults are the recipe's, which flags beat. In the end all fields are given.
     recipes = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
     defaults = next(({"recipe": name} for name in reversed(recipes) if name in RECIPES), {})

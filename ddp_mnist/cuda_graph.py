@@ -3,33 +3,16 @@
 The kernels of a training step of a small network take less time than Python takes to launch them one by one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddp_mnist.errors import JobError
 
-if TYPE_CHECKING:
-    from ddp_mnist.config import TrainConfig
-    from ddp_mnist.distributed.context import Context
-
-REHEARSALS = 3
-"""Calls before a capture: libraries choose kernels and allocate memory, torch.compile compiles."""
-
-
-def can_capture(config: TrainConfig, context: Context, *, ours: bool) -> bool:
-    """Return whether to run steps as a CUDA graph: by default `ours`, our own network's, on one NVIDIA GPU.
-
-    Not with DDP, nor with fp16, whose scaler decides on the CPU whether to step, nor on ROCm, which is not tested.
-    """
-    single_gpu = context.device.type == "cuda" and context.world_size == 1 and torch.version.hip is None
-    wanted = ours if config.cuda_graphs is None else config.cuda_graphs
-    return single_gpu and wanted and context.accelerator.scaler is None
+REHEARSALS = 3  # calls before a capture: libraries choose kernels and allocate memory, torch.compile compiles
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The errors that a user can cause or meet, each with its exit code. Anything else that is raised is a bug."""
 
-STOPPED = 75
-"""Exit code of a run that stopped early with a checkpoint: run it again."""
+STOPPED = 75  # exit code of a run that stopped early with a checkpoint: run it again
 
 
 class JobError(Exception):
@@ -10,12 +9,10 @@ class JobError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, local: bool = False, stop_reason: str = "error") -> None:
-        """Describe what failed.
+        """Take the message: the field or file, what was found, what was expected and what to type next.
 
-        Args:
-            message: The field or file, what was found, what was expected and what to type next.
-            local: The other ranks do not know of it, so this rank must print it, even if it is not rank 0.
-            stop_reason: The reason in summary.json.
+        `local`: the other ranks do not know of it, so this rank prints it, whichever it is. `stop_reason`: that of
+        summary.json.
         """
         super().__init__(message)
         self.local = local

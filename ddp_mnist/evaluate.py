@@ -1,7 +1,5 @@
 """Score a network on a data set exactly, over all ranks; `python -m ddp_mnist.evaluate RUN_DIR` scores a run again."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -15,10 +13,10 @@ from accelerate.utils import broadcast, gather_object, recursively_apply
 from torch import Tensor, nn
 
 from ddp_mnist.config import TrainConfig, default_data_dir
-from ddp_mnist.data import sources
-from ddp_mnist.data.batches import Split, TensorSet, check_labels, derive_seed, evaluation_batches, seed_generators
+from ddp_mnist.data import batches, sources
+from ddp_mnist.data.batches import Split, TensorSet
 from ddp_mnist.distributed.context import Context, translate_errors
-from ddp_mnist.distributed.launcher import entry_point, hard_exit, rank_from_environment, show_warnings, suppress_output
+from ddp_mnist.distributed.launcher import entry_point, from_environment, hard_exit, show_warnings, suppress_output
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.model import CNN
 from ddp_mnist.step import Loss, call, cross_entropy
@@ -42,13 +40,10 @@ class Mistake:
 class Score:
     """The score of one network on one whole data set, each item counted once; equal on all ranks."""
 
-    loss: float
-    """Mean loss over all items."""
+    loss: float  # mean over all items
     count: int
-    confusion: tuple[tuple[int, ...], ...] | None = None
-    """confusion[label][prediction]: number of images; None: the targets are no class labels."""
-    mistakes: tuple[Mistake, ...] = ()
-    """The most confident ones first; at most WORST, the same at every world size."""
+    confusion: tuple[tuple[int, ...], ...] | None = None  # [label][prediction]: images; None: there are no labels
+    mistakes: tuple[Mistake, ...] = ()  # the most confident first; at most WORST, the same at every world size
 
     @property
     def correct(self) -> int | None:
@@ -59,10 +54,6 @@ class Score:
     def accuracy(self) -> float | None:
         """Return the share of correct images, 0-1; None without class labels."""
         return None if self.correct is None else self.correct / self.count
-
-    def class_accuracy(self) -> list[float | None]:
-        """Return the accuracy of each class, 0-1; None for a class that the data set does not have."""
-        return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(self.confusion or ())]
 
     def sentence(self) -> str:
         """Return the tutorial's line, or that of a network that is scored by its loss alone."""
@@ -88,8 +79,9 @@ def evaluate(
     size = chunk_size(split, context.device)
     first = context.rank * size
     with evaluation_mode(network):
-        for inputs, targets in evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size):
-            seed_generators(derive_seed("score", first), context.device)  # for a network that draws
+        chunks = batches.evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size)
+        for inputs, targets in chunks:
+            batches.seed_generators(batches.derive_seed("score", first), context.device)  # for a network that draws
             outputs = call(network, inputs)
             totals[0] += loss(outputs, targets).sum().to(home)
             totals[1] += len(targets)
@@ -97,13 +89,19 @@ def evaluate(
                 totals[2:] += torch.bincount(targets * classes + outputs.argmax(1), minlength=cells).to(home)
                 mistakes = _worst([*mistakes, *_mistakes(outputs, targets, first)])
             first += context.world_size * size
-    context.run_on_all_ranks(split.check)
+    context.run_on_all_ranks(lambda: raise_failure(split))
     loss_sum, count, *counts = context.sum(totals).tolist()
     assert count == len(split), f"scored {count} of {len(split)} items"
     if classes is None:
         return Score(loss_sum / len(split), len(split))
     confusion = tuple(tuple(map(int, counts[start : start + classes])) for start in range(0, cells, classes))
     return Score(loss_sum / len(split), len(split), confusion, tuple(_worst(gather_object(mistakes))))
+
+
+def raise_failure(split: Split) -> None:
+    """Raise what has ended `split.iterate` early on this rank; the other ranks do not know of it."""
+    if split.failure is not None:
+        raise split.failure
 
 
 def chunk_size(split: Split, device: torch.device) -> int:
@@ -140,8 +138,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 def find_classes(network: nn.Module, split: Split, loss: Loss = cross_entropy) -> int | None:
     """Return how many classes the network tells apart; None if the targets are no class labels.
 
-    Raises:
-        UsageError: Outputs, targets and loss do not fit each other.
+    Raises UsageError: outputs, targets and loss do not fit each other.
     """
     inputs, targets = split.load(torch.arange(min(2, len(split))), 0)
     with evaluation_mode(network):
@@ -158,7 +155,7 @@ def find_classes(network: nn.Module, split: Split, loss: Loss = cross_entropy) -
     # With a loss of the script's own, integers need not be classes: then there is no error, and no accuracy.
     with contextlib.nullcontext() if loss is cross_entropy else contextlib.suppress(UsageError):
         if labels and logits and outputs.shape[1] > 1:
-            check_labels(targets, outputs.shape[1])
+            batches.check_labels(targets, outputs.shape[1])
             split.limit_labels(outputs.shape[1])
             classes = outputs.shape[1]
     values = loss(outputs, targets)
@@ -192,8 +189,7 @@ def _worst(mistakes: Iterable[Mistake]) -> list[Mistake]:
 def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[SavedRun, list[Score]]:
     """Return (the saved run, [its score on the training set, on the test set]). Collective. Raises: JobError."""
     # Rank 0 reads for all: the run may be going on, and write its next checkpoint meanwhile.
-    saved = context.broadcast(context.run_on_all_ranks(lambda: load_saved_run(run_dir) if context.is_main else None))
-    assert saved is not None
+    saved = context.run_on_main(lambda: load_saved_run(run_dir))
     own = saved.config.data_dir
     root = data_dir or (own if own.exists() else default_data_dir())
     splits = context.run_on_all_ranks(lambda: sources.load(saved.config.dataset, root))
@@ -205,38 +201,6 @@ def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[Sa
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0. Raises: JobError where the counts are not those of the run's own summary."""
-    is_main = rank_from_environment() == 0
-    show_warnings(main=is_main)
-    with contextlib.nullcontext() if is_main else suppress_output():  # one message for a wrong flag
-        options = _parser().parse_args(argv)
-    config = TrainConfig(threads=options.threads, mixed_precision="no")
-    with Context(config) as context, translate_errors(context):
-        saved, (train, test) = _rescore(options.run_dir, context, options.data_dir)
-    counts = {"train_correct": train.correct, "train_count": train.count}
-    counts |= {"test_correct": test.correct, "test_count": test.count}
-    said = saved.summary or counts
-    differing = [name for name in counts if counts[name] != said.get(name)]
-    if is_main and options.json:
-        facts: dict[str, Any] = {"run_dir": str(options.run_dir), "weights": str(saved.source), "step": saved.step}
-        facts |= {"dataset": saved.config.dataset, "world_size": context.world_size, "device": context.device.type}
-        facts |= counts | {"train_accuracy": train.accuracy, "train_loss": train.loss}
-        facts |= {"test_accuracy": test.accuracy, "test_loss": test.loss}
-        facts["agrees"] = not differing if saved.summary else None  # None: the run has not counted with these weights
-        print(json.dumps(directory.finite(facts), indent=2), flush=True)
-    elif is_main:
-        print(f"{saved.source}, step {saved.step or 'unknown'}, on {saved.config.dataset}")
-        print(f"Checking accuracy on training data\n{train.sentence()}")
-        print(f"Checking accuracy on test data\n{test.sentence()}", flush=True)
-    if differing:
-        found = "; ".join(f"{name} is {counts[name]}, {directory.SUMMARY} says {said.get(name)}" for name in differing)
-        raise JobError(
-            f"{saved.source} does not score as it did: {found}. The weights, the data or the summary have been changed "
-            f"since, or {context.device.type} rounds otherwise than {said.get('device')}, the run's device."
-        )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.evaluate",
         description="Score a run's weights again on both sets, or an unfinished run's newest checkpoint. Counts that "
@@ -246,7 +210,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: the run's, else $DDP_MNIST_DATA or data")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank; default: allowed CPUs / ranks")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    return parser
+    is_main = from_environment("RANK") == 0
+    show_warnings(main=is_main)
+    with contextlib.nullcontext() if is_main else suppress_output():  # one message for a wrong flag
+        options = parser.parse_args(argv)
+    config = TrainConfig(threads=options.threads, mixed_precision="no")
+    with Context(config) as context, translate_errors(context):
+        saved, (train, test) = _rescore(options.run_dir, context, options.data_dir)
+    facts: dict[str, Any] = {"run_dir": str(options.run_dir), "weights": str(saved.source), "step": saved.step}
+    facts |= {"dataset": saved.config.dataset, "world_size": context.world_size, "device": context.device.type}
+    for name, score in (("train", train), ("test", test)):
+        facts |= {f"{name}_{key}": getattr(score, key) for key in ("correct", "count", "accuracy", "loss")}
+    said = saved.summary
+    counts = ("train_correct", "train_count", "test_correct", "test_count")
+    differing = [name for name in counts if said and facts[name] != said.get(name)]
+    facts["agrees"] = not differing if said else None  # None: the run has not counted with these weights
+    if is_main and options.json:
+        print(json.dumps(directory.finite(facts), indent=2), flush=True)
+    elif is_main:
+        print(f"{saved.source}, step {saved.step or 'unknown'}, on {saved.config.dataset}")
+        print(f"Checking accuracy on training data\n{train.sentence()}")
+        print(f"Checking accuracy on test data\n{test.sentence()}", flush=True)
+    if differing:
+        found = "; ".join(f"{name} is {facts[name]}, {directory.SUMMARY} says {said.get(name)}" for name in differing)
+        raise JobError(
+            f"{saved.source} does not score as it did: {found}. The weights, the data or the summary have been changed "
+            f"since, or {context.device.type} rounds otherwise than {said.get('device')}, the run's device."
+        )
+    return 0
 
 
 if __name__ == "__main__":

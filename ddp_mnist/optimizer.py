@@ -1,7 +1,5 @@
 """The optimizer: our Adam or the script's own; and the state of any as tensors and numbers for a checkpoint."""
 
-from __future__ import annotations
-
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,8 +13,8 @@ from ddp_mnist.errors import JobError, UsageError
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
 
+# The network → its optimizer; the network, so that groups can be made by name.
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-"""The network → its optimizer; the network, so that groups can be made by name."""
 
 
 class Adam(torch.optim.Adam):
@@ -28,21 +26,15 @@ class Adam(torch.optim.Adam):
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
-def make_adam(config: TrainConfig, network: nn.Module) -> Adam:
-    """Return Adam for all parameters of the network, with the configured rate and beta2."""
-    # With the fused kernel Accelerate does not notice that fp16's scaler has skipped a step.
-    fused = config.mixed_precision != "fp16"
-    return Adam(network.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
-
-
-def make_optimizer(make: MakeOptimizer, network: nn.Module) -> torch.optim.Optimizer:
-    """Return the script's own optimizer of the network. Raises: UsageError if it is none that a step can use."""
+def build_optimizer(config: "TrainConfig", make: MakeOptimizer | None, network: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that `make` makes, else Adam. Raises UsageError: it is none, or another network's."""
+    if make is None:
+        # With the fused kernel Accelerate does not notice that fp16's scaler has skipped a step.
+        fused = config.mixed_precision != "fp16"
+        return Adam(network.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
     optimizer = make(network)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(f"`optimizer` returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UsageError(f"{type(optimizer).__name__} computes the loss several times a step, which this job does not.")
     known = set(network.parameters())
     if not all(known.issuperset(group["params"]) for group in optimizer.param_groups):
         raise UsageError("`optimizer` has parameters that are not the network's; expected those of its argument.")
@@ -102,11 +94,6 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return all tensors of the optimizer's state."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,8 +3,6 @@
 A network knows only what it was trained on, so a picture is first made to look like an image of MNIST.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -32,8 +30,7 @@ INK = 50  # part of the full ink, of 255, from which a pixel counts: above JPEG'
 def prepare(path: Path, dataset: str) -> NDArray[np.uint8]:
     """Return the picture as the data set would have it: uint8 (28, 28), light on black.
 
-    Raises:
-        JobError: It cannot be read, or there is nothing on it.
+    Raises JobError: it cannot be read, or there is nothing on it.
     """
     pixels = np.asarray(_read(path), dtype=np.float32)
     background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
@@ -81,7 +78,16 @@ def predict(run_dir: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.fl
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0 when every picture is predicted, 1 when one is not."""
-    options = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m ddp_mnist.predict",
+        description="Classify pictures with a trained run; print the three highest probabilities.",
+        epilog="A picture shows one upright digit in one ink on an even background, dark or light, with any margin; "
+        f"for a run on fashion-mnist, one piece of clothing that fills it. {', '.join(FORMATS)}.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run that has a checkpoint, finished or not")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--json", action="store_true", help="print a list with one object per image")
+    options = parser.parse_args(argv)
     show_warnings(main=True)
     dataset = directory.read_settings(options.run_dir).dataset
     images: dict[Path, NDArray[np.uint8]] = {}
@@ -103,19 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([{"image": str(path), **results[path]} for path in options.images], indent=2))
     return int(len(images) < len(results))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ddp_mnist.predict",
-        description="Classify pictures with a trained run; print the three highest probabilities.",
-        epilog="A picture shows one upright digit in one ink on an even background, dark or light, with any margin; "
-        f"for a run on fashion-mnist, one piece of clothing that fills it. {', '.join(FORMATS)}.",
-    )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run that has a checkpoint, finished or not")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--json", action="store_true", help="print a list with one object per image")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """One optimizer step: forward, backward, the optimizer; and the learning rate."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Mapping
@@ -12,26 +10,16 @@ import torch.nn.functional as F
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from ddp_mnist.cuda_graph import CUDAGraph, can_capture
+from ddp_mnist.cuda_graph import CUDAGraph
 from ddp_mnist.data.batches import Batch, Batches, seed_generators, to_float
 from ddp_mnist.model import CNN
-from ddp_mnist.optimizer import (
-    Adam,
-    MakeOptimizer,
-    describe,
-    make_adam,
-    make_capturable,
-    make_optimizer,
-    set_rates,
-    state_tensors,
-)
+from ddp_mnist.optimizer import Adam, MakeOptimizer, build_optimizer, describe, make_capturable, set_rates
 
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
     from ddp_mnist.distributed.context import Context
 
-Loss = Callable[[Any, Tensor], Tensor]
-"""The network's outputs, targets (n, ...) → one value per item (n,)."""
+Loss = Callable[[Any, Tensor], Tensor]  # the network's outputs, targets (n, ...) → one value per item (n,)
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -68,8 +56,8 @@ class TrainStep:
 
     def __init__(
         self,
-        config: TrainConfig,
-        context: Context,
+        config: "TrainConfig",
+        context: "Context",
         network: nn.Module,
         *,
         loss: Loss = cross_entropy,
@@ -78,12 +66,11 @@ class TrainStep:
     ) -> None:
         """Wrap the network, which is on the context's device, and make its optimizer. Collective.
 
-        `loss` returns one value per item; the step takes their mean over the global batch. `optimizer` makes that of
-        the network; default: Adam. `classes`: how many the network tells apart; None: nothing is counted as correct.
+        `loss` returns one value per item; the step takes their mean over the global batch. `optimizer`: the network →
+        its optimizer; None: Adam. `classes`: how many the network tells apart; None: nothing is counted as correct.
         """
-        self.config, self.context, self.network, self.loss = config, context, network, loss
-        self.classes = classes
-        self.optimizer = make_optimizer(optimizer, network) if optimizer else make_adam(config, network)
+        self.config, self.context, self.network, self.loss, self.classes = config, context, network, loss, classes
+        self.optimizer = build_optimizer(config, optimizer, network)
         self.optimizer_identity = describe(network, self.optimizer)
         unchanged = {type(each) for each in network.modules()} == {CNN, nn.Conv2d, nn.MaxPool2d, nn.Linear}
         self._is_ours = unchanged and loss is cross_entropy
@@ -97,9 +84,15 @@ class TrainStep:
         self._norm: Tensor | None = None
         """Norm of the last gradient, if clipping or a CUDA graph gave it; else None, and `.grad` has the gradient."""
         self._graph: CUDAGraph | None = None
-        if can_capture(config, context, ours=self._is_ours) and isinstance(self.optimizer, Adam):
+        if self._can_capture() and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)
             self._graph = CUDAGraph(self._run_captured, self._mutable_state)
+
+    def _can_capture(self) -> bool:
+        # Not with DDP, nor with fp16, whose scaler decides on the CPU whether to step, nor on ROCm (not tested).
+        context, asked = self.context, self.config.cuda_graphs
+        single_gpu = context.device.type == "cuda" and context.world_size == 1 and torch.version.hip is None
+        return single_gpu and context.accelerator.scaler is None and (self._is_ours if asked is None else asked)
 
     def _wrap(self, network: nn.Module) -> Any:
         # The weights are on the device already; to move them, Accelerate would import DTensor and sympy.
@@ -112,12 +105,12 @@ class TrainStep:
     def __call__(self, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
         """Take one optimizer step; each group's learning rate is `factor`, 0-1, times its peak.
 
-        Returns:
-            (loss, correct): this rank's share of each, as scalars on the device. Summed over the ranks they are the
-            mean loss and the correct predictions of the global batch.
+        Return (loss, correct): this rank's share of each, as scalars on the device. Summed over the ranks they are the
+        mean loss and the correct predictions of the global batch.
         """
         set_rates(self.optimizer, factor)
-        self._seed(batch.seed)
+        if not self._is_ours:  # ours draws no random numbers
+            seed_generators(batch.seed, self.context.device)
         arguments = batch.inputs, batch.targets, batch.count, batch.global_size
         if self._graph is None:
             return self._run(*arguments)
@@ -176,10 +169,6 @@ class TrainStep:
         """Return the learning rate of the last step, of the first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _seed(self, seed: int) -> None:
-        if not self._is_ours:  # ours draws no random numbers
-            seed_generators(seed, self.context.device)
-
     def rehearse(self, batches: Batches) -> None:
         """Let DDP order its buckets, and capture the CUDA graphs. Weights and random state stay. Collective.
 
@@ -234,10 +223,11 @@ class TrainStep:
         return torch.stack([loss, correct.to(loss.dtype), self.gradient_norm()])
 
     def _mutable_state(self) -> list[Tensor]:
-        return [*self.network.parameters(), *self.network.buffers(), *state_tensors(self.optimizer)]
+        state = [tensor for each in self.optimizer.state.values() for tensor in each.values()]
+        return [*self.network.parameters(), *self.network.buffers(), *state]
 
 
-def rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+def rate_factor(config: "TrainConfig", step: int, total_steps: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0) as a part, 0-1, of its peak.
 
     It follows from the step alone: resuming needs no state. onecycle rises in a straight line over the first quarter of

@@ -3,22 +3,12 @@
 Flags are parsed before torch is imported, so that `--help` is instant and a wrong flag fails at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ddp_mnist.config import parse
-from ddp_mnist.distributed.launcher import (
-    entry_point,
-    hard_exit,
-    limit_spinning,
-    rank_from_environment,
-    report_once_per_host,
-    show_warnings,
-    world_size_from_environment,
-)
+from ddp_mnist.distributed import launcher
 from ddp_mnist.distributed.preemption import StopSignal
 
 if TYPE_CHECKING:
@@ -31,27 +21,27 @@ if TYPE_CHECKING:
 
 def run(
     *,
-    model: Callable[[], nn.Module] | None = None,
-    data: Callable[[], UserData] | None = None,
-    optimizer: MakeOptimizer | None = None,
-    loss: Loss | None = None,
+    model: "Callable[[], nn.Module] | None" = None,
+    data: "Callable[[], UserData] | None" = None,
+    optimizer: "MakeOptimizer | None" = None,
+    loss: "Loss | None" = None,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Run the whole command, with all flags, messages and exit codes, for parts of your own.
 
     Like `fit`, but `data` is a function that makes the pair; it is called after the flags were checked.
     """
-    hard_exit(main(argv, data=data, model=model, optimizer=optimizer, loss=loss))
+    launcher.hard_exit(main(argv, data=data, model=model, optimizer=optimizer, loss=loss))
 
 
-@entry_point
-def main(argv: Sequence[str] | None = None, *, data: Callable[[], UserData] | None = None, **parts: Any) -> int:
+@launcher.entry_point
+def main(argv: Sequence[str] | None = None, *, data: "Callable[[], UserData] | None" = None, **parts: Any) -> int:
     """Run one rank's part of the job. Return its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
-    show_warnings(main=rank_from_environment() == 0)
-    limit_spinning()
-    with report_once_per_host():
+    launcher.show_warnings(main=launcher.from_environment("RANK") == 0)
+    launcher.limit_spinning()
+    with launcher.report_once_per_host():
         config = parse(argv)
-        config.check_world_size(world_size_from_environment())
+        config.check_world_size(launcher.from_environment("WORLD_SIZE"))
     with StopSignal(ignore_afterwards=True) as stop:
         from ddp_mnist.trainer import Workload, run_attempt  # imports torch
 

@@ -1,7 +1,5 @@
 """The job: build, train, then finish or stop."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
@@ -12,20 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
+from ddp_mnist.distributed import launcher
 from ddp_mnist.distributed.context import Context, translate_errors
-from ddp_mnist.distributed.launcher import (
-    exit_code_for_rank,
-    hard_exit,
-    install_excepthook,
-    rank_from_environment,
-    report_error,
-    wait_for_peers_to_exit,
-)
 from ddp_mnist.distributed.preemption import StopSignal
 from ddp_mnist.errors import STOPPED, JobError
-from ddp_mnist.evaluate import Score, evaluate
+from ddp_mnist.evaluate import Score, evaluate, raise_failure
 from ddp_mnist.report.page import try_to_draw
-from ddp_mnist.step import TrainStep, rate_factor
+from ddp_mnist.step import Loss, TrainStep, rate_factor
 from ddp_mnist.storage.checkpoint import Saver, restore
 from ddp_mnist.storage.metrics import Metrics
 from ddp_mnist.storage.resume import Run, advise, continue_command, open_run
@@ -37,7 +28,6 @@ if TYPE_CHECKING:
     from ddp_mnist.data.batches import Split
     from ddp_mnist.data.sources import UserData
     from ddp_mnist.optimizer import MakeOptimizer
-    from ddp_mnist.step import Loss
 
 
 @dataclass(frozen=True)
@@ -45,10 +35,8 @@ class Result:
     """The outcome of a run, on this rank."""
 
     run_dir: Path
-    summary: dict[str, Any]
-    """As in summary.json."""
-    model: nn.Module
-    """The trained network, unwrapped, on this rank's device, in evaluation mode."""
+    summary: dict[str, Any]  # as in summary.json
+    model: nn.Module  # the trained network, unwrapped, on this rank's device, in evaluation mode
 
     @property
     def exit_code(self) -> int:
@@ -57,20 +45,21 @@ class Result:
 
     def exit(self) -> NoReturn:
         """End this process as launchers and SLURM expect it of a rank of this job."""
-        hard_exit(exit_code_for_rank(self.exit_code))
+        launcher.hard_exit(launcher.exit_code_for_rank(self.exit_code))
 
 
 def fit(
-    config: TrainConfig,
+    config: "TrainConfig",
     *,
     model: Callable[[], nn.Module] | None = None,
-    data: UserData | None = None,
-    optimizer: MakeOptimizer | None = None,
+    data: "UserData | None" = None,
+    optimizer: "MakeOptimizer | None" = None,
     loss: Loss | None = None,
 ) -> Result:
     """Train as configured and return the result. Collective: every rank of the job calls it, with the same arguments.
 
-    A run that `config.output_dir` holds is continued. Only rank 0 writes files.
+    A run that `config.output_dir` holds is continued. Only rank 0 writes files. Raises JobError: the same on all ranks,
+    with the exit code it deserves.
 
     Args:
         config: All settings.
@@ -80,11 +69,8 @@ def fit(
             `config.workers` processes. uint8 is divided by 255, floats become fp32.
         optimizer: The network → its optimizer; default: Adam. With a schedule each group's rate is its peak.
         loss: (outputs, targets) → one value per item, (n,); default: cross entropy of logits (n, classes).
-
-    Raises:
-        JobError: The same on all ranks, with the exit code it deserves.
     """
-    install_excepthook()  # a user's mistake: one message also from a script
+    launcher.install_excepthook()  # a user's mistake: one message also from a script
     return run_attempt(Workload(config, model=model, data=data, optimizer=optimizer, loss=loss, script_config=config))
 
 
@@ -95,7 +81,7 @@ def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
         # Before any rank waits for another: to ask the W&B server may take seconds.
-        mirror = stack.enter_context(Mirror(config, is_main=rank_from_environment() == 0))
+        mirror = stack.enter_context(Mirror(config, is_main=launcher.from_environment("RANK") == 0))
         context = stack.enter_context(Context(config, stop))
         trainer = None
         try:
@@ -114,7 +100,7 @@ def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result
         except JobError as error:
             if trainer is not None:
                 trainer.fail(error)
-            report_error(error)
+            launcher.report_error(error)
             if not error.local:
                 # Wait until rank 0 has printed: srun --kill-on-bad-exit kills all ranks when the first one exits.
                 with suppress(RuntimeError):
@@ -147,14 +133,14 @@ class Trainer:
         # What does not fit fails here, not after an epoch.
         self.classes = context.run_on_all_ranks(lambda: workload.try_out(network, self.batches, self.test_set))
         self.train_step = TrainStep(
-            config, context, self.network, loss=workload.loss, optimizer=workload.make_optimizer, classes=self.classes
+            config, context, network, loss=workload.loss, optimizer=workload.make_optimizer, classes=self.classes
         )
         stack.callback(self.train_step.close)
         if snapshot is not None:
             restore(self.train_step, snapshot)
         stack.callback(self.metrics.close)
         name = f"{type(self.network).__module__}.{type(self.network).__qualname__}" if workload.make_network else None
-        self.metrics.open(self.batches, len(self.test_set), self.train_step, network=name)
+        self.metrics.open(self.batches, len(self.test_set), self.train_step, name)
         self.saver = Saver(context, self.train_step, self.metrics)
         self.is_built = True
 
@@ -169,7 +155,7 @@ class Trainer:
             return self._finish(reason) if reason in ("finished", "max_steps") else self._stop_early(reason)
         except JobError as error:
             if error.stop_reason == "nan":  # it may stand for a loading error, see `_train`
-                self.context.run_on_all_ranks(self.batches.train_set.check)
+                self.context.run_on_all_ranks(lambda: raise_failure(self.batches.train_set))
             raise
 
     def _train(self) -> str:
@@ -196,7 +182,8 @@ class Trainer:
             self.saver.save_if_due(epoch_end=True)
         return "finished"
 
-    def _score(self, split: Split) -> Score:
+    def _score(self, split: "Split") -> Score:
+        self.metrics.sync()  # what the device still computes is training time
         started = time.perf_counter()
         score = evaluate(self.network, split, self.context, loss=self.workload.loss, classes=self.classes)
         self.state.eval_seconds += time.perf_counter() - started
@@ -232,7 +219,7 @@ class Trainer:
         position = f"after step {self.state.step} of {self.total_steps}"
         self.metrics.say(f"stopped by {reason} {position}; continue with\n  {command}")
         self.mirror.end(preempted=True, exit_code=STOPPED)
-        wait_for_peers_to_exit(self.context)
+        self.context.wait_for_peers_to_exit()
         return self._wait_for_mirror(summary, HASTY_PATIENCE)
 
     def _wait_for_mirror(self, summary: dict[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
@@ -252,5 +239,5 @@ class Trainer:
         if self.context.is_main or (error.local and self.context.rank == 1):  # rank 0 may be the one that was lost
             if self.is_built:
                 advise(error, self.config, self.context, self.workload)
-            report_error(error)
+            launcher.report_error(error)
         self._wait_for_mirror(summary, HASTY_PATIENCE)

@@ -1,7 +1,5 @@
 """Gather what is trained: network, data, loss and optimizer, ours or those of a script that calls `fit` or `run`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,7 @@ class Workload:
         *,
         model: Callable[[], nn.Module] | None = None,
         data: UserData | None = None,
-        optimizer: MakeOptimizer | None = None,
+        optimizer: "MakeOptimizer | None" = None,
         loss: Loss | None = None,
         script_config: TrainConfig | None = None,
     ) -> None:
@@ -48,16 +46,17 @@ class Workload:
         self.sets: tuple[Split, Split] | None = None
         self.is_script = any(part is not None for part in (model, data, optimizer, loss, script_config))
         with report_once_per_host():
-            if optimizer is not None:
-                _refuse_adams_settings(config)
+            for name in ("lr", "beta2") if optimizer is not None else ():
+                value = getattr(config, name)
+                if value not in (getattr(TrainConfig, name), RECIPES[config.recipe].get(name)):
+                    raise UsageError(f"--{name} is {value}, which is Adam's; `optimizer` sets its own. Leave it out.")
             if data is not None:
                 digest, self.sets = validate_user_data(data, config)
                 self.config = config.replace(dataset=USER_DATA_PREFIX + digest)
 
-    def load_data(self, context: Context) -> tuple[Batches, Split]:
+    def load_data(self, context: "Context") -> tuple[Batches, Split]:
         """Return this rank's batches and the test set, on its device. Collective. Raises: JobError, on all ranks."""
         config = self.config
-
         if isinstance(self.loss, nn.Module):
             self.loss.to(context.device)  # it may hold the weights of classes
 
@@ -68,7 +67,7 @@ class Workload:
 
         return context.run_on_all_ranks(place)
 
-    def check_same_data(self, context: Context) -> None:
+    def check_same_data(self, context: "Context") -> None:
         """Raise UsageError on all ranks if a rank was given other data than rank 0. Collective."""
         first = context.broadcast(self.config.dataset)
 
@@ -78,14 +77,11 @@ class Workload:
 
         context.run_on_all_ranks(compare)
 
-    def build_network(self, context: Context, snapshot: Snapshot | None, inputs: Any = None) -> nn.Module:
+    def build_network(self, context: "Context", snapshot: Snapshot | None, inputs: Any = None) -> nn.Module:
         """Return the network on this rank's device, with the weights of the snapshot, else of --init-from. Collective.
 
-        `inputs`: those of an item or more, by which lazy layers get their shapes.
-
-        Raises:
-            UsageError: The weights are of another network.
-            JobError: The file of --init-from cannot be used; on all ranks.
+        `inputs`: those of an item or more, by which lazy layers get their shapes. Raises UsageError: the weights are of
+        another network; JobError: the file of --init-from cannot be used; on all ranks.
         """
         torch.manual_seed(self.config.seed)
         network = self.make_network() if self.make_network else CNN(widths=self.config.widths)
@@ -106,14 +102,13 @@ class Workload:
             except RuntimeError as error:
                 raise UsageError(f"{self.config.output_dir} holds a run of another network: {error}") from error
         elif path is not None:
-            context.run_on_all_ranks(lambda: load_weights(network, path))
+            context.run_on_all_ranks(lambda: load_weights(network, path, flag="--init-from "))
         return move_to_device(network, context.device)
 
     def try_out(self, network: nn.Module, batches: Batches, test_set: Split) -> int | None:
         """Try network, data and loss on each other. Return how many classes there are; None: targets are no labels.
 
-        Raises:
-            UsageError: They do not fit each other.
+        Raises UsageError: they do not fit each other.
         """
         classes = find_classes(network, batches.train_set, self.loss)
         if find_classes(network, test_set, self.loss) != classes:
@@ -122,13 +117,6 @@ class Workload:
         if any(size // min(self.config.accumulate, size) == 1 for size in sizes):
             _check_single_item(network, recursively_apply(lambda tensor: tensor[:1], batches.dummy[0]))
         return classes
-
-
-def _refuse_adams_settings(config: TrainConfig) -> None:
-    for name in ("lr", "beta2"):
-        value = getattr(config, name)
-        if value not in (getattr(TrainConfig, name), RECIPES[config.recipe].get(name)):
-            raise UsageError(f"--{name} is {value}, which is Adam's; `optimizer` sets its own. Leave it out.")
 
 
 def _check_single_item(network: nn.Module, inputs: Any) -> None:

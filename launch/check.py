@@ -5,8 +5,6 @@
 slurm/train.sh runs it in front of the ranks, slurm/sweep.sh and launch.submit on the login node. Exit code 0: all good.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -23,9 +21,8 @@ OURS = "-m ddp_mnist.train"
 def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainConfig:
     """Return the configuration that these training flags give; a `program` of the user's own has data of its own.
 
-    Raises:
-        JobError: The job would fail. Data files are verified, not downloaded.
-        SystemExit: A flag is wrong (2), or it is --help (0).
+    Raises JobError: the job would fail; SystemExit: a flag is wrong (2), or it is --help (0). Data files are verified,
+    not downloaded.
     """
     module = program.removeprefix("-m ")
     if not (Path(program).is_file() if module == program else find_spec(module.partition(".")[0])):
@@ -42,9 +39,8 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
             for split in mnist.NAMES:
                 mnist.read_split(config.dataset, config.data_dir, split, fetch=False)
         except JobError as error:
-            raise JobError(
-                f"the {config.dataset} files are not staged, which is for the login node. {error}"
-            ) from error
+            text = f"the {config.dataset} files are not staged, which is for the login node. {error}"
+            raise JobError(text) from error
     return config
 
 

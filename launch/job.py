@@ -4,8 +4,6 @@ submitit's signal handler requeues the job as soon as the signal comes, in the m
 StopSignal takes the signal instead; when all ranks have saved, submitit's handler is back and gets it again.
 """
 
-from __future__ import annotations
-
 import atexit
 import logging
 import os
@@ -28,10 +26,8 @@ from ddp_mnist.errors import STOPPED
 class Job:
     """The pickled job, which submitit calls on every rank of every attempt."""
 
-    config: TrainConfig
-    """Settings, checked before submission."""
-    launcher: str
-    """The words in front of the flags in the command that continues the run."""
+    config: TrainConfig  # checked before submission
+    launcher: str  # the words in front of the flags in the command that continues the run
     attempt: int = 0
 
     def __call__(self) -> int:

@@ -5,8 +5,6 @@
 What follows `--` are training flags. Run it from the repository's root, on a disk that the nodes share.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

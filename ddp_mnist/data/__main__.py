@@ -1,7 +1,5 @@
 """The command that stages data files for nodes without internet: `python -m ddp_mnist.data fetch|verify`."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -4,85 +4,51 @@ The batch order is a function of (seed, epoch) alone: global batch k is rows k*G
 permutation, at every world size; a rank takes every world_size-th row of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from ddp_mnist.errors import JobError, UsageError
+from ddp_mnist.errors import UsageError
+
+if TYPE_CHECKING:
+    from ddp_mnist.data.sources import LoadedSet
 
 Items = tuple[Any, Any]
 """Inputs and targets of a batch. Inputs: a tensor (n, ...), a tuple of them, or a dict of them; targets: a tensor."""
-
-
-class Split(ABC):
-    """The training set or the test set: tensors (`TensorSet`), or any data set behind a DataLoader (`LoadedSet`)."""
-
-    failure: JobError | None = None
-    """The reason why `iterate` has ended early on this rank; the other ranks do not know."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def to(self, device: torch.device) -> Split:
-        """Return the set with its batches on that device."""
-
-    @abstractmethod
-    def load(self, rows: Tensor, epoch: int, /) -> Items:
-        """Return copies of these rows, int64 (n,), as that epoch has them."""
-
-    @abstractmethod
-    def iterate(self, rows: Tensor, size: int, epoch: int, /) -> Iterator[Items]:
-        """Yield the same in batches of `size` rows; the last one may be smaller. Workers may load them ahead."""
-
-    @abstractmethod
-    def limit_labels(self, classes: int) -> None:
-        """Raise UsageError for a label that is not 0 ... classes - 1: now, or when it is loaded."""
-
-    def check(self) -> None:
-        """Raise what has ended `iterate` early on this rank."""
-        if self.failure is not None:
-            raise self.failure
-
-    def close(self) -> None:
-        """End what loads the items."""
-        return
+Split: TypeAlias = "TensorSet | LoadedSet"
+"""The training set or the test set. The two classes have the same methods."""
 
 
 @dataclass(frozen=True)
-class TensorSet(Split):
+class TensorSet:
     """A data set in memory, on one device. A batch is one `index_select`, not a Python loop over items."""
 
-    inputs: Tensor
-    """(n, ...), of MNIST uint8 (n, 1, 28, 28)."""
-    targets: Tensor
-    """(n, ...), of MNIST int64 (n,)."""
+    inputs: Tensor  # (n, ...), of MNIST uint8 (n, 1, 28, 28)
+    targets: Tensor  # (n, ...), of MNIST int64 (n,)
+    failure = None  # of `iterate`, which cannot fail here
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def to(self, device: torch.device) -> TensorSet:
+    def to(self, device: torch.device) -> Self:
         """Return the set on that device."""
-        return TensorSet(self.inputs.to(device), self.targets.to(device))
+        return type(self)(self.inputs.to(device), self.targets.to(device))
 
     def load(self, rows: Tensor, _epoch: int = 0, /) -> Items:
-        """Return copies of these rows; every epoch has the same."""
+        """Return copies of these rows, int64 (n,); every epoch has the same."""
         rows = rows.to(self.inputs.device)
         return self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
 
     def iterate(self, rows: Tensor, size: int, _epoch: int = 0, /) -> Iterator[Items]:
-        """Yield copies of these rows, `size` at a time."""
+        """Yield the same in batches of `size` rows; the last one may be smaller."""
         rows = rows.to(self.inputs.device)
         return (self.load(rows[start : start + size]) for start in range(0, len(rows), size))
 
@@ -90,22 +56,21 @@ class TensorSet(Split):
         """Raise UsageError for a label that is not 0 ... classes - 1."""
         check_labels(self.targets, classes)
 
+    def close(self) -> None:
+        """Do nothing: no process loads the items."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of one global batch."""
 
-    inputs: Any
-    """As the data set has them: a tensor (n, ...), or a tuple or dict of tensors."""
-    targets: Tensor
-    """(n, ...), of a classification int64 (n,)."""
+    inputs: Any  # as the data set has them: a tensor (n, ...), or a tuple or dict of tensors
+    targets: Tensor  # (n, ...), of a classification int64 (n,)
+    # Real items: len(targets), or 0 where an epoch's last batch has none for this rank, or loading has failed. Then the
+    # rows are dummies, since many networks cannot take an empty batch.
     count: int
-    """Number of real items: len(targets), or 0 where an epoch's last batch has none for this rank, or loading has
-    failed. Then the rows are dummies, since many networks cannot take an empty batch."""
-    global_size: int
-    """Items in the global batch, over all ranks."""
-    seed: int
-    """Seed of this rank's random numbers in this step, such as dropout's; it differs by step and rank."""
+    global_size: int  # items in the global batch, over all ranks
+    seed: int  # of this rank's random numbers in this step, such as dropout's; it differs by step and rank
 
 
 class ShardSampler(DistributedSampler):

@@ -5,8 +5,6 @@ draw from the generators of the process that makes an item: their results would 
 workers, and on stops. So `SeededItems` seeds the generators before each item, by (seed, epoch, row).
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import hashlib
@@ -18,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
@@ -64,12 +62,10 @@ def load(dataset: str, root: Path) -> tuple[TensorSet, TensorSet]:
     return train, test
 
 
-def validate_user_data(data: UserData, config: TrainConfig) -> tuple[str, tuple[Split, Split]]:
+def validate_user_data(data: UserData, config: "TrainConfig") -> tuple[str, tuple[Split, Split]]:
     """Return (a hash of these data, (training set, test set)).
 
-    Raises:
-        UsageError: They are not as `fit` says.
-        JobError: A data set has raised, with its traceback.
+    Raises UsageError: they are not as `fit` says; JobError: a data set has raised, with its traceback.
     """
     if not isinstance(data, tuple | list) or len(data) != 2:
         found = f"{len(data)} of them" if isinstance(data, tuple | list) else f"a {type(data).__name__}"
@@ -82,7 +78,7 @@ def validate_user_data(data: UserData, config: TrainConfig) -> tuple[str, tuple[
     return hashlib.sha256(" ".join(known).encode()).hexdigest()[:12], (sets[0], sets[1])
 
 
-def _validate_set(name: str, data: Any, config: TrainConfig) -> TensorSet | LoadedSet:
+def _validate_set(name: str, data: Any, config: "TrainConfig") -> Split:
     tensors = data.tensors if type(data) is TensorDataset else data  # a subclass may augment
     if isinstance(tensors, tuple):
         return _validate_tensors(name, tensors)
@@ -110,8 +106,10 @@ def _validate_tensors(name: str, tensors: tuple[Any, ...]) -> TensorSet:
     return TensorSet(inputs.float() if inputs.is_floating_point() else inputs, targets)
 
 
-class LoadedSet(Split):
-    """The training set or the test set behind a DataLoader; a `Split`, as `TensorSet` is."""
+class LoadedSet:
+    """The training set or the test set behind a DataLoader. It has the methods of `TensorSet`."""
+
+    failure: JobError | None = None  # why `iterate` has ended early on this rank; the other ranks do not know
 
     def __init__(self, name: str, dataset: Any, *, seed: int, workers: int = 0) -> None:
         """Wrap a data set that has `__len__` and `__getitem__` → (input, target); `name` is for messages."""
@@ -124,17 +122,16 @@ class LoadedSet(Split):
     def __len__(self) -> int:
         return len(self._items.dataset)
 
-    def to(self, device: torch.device) -> LoadedSet:
+    def to(self, device: torch.device) -> Self:
         """Copy batches to that device from now on. Return the set."""
         self._device = device
         return self
 
     def load(self, rows: Tensor, epoch: int) -> Items:
-        """Return these rows as that epoch has them, loaded by this process.
+        """Return these rows, int64 (n,), as that epoch has them, loaded by this process.
 
-        Raises:
-            JobError: The data set has raised, with its traceback.
-            UsageError: The items are no pairs, do not make a batch, or have labels that the network does not know.
+        Raises JobError: the data set has raised, with its traceback; UsageError: the items are no pairs, do not make a
+        batch, or have labels that the network does not know.
         """
         with one_thread():
             items = [self._items[epoch, row] for row in rows.tolist()]

@@ -3,13 +3,10 @@
 A function that is "Collective" is called on every rank, in the same order: it waits until all have done so.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
 import os
-import re
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,27 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, utils
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-    patch_environment,
-)
 from torch import Tensor
 
-from ddp_mnist.distributed.launcher import (
-    check_environment,
-    local_world_size_from_environment,
-    rank_from_environment,
-    report_once_per_host,
-    restart_count,
-    world_size_from_environment,
-)
-from ddp_mnist.distributed.machine import choose_interface, use_batch_scheduling, use_threads
+from ddp_mnist.distributed import launcher, machine
 from ddp_mnist.errors import JobError, UsageError
 
 if TYPE_CHECKING:
@@ -53,20 +34,19 @@ _group_numbers = itertools.count()
 class Context(contextlib.AbstractContextManager["Context"]):
     """All ranks of this job, started through Accelerate; leaving the `with` block closes the process group."""
 
-    def __init__(self, config: TrainConfig, stop: StopSignal | None = None) -> None:
+    def __init__(self, config: "TrainConfig", stop: "StopSignal | None" = None) -> None:
         """Bring the ranks together. Collective. While one waits for others, a signal that `stop` catches ends it.
 
-        Raises:
-            JobError: They cannot find each other, or launcher and Accelerate disagree on how many there are.
-            UsageError: fp16 without a GPU, a wrong variable, or the script has a process group of its own.
+        Raises JobError: they cannot find each other, or launcher and Accelerate disagree on how many there are;
+        UsageError: fp16 without a GPU, a wrong variable, or the script has a process group of its own.
         """
-        self.shares_gpus = local_world_size_from_environment() > torch.cuda.device_count() > 0
-        self.world_size = world_size_from_environment()
+        self.shares_gpus = launcher.from_environment("LOCAL_WORLD_SIZE") > torch.cuda.device_count() > 0
+        self.world_size = launcher.from_environment("WORLD_SIZE")
         on_cpu = not torch.cuda.is_available() and not (self.world_size == 1 and torch.backends.mps.is_available())
         # NCCL takes one rank per GPU.
         backend, timeout = "gloo" if on_cpu or self.shares_gpus else "nccl", timedelta(minutes=config.timeout_minutes)
-        with report_once_per_host():
-            check_environment(gloo=backend == "gloo" and self.world_size > 1)
+        with launcher.report_once_per_host():
+            launcher.check_environment(gloo=backend == "gloo" and self.world_size > 1)
             if on_cpu and config.mixed_precision == "fp16":
                 host = socket.gethostname()
                 raise UsageError(f"--mixed-precision fp16 needs a GPU and there is none on {host}: use bf16 or no.")
@@ -75,23 +55,23 @@ class Context(contextlib.AbstractContextManager["Context"]):
                     "this process has a process group or an Accelerator, and the job makes and closes its own. Take "
                     "init_process_group and Accelerator() out of the script, or run the job in a process of its own."
                 )
-        self.threads = use_threads(config.threads)
+        self.threads = machine.use_threads(config.threads)
         if self.shares_gpus:
             # Accelerate would give DDP the GPU number LOCAL_RANK, which may not exist; now DDP takes the weights' GPU.
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        handlers: list[Any] = [utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         try:
             if self.world_size > 1:
                 meet = functools.partial(_init_process_group, backend, self.world_size, timeout)
                 stop.wait_for_peers(meet) if stop else meet()
-                handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+                handlers.append(utils.InitProcessGroupKwargs(backend=backend, timeout=timeout))
             # A single rank needs no process group and no DDP, also under torchrun: -1 tells Accelerate so.
-            with contextlib.nullcontext() if self.world_size > 1 else patch_environment(LOCAL_RANK="-1"):
+            with contextlib.nullcontext() if self.world_size > 1 else utils.patch_environment(LOCAL_RANK="-1"):
                 self.accelerator = Accelerator(
                     mixed_precision=config.mixed_precision,
                     cpu=on_cpu,  # without it each of several ranks on a machine without a GPU believes that it is alone
                     # Said here, so that no variable of the environment changes what a step computes.
-                    gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                    gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
                     dynamo_backend="no",
                     kwargs_handlers=handlers,
                 )
@@ -141,13 +121,12 @@ class Context(contextlib.AbstractContextManager["Context"]):
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank; it is pickled on the way. Collective."""
-        return broadcast_object_list([value])[0]
+        return utils.broadcast_object_list([value])[0]
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return its result; where it fails on one, all end with its error. Collective.
 
-        Raises:
-            JobError: That of the lowest rank. Any other exception is raised on its own rank, and named on the others.
+        Raises JobError: that of the lowest rank. Another exception is raised on its own rank, and named on the others.
         """
         failure: Exception | None = None
         try:
@@ -155,7 +134,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
         except Exception as error:
             failure = error
         bug = None if isinstance(failure, JobError) else failure
-        for rank, found in enumerate(gather_object([JobError(repr(bug)) if bug else failure])):
+        for rank, found in enumerate(utils.gather_object([JobError(repr(bug)) if bug else failure])):
             if found is not None:
                 if bug is not None:
                     raise bug
@@ -163,9 +142,32 @@ class Context(contextlib.AbstractContextManager["Context"]):
                 raise type(found)(f"{where}{found}", stop_reason=found.stop_reason) from failure
         return result
 
-    def run_on_main(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0 alone. Collective. Raises JobError: it failed; on all ranks."""
-        self.run_on_all_ranks(lambda: action() if self.is_main else None)
+    def run_on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result on every rank. Collective. Raises: as `run_on_all_ranks`."""
+        return self.broadcast(self.run_on_all_ranks(lambda: action() if self.is_main else None))  # type: ignore[return-value]
+
+    def wait_for_peers_to_exit(self, timeout: float = 10.0) -> None:
+        """Wait on rank 0 until the other processes are gone, or one has taken `timeout` seconds. Collective.
+
+        srun --kill-on-bad-exit ends all ranks with the first that fails, and takes the exit code of those that it
+        killed: rank 0 must leave last. It waits until the kernel closes the connections of the dead processes.
+        """
+        if self.world_size == 1:
+            return
+        ipv6 = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, dualstack_ipv6=ipv6) if self.is_main else None
+        port = self.broadcast(server.getsockname()[1] if server else 0)
+        with contextlib.suppress(OSError):  # a firewall, or the timeout
+            if server is None:
+                address = os.environ.get("MASTER_ADDR", "127.0.0.1"), port
+                socket.create_connection(address, timeout).detach()  # from now on it closes with the process
+                return
+            server.settimeout(timeout)
+            connections = [server.accept()[0] for _ in range(self.world_size - 1)]
+            for connection in connections:
+                connection.settimeout(timeout)
+                connection.recv(1)
 
 
 @contextlib.contextmanager
@@ -176,10 +178,9 @@ def translate_errors(context: Context) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         where = f"rank {context.rank} on {socket.gethostname()}"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            asked = re.search(r"(?i)tried to allocate [\d.]+ \w+", str(error))
             raise JobError(
-                f"{where} has no more memory{f' ({asked[0]})' if asked else ''}. Split the batch with --accumulate, "
-                "which does not change the result, or take a smaller --batch-size.",
+                f"{where} has no more memory. Split the batch with --accumulate, which does not change the result, or "
+                "take a smaller --batch-size.",
                 local=True,
                 stop_reason="out_of_memory",
             ) from error
@@ -205,7 +206,10 @@ def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     _store.set_timeout(timeout)
-    store = dist.PrefixStore(f"ddp_mnist/{restart_count()}/{next(_group_numbers)}", _store)
-    choose_interface()
-    use_batch_scheduling()  # for gloo's threads, which inherit it; in training, this thread ends after the next line
-    dist.init_process_group(backend, store=store, rank=rank_from_environment(), world_size=size, timeout=timeout)
+    store = dist.PrefixStore(
+        f"ddp_mnist/{launcher.from_environment('TORCHELASTIC_RESTART_COUNT')}/{next(_group_numbers)}", _store
+    )
+    machine.choose_interface()
+    machine.use_batch_scheduling()  # for gloo's threads, which inherit it; in training, this thread ends soon
+    rank = launcher.from_environment("RANK")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

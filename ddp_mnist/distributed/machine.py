@@ -1,7 +1,5 @@
 """Take a rank's part of its machine: CPU threads, memory, and the network interface to the other machines."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -11,12 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from ddp_mnist.distributed.launcher import local_world_size_from_environment, world_size_from_environment
+from ddp_mnist.distributed.launcher import from_environment
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""The limit of a container, in microseconds of CPU time per microseconds."""
-OUTSIDE = ("192.0.2.1", "2001:db8::1")
-"""Addresses for documentation, which no machine has: the default route leads to them."""
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, in microseconds of CPU time per microseconds
+OUTSIDE = ("192.0.2.1", "2001:db8::1")  # for documentation, no machine's: the default route leads there
 
 
 def allowed_cpus() -> frozenset[int]:
@@ -32,7 +28,7 @@ def default_threads() -> int:
     with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max 100000"
         quota, period = CPU_QUOTA.read_text().split()
         cpus = min(cpus, int(quota) // int(period))
-    return max(1, cpus // local_world_size_from_environment())
+    return max(1, cpus // from_environment("LOCAL_WORLD_SIZE"))
 
 
 def use_threads(number: int) -> int:
@@ -75,7 +71,7 @@ def choose_interface() -> None:
     /etc/hosts, where the other machines find nobody. NCCL avoids the loopback, but may take a bridge of containers.
     """
     master = os.environ.get("MASTER_ADDR", "localhost")
-    on_one_machine = world_size_from_environment() <= local_world_size_from_environment()
+    on_one_machine = from_environment("WORLD_SIZE") <= from_environment("LOCAL_WORLD_SIZE")
     if on_one_machine or master in ("localhost", "::1") or master.startswith("127."):
         return
     # By its own name the first machine reaches itself through the loopback: then the default route is the best guess.

@@ -4,22 +4,22 @@ A handler only sets the flag: a save or a collective inside one could meet the m
 exchange their flags about every 100 ms, and one rank with a reason to stop is enough.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
-from ddp_mnist.distributed.launcher import restart_count, stop_before_start, world_size_from_environment
+from ddp_mnist.distributed import launcher
+from ddp_mnist.errors import STOPPED
 
 if TYPE_CHECKING:
     from ddp_mnist.distributed.context import Context
@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 
 # A lost terminal, batch systems (SLURM and submitit: USR2; SGE and LSF: USR1, XCPU), Ctrl-C, scancel and most others.
 SIGNALS = ("SIGHUP", "SIGUSR1", "SIGXCPU", "SIGUSR2", "SIGINT", "SIGTERM")
-REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)
-"""Reasons to stop. When those of the ranks differ, the last one in this order counts."""
+REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)  # to stop; when ranks differ, the last of theirs counts
 INTERVAL_SECONDS = 0.1
 LAUNCHER_MARKS = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DDP_MNIST_LAUNCHER"}
 """Variables that a launcher sets, and a user who sets RANK by hand does not."""
@@ -45,14 +44,14 @@ class StopSignal:
         self._reason: str | None = None
         self._interrupted = self._waiting = False
         self._deadline = float("inf")
-        self._alone = world_size_from_environment() == 1
+        self._alone = launcher.from_environment("WORLD_SIZE") == 1
         # Without a launcher (a shell, nohup, a notebook) the parent may leave first.
         self._parent = None if LAUNCHER_MARKS.isdisjoint(os.environ) else os.getppid()
         self._interval = 1
         self._last_question = time.monotonic(), -1
         self._pending: Any = None
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             log.warning("started in a thread, where signals cannot be caught: one ends the run without a checkpoint.")
             return self
@@ -70,11 +69,11 @@ class StopSignal:
         """Stop after so many minutes from now, or from torchrun's start if it has restarted the ranks; 0 is never."""
         if minutes:
             self._deadline = time.monotonic() + 60 * minutes
-            if restart_count():
+            if launcher.from_environment("TORCHELASTIC_RESTART_COUNT"):
                 self._deadline -= time.time() - psutil.Process(os.getppid()).create_time()
 
     def wait_for_peers(self, meet: Callable[[], None]) -> None:
-        """Run `meet`, in which C++ waits for other ranks; with a reason to stop, leave if they do not come."""
+        """Run `meet`, in which C++ waits for other ranks; with a reason to stop, leave with 75 if they do not come."""
         pool = ThreadPoolExecutor(1)  # no handler would run in this thread while it is in C++
         met = pool.submit(meet)
         pool.shutdown(wait=False)
@@ -85,11 +84,14 @@ class StopSignal:
             reason = self._local_reason()
             wait([met], patience if reason else 0.1)
             if reason and not met.done():
-                stop_before_start(reason)
+                rank = launcher.from_environment("RANK")
+                with contextlib.suppress(OSError):
+                    print(f"stopped by {reason} while rank {rank} waited for the others", file=sys.stderr)
+                launcher.hard_exit(STOPPED)
         self._waiting = False
         met.result()
 
-    def agreed(self, context: Context, step: int) -> str | None:
+    def agreed(self, context: "Context", step: int) -> str | None:
         """Return why to stop, or None to go on; the same on all ranks. Collective: call it at every step.
 
         On several ranks the answer is one interval old, about 100 ms.
@@ -116,10 +118,9 @@ class StopSignal:
         index, self._interval = tensor.tolist()
         return REASONS[index]
 
-    def _ask(self, context: Context, step: int) -> None:
+    def _ask(self, context: "Context", step: int) -> None:
         """Start to exchange the reasons, and rank 0's number of steps until the next question."""
         import torch
-        import torch.distributed as dist
 
         now, (then, since) = time.monotonic(), self._last_question
         steps_per_second = (step - since) / max(now - then, 1e-6)
@@ -128,7 +129,7 @@ class StopSignal:
         self._last_question = now, step
         question = [REASONS.index(self._local_reason()), max(1, interval) if context.is_main else 0]
         tensor = torch.tensor(question, dtype=torch.int32).to(context.device, non_blocking=True)
-        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor
+        self._pending = torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, async_op=True), tensor
 
     def _local_reason(self) -> str | None:
         if self._reason is None and time.monotonic() >= self._deadline:

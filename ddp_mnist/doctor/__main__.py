@@ -1,13 +1,9 @@
 """Say what a launch will do here: a line for each topic, and where it is not ok, what to type.
 
-    python -m ddp_mnist.doctor [training flags]
-    torchrun --nproc-per-node 4 -m ddp_mnist.doctor --dataset mnist
-
-Start it as the job would be started. It trains nothing and leaves nothing behind; rank 0 prints. Exit code 0: the job
-would start. 1: it would not. 2: a mistake in the flags, or in the number of ranks.
+Start it as the job would be started, such as `torchrun --nproc-per-node 4 -m ddp_mnist.doctor --dataset mnist`. It
+trains nothing and leaves nothing behind; rank 0 prints. Exit code 0: the job would start. 1: it would not. 2: a mistake
+in the flags, or in the number of ranks.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -16,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ddp_mnist.config import parse
-from ddp_mnist.distributed.launcher import entry_point, hard_exit, show_warnings, world_size_from_environment
+from ddp_mnist.distributed.launcher import entry_point, from_environment, hard_exit, show_warnings
 
 
 @entry_point
@@ -36,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A rank that waits in vain would print 60 lines of C++ frames around its one message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     config = parse(flags).replace(timeout_minutes=options.timeout / 60)
-    config.check_world_size(world_size_from_environment())
+    config.check_world_size(from_environment("WORLD_SIZE"))
     from ddp_mnist.doctor.checks import examine  # takes seconds: a mistake in the flags comes first
 
     findings = examine(config)

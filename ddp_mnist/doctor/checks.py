@@ -1,7 +1,5 @@
 """The doctor's checks: flags and launcher, this machine, what the job will reach, the ranks together."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -56,7 +54,7 @@ def examine(config: TrainConfig) -> list[Finding]:
 
 def launch(config: TrainConfig) -> list[Finding]:
     """Say how many ranks there are and why, and what a rank gets of each batch."""
-    size = launcher.world_size_from_environment()
+    size = launcher.from_environment("WORLD_SIZE")
     why = "WORLD_SIZE says" if "WORLD_SIZE" in os.environ else "no launcher has set WORLD_SIZE"
     share = f"{config.batch_size // size} of a step's {config.batch_size} images on each rank"
     found = [Finding("ok", "launch", f"world size {size}, as {why}: {share}")]
@@ -71,7 +69,7 @@ def launch(config: TrainConfig) -> list[Finding]:
 
 def device() -> Finding:
     """Say what the ranks on this machine would compute on."""
-    ranks = launcher.local_world_size_from_environment()
+    ranks = launcher.from_environment("LOCAL_WORLD_SIZE")
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         text = f"{gpus} x {torch.cuda.get_device_name(0)}"
@@ -147,16 +145,18 @@ def wandb(config: TrainConfig) -> Finding:
 
 def slurm() -> list[Finding]:
     """Say where in a SLURM job this is, and which of SLURM's traps it is in."""
-    job, step, tasks = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID"), _integer("SLURM_NTASKS")
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     if job is None:
         return [Finding("ok", "slurm", "not in a job")]
     place = f"step {step}" if step else "outside any srun step"
-    found = [Finding("ok", "slurm", f"job {job}, nodes: {_integer('SLURM_JOB_NUM_NODES')}, tasks: {tasks}, {place}")]
+    names = ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK")
+    nodes, tasks, wanted = (int(os.environ.get(name, 1)) for name in names)
+    found = [Finding("ok", "slurm", f"job {job}, nodes: {nodes}, tasks: {tasks}, {place}")]
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         text = f"there are {tasks} tasks, but WORLD_SIZE is not set: each process would train alone"
         advice = "srun slurm/rank.sh python -m ddp_mnist.train"
         found.append(Finding("problem" if step else "warning", "slurm", text, advice))
-    wanted, allowed = _integer("SLURM_CPUS_PER_TASK"), len(allowed_cpus())
+    allowed = len(allowed_cpus())
     if step and wanted > allowed:
         text = f"{wanted} CPUs per task were asked for and {allowed} can be used: srun does not take them from sbatch"
         found.append(Finding("warning", "slurm", text, f"srun --cpus-per-task={wanted}"))
@@ -177,7 +177,7 @@ def meet(config: TrainConfig, mine: list[Finding]) -> list[Finding]:
             backend = context.accelerator.state.backend
     except (JobError, RuntimeError) as error:  # the latter: a GPU for which this torch has no kernels
         text = " ".join(str(error).split()).replace("--timeout-minutes", f"--timeout {60 * config.timeout_minutes:g}")
-        if launcher.rank_from_environment() > 0:
+        if launcher.from_environment("RANK") > 0:
             raise JobError(text, local=getattr(error, "local", True)) from error
         return [*mine, Finding("problem", "ranks", text)]
     for rank, (host, findings) in enumerate(everyone):
@@ -189,7 +189,3 @@ def meet(config: TrainConfig, mine: list[Finding]) -> list[Finding]:
         text = f"{len(everyone)} ranks met over {backend}: {places}; threads of each: {context.threads}; "
         text += f"all-reduce of the 36 kB of gradients {1000 * median(seconds):.2f} ms (median of 30)"
     return [*mine, Finding("ok", "ranks", text)]
-
-
-def _integer(name: str) -> int:
-    return int(os.environ.get(name, 1))

@@ -5,8 +5,6 @@ SHA-256). Nothing is pickled. The batch order follows from (seed, epoch), so the
 is no random state to keep. `Saver` decides when to save and what.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -53,21 +51,15 @@ class TrainState:
     One object for the whole attempt: the trainer moves the position on, `Metrics` the sums and seconds.
     """
 
-    epoch: int = 0
-    """Epoch in progress, from 0."""
-    step_in_epoch: int = 0
-    """Global batches of it that are done."""
-    step: int = 0
-    """Optimizer steps done in the whole run."""
+    epoch: int = 0  # in progress, from 0
+    step_in_epoch: int = 0  # global batches of it that are done
+    step: int = 0  # optimizer steps done in the whole run
     samples_seen: int = 0
-    skipped_steps: int = 0
-    """Steps that fp16's loss scaler left out."""
+    skipped_steps: int = 0  # by fp16's loss scaler
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    """Over all attempts."""
-    interval_loss: float = 0.0
-    """Sum of the loss of the images since the last line of metrics.jsonl, each by the weights of its own step."""
+    wall_seconds: float = 0.0  # over all attempts
+    interval_loss: float = 0.0  # sum over the images since the last line of metrics.jsonl
     interval_correct: int = 0
     interval_images: int = 0
 
@@ -90,16 +82,11 @@ class Snapshot:
 
     state: TrainState
     config: dict[str, Any]
-    weights: dict[str, Tensor]
-    """fp32, on the CPU, by parameter name"""
-    optimizer: dict[str, Tensor]
-    """`<parameter>.<name of the state>`, on the CPU"""
-    optimizer_values: dict[str, Any]
-    """State that is no tensor; "groups": settings now; "identity": class and settings before the first step."""
-    scaler: dict[str, Any]
-    """fp16's loss scaler; empty for other precisions"""
-    metrics_bytes: int
-    """Length of metrics.jsonl at this moment; what lies beyond belongs to a future that did not happen."""
+    weights: dict[str, Tensor]  # fp32, on the CPU, by parameter name
+    optimizer: dict[str, Tensor]  # `<parameter>.<name of the state>`, on the CPU
+    optimizer_values: dict[str, Any]  # other state; "groups": settings now; "identity": see `describe`
+    scaler: dict[str, Any]  # fp16's loss scaler; empty for other precisions
+    metrics_bytes: int  # length of metrics.jsonl at this moment: later lines are of a future that did not happen
 
 
 class Checkpoints:
@@ -198,7 +185,7 @@ def _fingerprint(content: bytes) -> dict[str, Any]:
 class Saver:
     """Saves the state of a run: position, weights, optimizer and loss scaler. Every rank owns one; rank 0 writes."""
 
-    def __init__(self, context: Context, train_step: TrainStep, metrics: Metrics) -> None:
+    def __init__(self, context: "Context", train_step: "TrainStep", metrics: "Metrics") -> None:
         self.context, self.train_step, self.metrics = context, train_step, metrics
         self.run_dir, self.config, self.state = metrics.run.path, metrics.config, metrics.state
         self.checkpoints = Checkpoints(self.run_dir, self.config.keep_checkpoints)
@@ -276,7 +263,7 @@ class Saver:
         self.context.run_on_main(write)
 
 
-def restore(train_step: TrainStep, snapshot: Snapshot) -> None:
+def restore(train_step: "TrainStep", snapshot: Snapshot) -> None:
     """Give the optimizer and the loss scaler their saved state. The network has its weights already.
 
     Raises UsageError: the run was trained by another optimizer.
@@ -303,43 +290,36 @@ def weights(network: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(network: nn.Module, path: Path, *, of_run: bool = False) -> None:
-    """Fill the network from a `model.safetensors`: that of --init-from, or `of_run`, of a run directory.
+def load_weights(network: nn.Module, path: Path, *, flag: str = "") -> None:
+    """Fill the network from a `model.safetensors`. `flag`: that which named the file, for messages.
 
-    Raises JobError: it is missing, damaged or not finite; UsageError: that of --init-from is of another network.
+    Raises JobError: the file is missing, damaged or not finite; UsageError: it is of another network.
     """
-    named = str(path) if of_run else f"--init-from {path}"
     try:
-        tensors = safetensors.torch.load_file(path)
-        network.load_state_dict(tensors)
+        network.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, SafetensorError) as error:
-        raise JobError(f"{named} cannot be read: {error}") from error
+        raise JobError(f"{flag}{path} cannot be read: {error}") from error
     except RuntimeError as error:
-        if of_run:
-            raise JobError(f"{named} does not fit the network of {directory.CONFIG} beside it. {error}") from error
-        raise UsageError(f"{named} does not fit this network; do the --widths agree? {error}") from error
+        raise UsageError(f"{flag}{path} does not fit this network; is it of other --widths? {error}") from error
     if not all(value.isfinite().all() for value in network.parameters()):
-        raise JobError(f"{named} holds weights that are not finite; use another file.")
+        raise JobError(f"{flag}{path} holds weights that are not finite; use another file.")
 
 
 @dataclass(frozen=True)
 class SavedRun:
     """The weights that a run directory holds, and what they belong to."""
 
-    config: TrainConfig
+    config: "TrainConfig"
     network: CNN
-    source: Path
-    """The file or checkpoint that they are from."""
-    step: int | None
-    """None where nothing says which."""
-    summary: dict[str, Any]
-    """summary.json, where it has counted with these weights; else empty."""
+    source: Path  # the file or checkpoint that they are from
+    step: int | None  # None where nothing says which
+    summary: dict[str, Any]  # summary.json, where it has counted with these weights; else empty
 
 
 def load_saved_run(run_dir: Path) -> SavedRun:
     """Return the final weights of a run, or the newest that verify while it is not finished.
 
-    Raises JobError: there are none, or the network is not ours.
+    Raises JobError: there are none, or the network is not ours; UsageError: they do not fit config.json.
     """
     config = directory.read_settings(run_dir)
     if config.has_user_data or directory.read_json(run_dir / directory.CONFIG).get("network"):
@@ -354,5 +334,5 @@ def load_saved_run(run_dir: Path) -> SavedRun:
             return SavedRun(config, network, checkpoints.path(snapshot.state.step), snapshot.state.step, {})
     if not path.exists():
         raise JobError(f"{run_dir} holds no weights yet. Wait for its first checkpoint, or continue the run.")
-    load_weights(network, path, of_run=True)
+    load_weights(network, path)
     return SavedRun(config, network, path, summary.get("steps"), summary)

@@ -1,7 +1,5 @@
 """The run directory: its file names, its lock, and writes that are whole or not there."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

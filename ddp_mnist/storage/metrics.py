@@ -3,8 +3,6 @@
 Every rank owns a `Metrics` and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -27,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddp_mnist.data.sources import SYNTHETIC_WARNING
-from ddp_mnist.distributed.launcher import local_world_size_from_environment
+from ddp_mnist.distributed.launcher import from_environment
 from ddp_mnist.errors import JobError
 from ddp_mnist.storage import directory
 
@@ -40,23 +38,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_CLASSES = 100  # with more, the values of single classes stay out of files, pictures and W&B
+MAX_CLASSES = 100  # with more, the confusion matrix stays out of files, pictures and W&B
 BUFFER_BYTES = 2**24  # for metrics.jsonl: lines that a full disk refuses stay in it, to be tried again
 
 
 class Metrics:
     """Collects losses on the device; every `log_every` steps they are summed over the ranks, read and written."""
 
-    def __init__(self, run: Run, context: Context) -> None:
+    def __init__(self, run: "Run", context: "Context") -> None:
         self.run, self.config, self.context, self.state = run, run.config, context, run.state
         self._before, self._last_line = copy(self.state), copy(self.state)
         self._started = self._resumed = time.perf_counter()
-        self.unread: list[tuple[Tensor, Tensor, int]] = []
-        """Loss, correct predictions and global batch of each step that has not been read from the device."""
+        self.unread: list[tuple[Tensor, Tensor, int]] = []  # loss, correct, global batch of each step not read so far
         self._file: BinaryIO | None = None
         self._bar: Any = None
 
-    def open(self, batches: Batches, test_images: int, train_step: TrainStep, *, network: str | None = None) -> None:
+    def open(self, batches: "Batches", test_images: int, train_step: "TrainStep", network: str | None = None) -> None:
         """Write config.json, open metrics.jsonl, cut it to what the checkpoint knows of, print the banner. Collective.
 
         `network`: the name of the script's own class; None: the network is ours. Raises JobError: a file cannot be
@@ -90,11 +87,12 @@ class Metrics:
                     each.close()
 
     def resume_timer(self) -> None:
-        """Count time as training time from now on, and not what has passed since `_stop_timer`: a score, a save."""
+        """Count time as training time from now on, and not what has passed since the last step: a score, a save."""
         self._resumed = time.perf_counter()
 
-    def _stop_timer(self) -> None:
+    def _count_time(self) -> None:
         self.state.train_seconds += time.perf_counter() - self._resumed
+        self.resume_timer()
 
     def record(self, loss: Tensor, correct: Tensor, global_size: int) -> None:
         """Take this rank's part of a step's mean loss and correct items, after `state.advance`. Collective.
@@ -103,32 +101,27 @@ class Metrics:
         JobError: a loss of the interval is not finite; on all ranks.
         """
         self.unread.append((loss, correct, global_size))
-        interval_full = self.state.step % self.config.log_every == 0
-        if interval_full:
-            self._read()  # on a GPU this waits for the steps, which is part of their time
-        self._stop_timer()
-        if interval_full and self.state.step_in_epoch < self.steps_per_epoch:
-            self._write_line()
-        self.resume_timer()
+        self._count_time()
+        if self.state.step % self.config.log_every == 0:
+            self.sync()
+            if self.state.step_in_epoch < self.steps_per_epoch:
+                self._write_line()
+                self.resume_timer()
 
-    def record_score(self, score: Score) -> None:
-        """Write the line of an epoch's end, with its test score. Collective. Raises: JobError, as `record`."""
-        self.sync()
+    def record_score(self, score: "Score") -> None:
+        """Write the line of an epoch's end, with its test score. Collective: call it after `sync`."""
         self._write_line(score)
         if self.state.epoch == 0 and len(score.confusion or ()) > MAX_CLASSES:
             self.say(f"  more than {MAX_CLASSES} classes: no confusion matrix is kept")
 
     def sync(self) -> None:
-        """Read what the device still has into the state, in training time. Collective. Raises: as `record`."""
-        if self.unread:
-            self.resume_timer()
-            self._read()
-            self._stop_timer()
-
-    def _read(self) -> None:
+        """Read what the device still has into the state. Collective. Raises: JobError, as `record`."""
+        if not self.unread:
+            return
         losses, correct, sizes = zip(*self.unread, strict=True)
         self.unread = []
         values = self.context.sum(torch.stack([torch.stack(losses), torch.stack(correct).float()])).tolist()
+        self._count_time()  # a GPU has done the steps by now
         first = self.state.step - len(sizes) + 1
         for step, (loss, right, size) in enumerate(zip(*values, sizes, strict=True), start=first):
             if not math.isfinite(loss):
@@ -137,7 +130,7 @@ class Metrics:
             self.state.interval_correct += int(right)
             self.state.interval_images += size
 
-    def _write_line(self, score: Score | None = None) -> None:
+    def _write_line(self, score: "Score | None" = None) -> None:
         """Write one line for the steps since the last one. Collective."""
         state, step = self.state, self._train_step
         state.wall_seconds = self.wall_seconds()
@@ -154,13 +147,10 @@ class Metrics:
         if state.skipped_steps:
             record["train/skipped_steps"] = state.skipped_steps
         if score is not None:
-            record |= {
-                "test/loss": score.loss,
-                "test/accuracy": score.accuracy,
-                "test/mistakes": [asdict(mistake) for mistake in score.mistakes],
-            }
+            record |= {"test/loss": score.loss, "test/accuracy": score.accuracy}
+            record["test/mistakes"] = [asdict(mistake) for mistake in score.mistakes]
             if confusion := _confusion(score):
-                record |= {"test/class_accuracy": score.class_accuracy(), "test/confusion": confusion}
+                record["test/confusion"] = confusion
         state.interval_loss, state.interval_correct, state.interval_images = 0.0, 0, 0
         if self._file is not None:
             try:
@@ -199,7 +189,7 @@ class Metrics:
         """Return the seconds since the run's start, over all attempts."""
         return self._before.wall_seconds + time.perf_counter() - self._started
 
-    def summary(self, stop_reason: str, exit_code: int, *, wandb_mode: str, **scores: Score) -> dict[str, Any]:
+    def summary(self, stop_reason: str, exit_code: int, *, wandb_mode: str, **scores: "Score") -> dict[str, Any]:
         """Return summary.json's content; null for what is not known. `scores`: `train` and `test`, once they are."""
         state, config, before, test = self.state, self.config, self._before, scores.get("test")
         state.wall_seconds = self.wall_seconds()
@@ -253,7 +243,7 @@ class Metrics:
                 else:
                     print(text, flush=True)
 
-    def _banner(self, batches: Batches, test_images: int) -> str:
+    def _banner(self, batches: "Batches", test_images: int) -> str:
         config, context = self.config, self.context
         ranks = _count(context.world_size, "rank") + (" sharing GPUs over gloo" if context.shares_gpus else "")
         device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
@@ -291,7 +281,7 @@ class Metrics:
             self.say(f"{epoch} done: train loss {loss:.4f}, test loss {record['test/loss']:.4f}{scored}")
 
 
-def _confusion(score: Score) -> list[list[int]] | None:
+def _confusion(score: "Score") -> list[list[int]] | None:
     """Return the confusion matrix; None where there is none, or it is too large to be kept."""
     rows = list(map(list, score.confusion or ()))
     return rows if 0 < len(rows) <= MAX_CLASSES else None
@@ -313,7 +303,7 @@ def provenance(world_size: int) -> dict[str, Any]:
         "command": re.sub(secret, r"\1***", "\0".join(sys.argv)).split("\0"),
         "host": socket.gethostname(),
         "world_size": world_size,
-        "nodes": world_size // local_world_size_from_environment(),
+        "nodes": world_size // from_environment("LOCAL_WORLD_SIZE"),
         # What starts the job on a cluster says so.
         "job_id": os.environ.get("DDP_MNIST_JOB_ID"),
         "restart_count": int(os.environ.get("DDP_MNIST_RESTARTS") or 0),

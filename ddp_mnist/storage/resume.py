@@ -1,7 +1,5 @@
 """Find out which run this is: a new one, the continuation of a stopped one, or one that is finished."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_mnist.config import RESUME_FIELDS, USER_DATA_PREFIX, TrainConfig
 from ddp_mnist.data import sources
-from ddp_mnist.distributed.launcher import local_world_size_from_environment, restart_count
+from ddp_mnist.distributed.launcher import from_environment
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.storage import directory
 from ddp_mnist.storage.checkpoint import MODEL, Checkpoints, Snapshot, TrainState
@@ -30,25 +28,20 @@ class Run:
     """The run as all ranks agree on it, before anything is built."""
 
     path: Path
-    config: TrainConfig
-    """With nothing left open: `auto` and the output directory are resolved."""
-    state: TrainState
-    """Position and totals, which training moves on."""
-    snapshot: Snapshot | None = None
-    """Checkpoint to go on from; None: from the start."""
-    finished: dict[str, Any] = field(default_factory=dict)
-    """The summary of a run with nothing left to do; else empty."""
+    config: TrainConfig  # with nothing left open: `auto` and the output directory are resolved
+    state: TrainState  # position and totals, which training moves on
+    snapshot: Snapshot | None = None  # the checkpoint to go on from; None: from the start
+    finished: dict[str, Any] = field(default_factory=dict)  # the summary, if nothing is left to do; else empty
 
 
 @contextmanager
-def open_run(config: TrainConfig, context: Context) -> Iterator[Run]:
+def open_run(config: TrainConfig, context: "Context") -> Iterator[Run]:
     """Find the run and hold its directory for this job, on rank 0; yield the same on all ranks. Collective.
 
     Raises JobError: the directory cannot be used, or another job keeps it; UsageError: it holds another run.
     """
     with ExitStack() as stack:
-        run = context.broadcast(context.run_on_all_ranks(lambda: _find(config, stack) if context.is_main else None))
-        assert run is not None
+        run = context.run_on_main(lambda: _find(config, stack))
         # Where the files are is each node's own matter.
         yield replace(run, config=run.config.replace(data_dir=config.data_dir))
 
@@ -59,7 +52,7 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
     if holder is not None:
         stack.callback(holder.release)
-    if config.fresh and not restart_count():
+    if config.fresh and not from_environment("TORCHELASTIC_RESTART_COUNT"):
         directory.start_over(path)
     snapshot = Checkpoints(path, config.keep_checkpoints).newest()
     summary = directory.read_json(path / directory.SUMMARY)
@@ -97,9 +90,7 @@ def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
                 f"again, with a seed for whatever draws or splits them, {OTHERWISE}"
             )
         flag = f"--{name.replace('_', '-')}"
-        old, new = (
-            f"no {flag}" if value is None else f"{flag} {directory.format_setting(value)}" for value in (was, is_)
-        )
+        old, new = (f"no {flag}" if v is None else f"{flag} {directory.format_setting(v)}" for v in (was, is_))
         hint = " (more epochs are possible with --schedule constant only)" if name == "epochs" else ""
         raise UsageError(
             f"{config.output_dir} holds a run with {old}; this command has {new}{hint}. "
@@ -107,7 +98,7 @@ def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
         )
 
 
-def continue_command(config: TrainConfig, context: Context, workload: Workload) -> str:
+def continue_command(config: TrainConfig, context: "Context", workload: "Workload") -> str:
     """Return what to type to go on: launcher, script and flags."""
     config, asked = config.replace(fresh=False), workload.script_config
     name = shlex.quote(sys.argv[0]) if workload.is_script else "-m ddp_mnist.train"
@@ -123,27 +114,25 @@ def continue_command(config: TrainConfig, context: Context, workload: Workload) 
     return f"{command}  # with {', '.join(changes)} in its TrainConfig" if changes else command
 
 
-def advise(error: JobError, config: TrainConfig, context: Context, workload: Workload) -> None:
+def advise(error: JobError, config: TrainConfig, context: "Context", workload: "Workload") -> None:
     """Add to the error what to type next, to go on with the run of these settings or to start another from it."""
     assert config.output_dir is not None
     checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
     kept = checkpoints.steps()
     if error.stop_reason == "nan":
         start = checkpoints.path(kept[-1]) / MODEL if kept else config.init_from
-        again = config.replace(output_dir=None, init_from=start)
-        if workload.make_optimizer is None:
-            again = again.replace(lr=float(f"{config.lr / 3:.2g}"))
-        where = "" if workload.make_optimizer is None else " in your optimizer"
-        error.add(f"A lower rate{where} may help:\n  {continue_command(again, context, workload)}")
+        changes = {} if workload.make_optimizer else {"lr": float(f"{config.lr / 3:.2g}")}
+        again = config.replace(output_dir=None, init_from=start, **changes)
+        error.add(f"A lower rate may help:\n  {continue_command(again, context, workload)}")
     elif kept:
         error.add(f"Continue from step {kept[-1]} with\n  {continue_command(config, context, workload)}")
 
 
-def _launcher(context: Context, module: str, *, precision: bool) -> str:
+def _launcher(context: "Context", module: str, *, precision: bool) -> str:
     """Return how to start `module` again. `precision`: with Accelerate's --mixed_precision, for a script."""
     if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
         return os.environ["DDP_MNIST_LAUNCHER"]
-    local = local_world_size_from_environment()
+    local = from_environment("LOCAL_WORLD_SIZE")
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         several = "--multi_gpu " if context.world_size > 1 else ""
         several += f"--num_processes {context.world_size} "  # the default is all GPUs

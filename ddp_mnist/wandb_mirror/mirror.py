@@ -4,8 +4,6 @@ That process (`process.py`) runs beside the training. Whatever wandb does there,
 for it, except for a limited time at its very end.
 """
 
-from __future__ import annotations
-
 import configparser
 import contextlib
 import json

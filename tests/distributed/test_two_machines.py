@@ -40,11 +40,11 @@ import sys, time
 from pathlib import Path
 from ddp_mnist.config import TrainConfig
 from ddp_mnist.distributed.context import Context
-from ddp_mnist.distributed.launcher import hard_exit, wait_for_peers_to_exit
+from ddp_mnist.distributed.launcher import hard_exit
 
 last_words = Path(sys.argv[1])
 with Context(TrainConfig()) as context:
-    wait_for_peers_to_exit(context, timeout=600)
+    context.wait_for_peers_to_exit(timeout=600)
     if context.rank == 1:
         time.sleep(0.5)  # a rank 0 that did not wait would be gone
         last_words.touch()

@@ -148,8 +148,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_train.py::test_a_bad_precision_of_accelerate_launch_is_named_like_a_flag",
     ),
     "every step draws the same dropout": (
-        "self._seed(batch.seed)",
-        "self._seed(self.config.seed)",
+        "seed_generators(batch.seed, ",
+        "seed_generators(self.config.seed, ",
         "tests/training/test_own.py::test_every_step_draws_anew",
     ),
     "all ranks draw the same dropout": (

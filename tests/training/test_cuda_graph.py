@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ddp_mnist import CNN, TrainConfig, fit
-from ddp_mnist.cuda_graph import CUDAGraph, can_capture
+from ddp_mnist.cuda_graph import CUDAGraph
 from ddp_mnist.data.batches import Batch, Batches, TensorSet
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.step import TrainStep
 
 RATE = 2**-10  # exact in fp32, as which a graph reads it
 CONFIG = TrainConfig(lr=RATE, threads=1, wandb="disabled", mixed_precision="no", pictures=False)
+CAN_CAPTURE: Any = TrainStep._can_capture  # `recorded` replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +46,8 @@ def recorded(process_of_a_job: None, monkeypatch: pytest.MonkeyPatch) -> list[tu
 
     monkeypatch.setattr(CUDAGraph, "_record", record)
     monkeypatch.setattr(
-        "ddp_mnist.step.can_capture",
-        lambda config, context, ours: ours if config.cuda_graphs is None else config.cuda_graphs,
+        "ddp_mnist.step.TrainStep._can_capture",
+        lambda step: step._is_ours if step.config.cuda_graphs is None else step.config.cuda_graphs,
     )
     return calls
 
@@ -167,7 +168,11 @@ def test_our_network_is_captured_on_one_nvidia_gpu_and_a_users_on_request(
     accelerator = SimpleNamespace(scaler=scaler)
     context: Any = SimpleNamespace(device=torch.device(device), world_size=size, accelerator=accelerator)
     cases = itertools.product((None, True, False), (True, False))
-    assert [can_capture(CONFIG.replace(cuda_graphs=asked), context, ours=ours) for asked, ours in cases] == captured
+    steps: list[Any] = [
+        SimpleNamespace(config=CONFIG.replace(cuda_graphs=asked), context=context, _is_ours=ours)
+        for asked, ours in cases
+    ]
+    assert list(map(CAN_CAPTURE, steps)) == captured
 
 
 def test_a_function_is_captured_once_for_each_shape_type_and_constant(recorded: list[tuple[Any, ...]]) -> None:

@@ -289,7 +289,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut weights": (cut_weights, "model.safetensors cannot be read"),
     "other widths": (
         lambda run: save_file(CNN(widths=(4, 4)).state_dict(), run / "model.safetensors"),
-        "does not fit the network of config.json beside it",
+        "does not fit this network; is it of other --widths?",
     ),
     "ruined weights": (ruin_weights, "model.safetensors holds weights that are not finite"),
     "no weights": (forget_all_weights, "holds no weights yet"),
@@ -302,7 +302,7 @@ def test_a_spoilt_or_foreign_run_directory_is_reported_in_one_message(rescore: C
     spoil(a_run)
     before = listing(a_run.parent)
     ended = rescore(a_run)
-    message = jobs.the_message([ended], 1)
+    message = jobs.the_message([ended], 2 if kind == "other widths" else 1)
     assert message.startswith(f"error: {a_run}") and expected in message
     assert (ended.out, listing(a_run.parent)) == ("", before)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from ddp_mnist import TrainConfig, fit
 from ddp_mnist.errors import JobError, UsageError
@@ -136,11 +136,10 @@ def test_a_run_is_not_continued_by_another_optimizer(fit_here: Fit, other: Any, 
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (lambda net: LBFGS(net.parameters()), "LBFGS computes the loss several times a step"),
         (lambda net: net, "returned a Sequential; expected a torch.optim.Optimizer"),
         (lambda net: SGD(network().parameters()), "parameters that are not the network's"),
     ],
-    ids=["LBFGS", "none", "of another network"],
+    ids=["none", "of another network"],
 )
 def test_an_optimizer_that_no_step_can_use_is_refused(fit_here: Fit, optimizer: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -207,7 +206,7 @@ def test_a_recipes_rate_is_ignored_beside_an_optimizer(command: Callable[..., jo
 def test_no_message_advises_a_flag_that_an_optimizer_refuses(command: Callable[..., jobs.Ended]) -> None:
     ended = command(optimizer=lambda net: SGD(net.parameters(), lr=float("inf")))
     assert jobs.the_message([ended], 1).startswith("error: the loss became nan at step 2")
-    assert "A lower rate in your optimizer may help" in ended.err
+    assert "A lower rate may help" in ended.err
     assert not {"--lr", "--beta2"} & set(faults.printed_command(ended.err).split())
 
 

@@ -547,7 +547,7 @@ def slowly(source, target, **options):
         time.sleep(3)
     replace(source, target, **options)
 os.replace = slowly
-train.hard_exit(train.main(sys.argv[1:]))
+train.launcher.hard_exit(train.main(sys.argv[1:]))
 """
 
 
