@@ -22,7 +22,7 @@ from ddp_mnist.distributed.launcher import is_first_on_its_machine, suppress_out
 from ddp_mnist.errors import UsageError
 
 USER_DATA_PREFIX = "own-"
-RESUME_FIELDS = (  # that must match to resume a run
+RESUME_FIELDS = (  # the fields that must match to resume a run
     "dataset", "batch_size", "accumulate", "epochs", "lr", "beta2", "schedule", "grad_clip", "seed", "widths",
     "init_from",
 )  # fmt: skip
@@ -31,8 +31,8 @@ _numpy_to_python = BeforeValidator(lambda v: v.item() if isinstance(v, numbers.N
 Int = Annotated[int, _numpy_to_python]
 Float = Annotated[float, _numpy_to_python]
 # A shell expands `--output-dir ~/runs`, but not `--output-dir=~/runs`.
-_expand_home = AfterValidator(lambda path: Path(os.path.expanduser(path)))  # noqa: PTH111 - takes unknown users as text
-UserPath = Annotated[Path, Field(strict=False), _expand_home]  # not strict: in scripts and JSON paths are strings
+_expand_home = AfterValidator(lambda path: Path(os.path.expanduser(path)))  # noqa: PTH111 - no error for ~no-such-user
+UserPath = Annotated[Path, Field(strict=False), _expand_home]  # not strict: scripts and JSON give paths as strings
 Width = Annotated[Int, Field(ge=1, le=4096)]
 # `Workload` puts "own-<hash>" into `dataset` for the data of a script.
 _or_user_data = WrapValidator(lambda v, check: v if isinstance(v, str) and v.startswith(USER_DATA_PREFIX) else check(v))
@@ -46,7 +46,7 @@ def default_data_dir() -> Path:
 
 
 def launcher_precision() -> Any:
-    """Return the precision that `accelerate launch` was told, else no."""
+    """Return the precision that `accelerate launch` was told to use, else "no"."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
@@ -55,12 +55,12 @@ def _hint(text: str, metavar: str | None = None) -> Any:
     return arg(metavar=metavar, help_behavior_hint=f"(default: {text})")
 
 
-Precision = Annotated[Literal["no", "fp16", "bf16"], _hint("what accelerate launch was told, else no")]
+Precision = Annotated[Literal["no", "fp16", "bf16"], _hint("as given to accelerate launch, else no")]
 
 
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Raise pydantic's first complaint as one line: the flag, what was found, what was expected."""
+    """Turn pydantic's first complaint into a UsageError of one line: the flag, what was found, what was expected."""
     try:
         yield
     except ValidationError as error:
@@ -76,22 +76,22 @@ def _usage_errors() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    """Train the tutorial's CNN on MNIST, on one process or many: same global batches, same result.
+    """Train the tutorial's CNN on MNIST. With one process or many, the global batches and the result are the same.
 
     Start it with `accelerate launch -m ddp_mnist.train`, `torchrun ... -m ddp_mnist.train` or
     `python -m ddp_mnist.train`. The same command with the same --output-dir continues a stopped run.
     """
 
     recipe: Literal["tutorial", "fast", "record"] = "tutorial"
-    """Preset for the settings below; what is given explicitly beats it.
+    """Preset for the settings below. A flag that you give overrides the preset.
     tutorial: Adam 1e-3, batch 64, 5 epochs. fast: batch 256, one-cycle schedule; 98 % after one epoch.
     record: two epochs of a wider network, tuned for 99 %."""
     dataset: Annotated[Literal["auto", "mnist", "fashion-mnist", "synthetic"], _or_user_data] = "auto"
-    """auto: MNIST if it is there or can be fetched, else generated digits, with a warning."""
+    """auto: MNIST if its files are there or can be downloaded; otherwise generated digits, with a warning."""
     data_dir: Annotated[UserPath, _hint("$DDP_MNIST_DATA, else data", "DIR")] = field(default_factory=default_data_dir)
     """torchvision's root: MNIST's files are in DIR/MNIST/raw."""
     output_dir: Annotated[UserPath | None, _hint("runs/<date>-<time>-<recipe>", "DIR")] = None
-    """The run directory. One that holds a stopped run is continued."""
+    """The run directory. If it holds a stopped run, the job continues that run."""
 
     epochs: Annotated[Int, Field(ge=1, le=100_000)] = 5
     """Passes over the training set."""
@@ -100,57 +100,57 @@ class TrainConfig:
     accumulate: Annotated[Int, Field(ge=1, le=60_000)] = 1
     """Split each rank's share of the global batch into this many backward passes, to save memory."""
     lr: Annotated[Float, Field(gt=0, le=10)] = 1e-3
-    """Adam's learning rate; under --schedule onecycle and linear, the peak."""
+    """Adam's learning rate; with --schedule onecycle or linear, its peak."""
     beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
-    """Adam's decay of the squared gradients; a lower one suits a short run."""
-    # A new schedule also needs a branch in `rate_factor`, and one in `check_identity` if its runs may get more epochs.
+    """Adam's decay of the squared gradients; a lower value suits a short run."""
+    # A new schedule needs a branch in `rate_factor` and, if its runs may get more epochs, one in `check_identity`.
     schedule: Literal["constant", "onecycle", "linear"] = "constant"
-    """onecycle: up to --lr over the first quarter of all steps, then down to zero along a cosine.
-    linear: up over the first tenth, then down in a straight line."""
+    """onecycle: the rate rises to --lr over the first quarter of all steps, then falls to zero along a cosine.
+    linear: the rate rises to --lr over the first tenth of all steps, then falls to zero in a straight line."""
     grad_clip: Annotated[Float, Field(ge=0, le=1_000_000)] = 0.0
-    """Clip the norm of the gradient to this; 0: off."""
+    """Clip the norm of the gradient to this value; 0: do not clip."""
     widths: Annotated[tuple[Width, Width], Field(strict=False)] = (8, 16)
     """Output channels of the two convolutions."""
     seed: Annotated[Int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of all that is random: initial weights, batch order, dropout, augmentation of your own data."""
 
     mixed_precision: Precision = field(default_factory=launcher_precision)
-    """Autocast in training; evaluation is always fp32. fp16 needs a GPU."""
+    """Precision of training, by autocast; evaluation is always in fp32. fp16 needs a GPU."""
     threads: Annotated[Int, Field(ge=0, le=4096)] = 0
-    """CPU threads per rank; 0: allowed CPUs divided by the ranks on this machine."""
+    """CPU threads per rank; 0: the CPUs that the job may use, divided by its ranks on this machine."""
     workers: Annotated[Int, Field(ge=0, le=1024)] = 0
     """Loader processes per rank, for a data set of your own that is not in memory; 0: the rank itself loads."""
     # `constructor=bool` makes the pair --x/--no-x; with neither given the value stays None.
     cuda_graphs: Annotated[bool | None, arg(constructor=bool), _hint("on one GPU, for our own network")] = None
-    """Record a step's kernels on the GPU once and replay them with one call.
-    --cuda-graphs: also for your own network, if it can be captured. Never in fp16 or with your own optimizer."""
+    """Record the GPU kernels of one step, and replay them with one call. Never in fp16 or with your own optimizer.
+    --cuda-graphs: do this for your own network too, if that network can be captured."""
     compile: bool = False
-    """Compile the network first. On a CPU it is slower."""
+    """Compile the network before training. On a CPU, training is then slower."""
     init_from: Annotated[UserPath | None, _hint("random, from --seed", "FILE")] = None
     """Start from the weights in this model.safetensors."""
     checkpoint_every: Annotated[Int, Field(ge=0, le=2**53)] = 0
-    """Save a checkpoint every so many steps. A stop and the end of the run always save one.
-    0: automatic: after an epoch if that takes under 1 % of the time, at a log line if the last is 10 minutes old."""
+    """Save a checkpoint each time this many steps are done. A stop and the end of the run always save one.
+    0: after an epoch if saving takes under 1 % of the time, and whenever the last checkpoint is 10 minutes old."""
     keep_checkpoints: Annotated[Int, Field(ge=2, le=1_000_000)] = 2
     """Keep this many of the newest checkpoints."""
     fresh: bool = False
-    """Start over in a directory that holds a run; what was there is set aside."""
+    """Start a new run in a directory that holds a run. The old files move into a subfolder."""
     max_steps: Annotated[Int, Field(ge=0, le=2**53)] = 0
-    """Stop at this global step, with evaluation and summary; 0: no limit.
-    A later start with a larger value goes on. The schedule still spans all --epochs."""
+    """Stop after this step of the run, evaluate, and write the summary; 0: no limit.
+    The same command with a larger value continues the run. The schedule still spans all --epochs."""
     max_minutes: Annotated[Float, Field(ge=0, le=1_000_000)] = 0.0
-    """Stop with a checkpoint and exit code 75 after this long; 0: no limit."""
+    """After this many minutes, stop with a checkpoint and exit code 75; 0: no limit."""
     timeout_minutes: Annotated[Float, Field(ge=0.05, le=1440)] = 5.0
-    """Give up when a rank has not answered the others for this long."""
+    """End with an error if a rank has not answered the others for this many minutes."""
 
     log_every: Annotated[Int, Field(ge=1, le=10_000)] = 50
     """Steps between two lines of metrics.jsonl and of the log."""
     pictures: bool = True
     """Draw curves, confusion matrix, worst mistakes and report.html at the end."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Mirror the run to Weights & Biases.
-    auto: as WANDB_MODE says, else online if there is a key and the server answers, else offline, to be sent later.
-    online: as auto, but WANDB_MODE is ignored, and going offline prints a warning. disabled: start nothing."""
+    """Mirror the run to Weights & Biases. offline: write files that you can send later. disabled: start nothing.
+    auto: the mode in WANDB_MODE; if that is not set, online if there is a key and the server answers, else offline.
+    online: ignore WANDB_MODE; if there is no key or no answer, go offline with a warning."""
     wandb_project: Annotated[str | None, _hint("$WANDB_PROJECT, else ddp_mnist")] = None
     """The run's project."""
     wandb_entity: Annotated[str | None, _hint("the owner of the key")] = None
@@ -162,17 +162,17 @@ class TrainConfig:
     wandb_tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Words to find the run by."""
     wandb_model: bool = False
-    """Send the final model too, as an artifact."""
+    """Also send the final model to W&B, as an artifact."""
     progress: bool = True
     """Show a progress bar if the output is a terminal."""
 
     @property
     def has_user_data(self) -> bool:
-        """Return True if the dataset is the caller's own (see `fit`): its name is a hash of the data."""
+        """Return True if the data are a script's own (see `fit`); `dataset` is then a hash of them."""
         return self.dataset.startswith(USER_DATA_PREFIX)
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise UsageError if the world size does not divide the global batch, and name the nearest that work."""
+        """If the world size does not divide the global batch, raise UsageError with the nearest batch sizes that do."""
         parts = world_size * self.accumulate
         below = self.batch_size // parts * parts
         if below != self.batch_size:
@@ -184,9 +184,9 @@ class TrainConfig:
             )
 
     def flags(self) -> list[str]:
-        """Return the command line that gives this configuration in any environment, without the defaults."""
+        """Return the flags that give this configuration in any environment; leave out flags that equal the defaults."""
         arguments: list[str] = []
-        without_environment: dict[str, Any] = {  # None, which no value equals: where a variable is set, name the flag
+        without_environment: dict[str, Any] = {  # None: the variable is set, so write the flag always
             "data_dir": None if os.environ.get("DDP_MNIST_DATA") else Path("data"),
             "mixed_precision": None if os.environ.get("ACCELERATE_MIXED_PRECISION") else "no",
         }
@@ -231,7 +231,7 @@ TrainConfig.__init__ = _init  # type: ignore[method-assign]
 
 
 class _Unchecked(TrainConfig):
-    # What tyro builds. It checks nothing, since tyro would print our message in a box of its own: `parse` checks.
+    # The class that tyro builds. It checks nothing: tyro would print our message in a box of its own. `parse` checks.
     __doc__ = TrainConfig.__doc__
 
     def __init__(self, **values: Any) -> None:
@@ -244,16 +244,16 @@ _SWITCH = "(?i)^--(cuda[-_]graphs|pictures|progress|compile|fresh|wandb[-_]model
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Return the settings of a command line. Raises: UsageError.
 
-    Exit with 2 on a wrong flag and 0 after `--help`, as argparse does; the first rank of a machine says why.
+    Exit with 2 on a wrong flag and 0 after `--help`, as argparse does; only the first rank of each machine prints.
     """
     words = sys.argv[1:] if argv is None else argv
     # W&B's sweeps write --pictures=True and --pictures=False for --pictures and --no-pictures.
     args = [re.sub(f"{_SWITCH}=true$", r"--\1", re.sub(f"{_SWITCH}=false$", r"--no-\1", word)) for word in words]
-    # "--recipe X" or "--recipe=X": tyro's defaults are the recipe's, which flags beat. In the end all fields are given.
+    # "--recipe X" or "--recipe=X": tyro starts from the recipe's settings, and flags beat them.
     recipes = re.findall(r"^--recipe[=\n](.*)", "\n".join(args), re.MULTILINE)
     defaults = next(({"recipe": name} for name in reversed(recipes) if name in RECIPES), {})
     if any(re.match("--mixed[-_]precision(=|$)", word) for word in args):
-        defaults["mixed_precision"] = "no"  # the flag beats what the launcher says, nonsense too
+        defaults["mixed_precision"] = "no"  # the flag beats the launcher's variable, even a wrong value
     with contextlib.nullcontext() if is_first_on_its_machine() else suppress_output():
         read = tyro.cli(_Unchecked, args=args, default=TrainConfig(**defaults), prog="python -m ddp_mnist.train")
     return TrainConfig(**vars(read))

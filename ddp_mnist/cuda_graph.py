@@ -1,4 +1,4 @@
-"""CUDA graphs: capture what a function launches on the GPU once, then replay it with one call.
+"""CUDA graphs: capture once what a function launches on the GPU, then replay all of it with one call.
 
 The kernels of a training step of a small network take less time than Python takes to launch them one by one.
 """
@@ -12,29 +12,29 @@ from torch import Tensor
 
 from ddp_mnist.errors import JobError
 
-REHEARSALS = 3  # calls before a capture: libraries choose kernels and allocate memory, torch.compile compiles
+REHEARSALS = 3  # calls before a capture, in which libraries choose kernels and allocate, and torch.compile compiles
 
 
 @dataclass(frozen=True)
 class _Recording:
-    inputs: list[Any]  # the arguments; the graph reads tensors from where these are
-    output: Tensor  # which each replay overwrites
+    inputs: list[Any]  # copies of the captured call's arguments; each replay reads these tensors
+    output: Tensor  # each replay overwrites it
     graph: Any
 
 
 class CUDAGraph:
     """Wrap a function of tensors and hashable constants that returns one tensor and does not wait for the GPU.
 
-    One graph is captured for each combination of shapes, types and constants, such as an epoch's smaller last batch.
+    One graph is captured for each combination of shapes, types and constants: a smaller last batch has its own.
     """
 
     def __init__(self, function: Callable[..., Tensor], mutable_state: Callable[[], Iterable[Tensor]]) -> None:
-        """Wrap `function`. `mutable_state` returns all tensors that it changes in place; a capture puts them back."""
+        """Wrap `function`. `mutable_state` () → the tensors that `function` changes in place: a capture resets them."""
         self._function, self._mutable_state = function, mutable_state
         self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Call the function by replaying its graph. Return a copy of its result."""
+        """Replay the function's graph on these arguments. Return a copy of the output."""
         recording = self.capture(*arguments)
         for static, argument in zip(recording.inputs, arguments, strict=True):
             if isinstance(argument, Tensor):
@@ -43,7 +43,7 @@ class CUDAGraph:
         return recording.output.clone()
 
     def capture(self, *arguments: Any) -> _Recording:
-        """Return the recording for such arguments; make it the first time. Raises JobError: it cannot be captured."""
+        """Return the recording for arguments like these; the first time, make it. Raises JobError: that fails."""
         key = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in arguments)
         if key not in self._recordings:
             changed = list(self._mutable_state())

@@ -1,6 +1,6 @@
 """The errors that a user can cause or meet, each with its exit code. Anything else that is raised is a bug."""
 
-STOPPED = 75  # exit code of a run that stopped early with a checkpoint: run it again
+STOPPED = 75  # exit code of a job that stopped early with a checkpoint: start the job again
 
 
 class JobError(Exception):
@@ -11,8 +11,8 @@ class JobError(Exception):
     def __init__(self, message: str, *, local: bool = False, stop_reason: str = "error") -> None:
         """Take the message: the field or file, what was found, what was expected and what to type next.
 
-        `local`: the other ranks do not know of it, so this rank prints it, whichever it is. `stop_reason`: that of
-        summary.json.
+        `local`: the other ranks do not know of the error, so this rank prints it even if it is not rank 0.
+        `stop_reason`: the entry of that name in summary.json.
         """
         super().__init__(message)
         self.local = local

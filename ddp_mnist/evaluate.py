@@ -23,12 +23,12 @@ from ddp_mnist.step import Loss, call, cross_entropy
 from ddp_mnist.storage import directory
 from ddp_mnist.storage.checkpoint import SavedRun, load_saved_run
 
-WORST = 25  # mistakes that a Score remembers
+WORST = 25  # the number of mistakes that a Score keeps
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was read as another class."""
+    """An image that the network put into a wrong class."""
 
     index: int  # row of the data set
     label: int
@@ -42,7 +42,7 @@ class Score:
 
     loss: float  # mean over all items
     count: int
-    confusion: tuple[tuple[int, ...], ...] | None = None  # [label][prediction]: images; None: there are no labels
+    confusion: tuple[tuple[int, ...], ...] | None = None  # images by [label][prediction]; None: no labels
     mistakes: tuple[Mistake, ...] = ()  # the most confident first; at most WORST, the same at every world size
 
     @property
@@ -56,7 +56,7 @@ class Score:
         return None if self.correct is None else self.correct / self.count
 
     def sentence(self) -> str:
-        """Return the tutorial's line, or that of a network that is scored by its loss alone."""
+        """Return the tutorial's line with the accuracy or, without class labels, a line with the mean loss."""
         if self.accuracy is None:
             return f"Got a mean loss of {self.loss:.6g} over {self.count}"
         return f"Got {self.correct} / {self.count} with accuracy {100 * self.accuracy:.2f}"
@@ -70,7 +70,7 @@ def evaluate(
 
     `loss` returns one value per item. `classes`: what `find_classes` returns for this network and data set.
     """
-    broadcast(list(network.buffers()))  # such as batch norm's averages: each rank has seen other images
+    broadcast(list(network.buffers()))  # e.g. batch norm's averages: each rank has trained on other images
     cells = classes * classes if classes is not None else 0
     # float64 holds the counts exactly and makes the loss the same at every world size; MPS has no float64.
     home = torch.device("cpu") if context.device.type == "mps" else context.device
@@ -81,7 +81,7 @@ def evaluate(
     with evaluation_mode(network):
         chunks = batches.evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size)
         for inputs, targets in chunks:
-            batches.seed_generators(batches.derive_seed("score", first), context.device)  # for a network that draws
+            batches.seed_generators(batches.derive_seed("score", first), context.device)  # for random layers
             outputs = call(network, inputs)
             totals[0] += loss(outputs, targets).sum().to(home)
             totals[1] += len(targets)
@@ -99,16 +99,16 @@ def evaluate(
 
 
 def raise_failure(split: Split) -> None:
-    """Raise what has ended `split.iterate` early on this rank; the other ranks do not know of it."""
+    """Raise the error that ended `split.iterate` early on this rank, if any; the other ranks do not know of it."""
     if split.failure is not None:
         raise split.failure
 
 
 def chunk_size(split: Split, device: torch.device) -> int:
-    """Return how many items to score at once, whatever the world size: the larger an item, the fewer."""
+    """Return how many items to score at once: the larger the items, the fewer. The world size has no influence."""
     numbers: list[int] = []
     recursively_apply(lambda tensor: numbers.append(tensor.numel()), split.load(torch.tensor([0]), 0)[0])
-    # 250: on a CPU what fits its caches; of a `LoadedSet` what one process loads at a time.
+    # 250: on a CPU, what fits its caches; of a `LoadedSet`, what one process loads at a time.
     size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
     return max(1, size * 784 // max(784, sum(numbers)))
 
@@ -116,7 +116,7 @@ def chunk_size(split: Split, device: torch.device) -> int:
 def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move the network to the device, in place, and return it. Training and scoring use it, so both round alike."""
     network.to(device)
-    # On a CPU a step with NCHW weights takes much longer. Not for other networks: `view` may fail in them.
+    # On a CPU a step with NCHW weights takes much longer. Other networks stay in NCHW: `view` may fail in them.
     if device.type == "cpu" and isinstance(network, CNN):
         network.to(memory_format=torch.channels_last)
     return network
@@ -124,7 +124,7 @@ def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put the network into evaluation mode, then each layer into its own again: some may be frozen."""
+    """Put the network into evaluation mode; after the block, give each layer its mode back: some may be frozen."""
     before = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -152,7 +152,7 @@ def find_classes(network: nn.Module, split: Split, loss: Loss = cross_entropy) -
         found = f"{targets.dtype} {tuple(targets.shape[1:])}"
         raise UsageError(f"a target is {found}; cross entropy expects a class, an integer. Give a `loss` of your own.")
     classes = None
-    # With a loss of the script's own, integers need not be classes: then there is no error, and no accuracy.
+    # With a loss of the script's own, integer targets need not be classes; if not, there is no error, and no accuracy.
     with contextlib.nullcontext() if loss is cross_entropy else contextlib.suppress(UsageError):
         if labels and logits and outputs.shape[1] > 1:
             batches.check_labels(targets, outputs.shape[1])
@@ -177,7 +177,7 @@ def find_classes(network: nn.Module, split: Split, loss: Loss = cross_entropy) -
 def _mistakes(logits: Tensor, labels: Tensor, first: int) -> Iterator[Mistake]:
     """Yield the wrong predictions of a chunk whose first image is row `first`."""
     wrong = (logits.argmax(1) != labels).nonzero().flatten()
-    confidence = logits[wrong].softmax(1).amax(1).nan_to_num()  # NaN: the weights are ruined
+    confidence = logits[wrong].softmax(1).amax(1).nan_to_num()  # NaN, from ruined weights, becomes 0
     columns = (wrong + first, labels[wrong], logits[wrong].argmax(1), confidence)
     return (Mistake(*values) for values in zip(*(column.tolist() for column in columns), strict=True))
 
@@ -188,10 +188,10 @@ def _worst(mistakes: Iterable[Mistake]) -> list[Mistake]:
 
 def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[SavedRun, list[Score]]:
     """Return (the saved run, [its score on the training set, on the test set]). Collective. Raises: JobError."""
-    # Rank 0 reads for all: the run may be going on, and write its next checkpoint meanwhile.
+    # Rank 0 reads for all ranks: a run that is still training may write a checkpoint between two ranks' reads.
     saved = context.run_on_main(lambda: load_saved_run(run_dir))
-    own = saved.config.data_dir
-    root = data_dir or (own if own.exists() else default_data_dir())
+    run_data_dir = saved.config.data_dir
+    root = data_dir or (run_data_dir if run_data_dir.exists() else default_data_dir())
     splits = context.run_on_all_ranks(lambda: sources.load(saved.config.dataset, root))
     network = move_to_device(saved.network, context.device)  # as in training: the same rounding
     sets = [split.to(context.device) for split in splits]
@@ -203,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0. Raises: JobError where the counts are not those of the run's own summary."""
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.evaluate",
-        description="Score a run's weights again on both sets, or an unfinished run's newest checkpoint. Counts that "
-        "differ from summary.json are an error. Any number of ranks counts the same: start several with torchrun.",
+        description="Score a run on its training and test set: the final weights, or an unfinished run's newest "
+        "checkpoint. Counts that differ from summary.json are an error. With torchrun, several ranks share the work.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: the run's, else $DDP_MNIST_DATA or data")
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = saved.summary
     counts = ("train_correct", "train_count", "test_correct", "test_count")
     differing = [name for name in counts if said and facts[name] != said.get(name)]
-    facts["agrees"] = not differing if said else None  # None: the run has not counted with these weights
+    facts["agrees"] = not differing if said else None  # None: the run has no counts of these weights
     if is_main and options.json:
         print(json.dumps(directory.finite(facts), indent=2), flush=True)
     elif is_main:

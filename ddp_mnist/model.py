@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class CNN(nn.Module):
     """Map images (n, in_channels, 28, 28) in 0-1 to logits (n, num_classes).
 
-    Parameter names and shapes are the tutorial's (9,098 parameters at the defaults): a state dict fits either class.
+    Parameter names and shapes are the tutorial's (9,098 parameters at the defaults): a state dict fits both classes.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16)) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer: our Adam or the script's own; and the state of any as tensors and numbers for a checkpoint."""
+"""Make the optimizer, our Adam or the script's own; turn its state into tensors and numbers for a checkpoint."""
 
 import inspect
 from collections import defaultdict
@@ -13,12 +13,12 @@ from ddp_mnist.errors import JobError, UsageError
 if TYPE_CHECKING:
     from ddp_mnist.config import TrainConfig
 
-# The network → its optimizer; the network, so that groups can be made by name.
+# A function, network → its optimizer. It gets the network, not the parameters, so that it can group them by name.
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Adam(torch.optim.Adam):
-    """Adam without torch.compile's wrappers, which import its compiler: seconds of CPU time at every start."""
+    """Adam without torch.compile's wrappers, which import the compiler: seconds of CPU time at every start."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
@@ -27,7 +27,7 @@ class Adam(torch.optim.Adam):
 
 
 def build_optimizer(config: "TrainConfig", make: MakeOptimizer | None, network: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer that `make` makes, else Adam. Raises UsageError: it is none, or another network's."""
+    """Return what `make` returns, else Adam. Raises UsageError: that is no optimizer, or has other parameters."""
     if make is None:
         # With the fused kernel Accelerate does not notice that fp16's scaler has skipped a step.
         fused = config.mixed_precision != "fp16"
@@ -42,9 +42,9 @@ def build_optimizer(config: "TrainConfig", make: MakeOptimizer | None, network: 
 
 
 def describe(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimizer's class, and of each group its parameters' names and its settings, as JSON has them."""
+    """Return the optimizer's class and, for each group, its settings and its parameters' names, as JSON types."""
     names = {parameter: name for name, parameter in network.named_parameters()}
-    kernels = ("foreach", "capturable", "differentiable", "fused")  # depend on the machine
+    kernels = ("foreach", "capturable", "differentiable", "fused")  # settings that depend on the machine
     groups = []
     for group in optimizer.param_groups:
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
@@ -54,10 +54,10 @@ def describe(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UsageError if a run's optimizer is not what it was; both as `describe` returned them before any step."""
+    """Raise UsageError if a run's optimizer has changed. `saved`, `now`: what `describe` returned before any step."""
     facts = [("class", saved["class"], now["class"]), ("groups", len(saved["groups"]), len(now["groups"]))]
     for number, (was, is_) in enumerate(zip(saved["groups"], now["groups"], strict=False)):
-        # Not all keys: another version of torch may have another setting.
+        # Compare the keys that both have: another version of torch may have other settings.
         facts += [(f"{key} in group {number}", was[key], is_[key]) for key in was if key in is_]
     for what, was, is_ in facts:
         if was != is_:
@@ -72,22 +72,22 @@ def _is_plain(value: Any) -> bool:
 
 
 def make_capturable(optimizer: Adam) -> None:
-    """Let a CUDA graph capture Adam's step: its rate and all state become tensors that stay where they are."""
+    """Let a CUDA graph capture Adam's step: its rate and state become tensors that are changed in place only."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
         group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
         group["capturable"] = True
         for parameter in filter(lambda each: each.requires_grad, group["params"]):
-            # Made here: a capture restores only tensors that exist before it.
+            # Adam would make these in its first step, but a capture restores only tensors that exist before it.
             state = optimizer.state[parameter]
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's learning rate to `factor` times its first one; a tensor in place, as a CUDA graph reads it."""
+    """Set each group's rate to `factor` times its initial rate; change a tensor in place: a CUDA graph reads it."""
     for group in optimizer.param_groups:
-        if "initial_lr" not in group:  # as torch's own schedules call it
+        if "initial_lr" not in group:  # the key that torch's own schedules use
             group["initial_lr"] = float(group["lr"])
         rate = factor * group["initial_lr"]
         if isinstance(group["lr"], Tensor):
@@ -97,9 +97,9 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def save_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's state as `<parameter>.<name of the state>`: tensors on the CPU, and what JSON can hold.
+    """Return the optimizer's state by `<parameter>.<name of the state>`: (tensors on the CPU, other values for JSON).
 
-    "groups" has the groups' settings, in which some optimizers count. Raises JobError: a state is neither.
+    The values' "groups" are the groups' settings: some optimizers count steps in them. Raises JobError: another type.
     """
     tensors: dict[str, Tensor] = {}
     values = {"groups": describe(network, optimizer)["groups"]}
@@ -121,8 +121,8 @@ def load_state(
     """Fill the optimizer's state from what `save_state` has returned."""
     parameters = dict(network.named_parameters())
     groups = [
-        # The saved settings count, but for the rate: each step sets it, and it may have to stay a tensor. torch finds
-        # parameters by their places in the groups; what is saved in "params" may be names.
+        # Take the saved settings, except the rate: each step sets the rate, and for a CUDA graph it must stay a tensor.
+        # torch finds parameters by their position in the groups, so the saved "params" may be names.
         now | was | {"lr": now["lr"], "params": was["params"]}
         for now, was in zip(optimizer.param_groups, values.pop("groups"), strict=True)
     ]
@@ -130,10 +130,10 @@ def load_state(
     for full_name, value in (values | tensors).items():
         name, _, key = full_name.rpartition(".")
         if isinstance(value, Tensor) and value.shape == parameters[name].shape:
-            # In the parameter's own memory layout: the fused kernel walks both in storage order.
+            # Use the parameter's memory layout: the fused kernel walks parameter and state in storage order.
             value = torch.empty_like(parameters[name], dtype=value.dtype, device="cpu").copy_(value)
         state[name][key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for name, saved in state.items():  # torch has chosen the devices, but also cast to the parameter's type
+    for name, saved in state.items():  # undo a cast: torch chose the devices, but also used the parameter's type
         now = optimizer.state[parameters[name]]
         now |= {key: value.to(now[key].device) if isinstance(value, Tensor) else value for key, value in saved.items()}

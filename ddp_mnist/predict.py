@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 0 when every picture is predicted, 1 when one is not."""
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.predict",
-        description="Classify pictures with a trained run; print the three highest probabilities.",
-        epilog="A picture shows one upright digit in one ink on an even background, dark or light, with any margin; "
-        f"for a run on fashion-mnist, one piece of clothing that fills it. {', '.join(FORMATS)}.",
+        description="Classify pictures with a run's network; print the three most probable classes of each.",
+        epilog="A picture must show one upright digit in one colour on an even background, dark or light, with any "
+        f"margin. With fashion-mnist, one piece of clothing must fill the picture. Formats: {', '.join(FORMATS)}.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run that has a checkpoint, finished or not")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run with a checkpoint, finished or not")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--json", action="store_true", help="print a list with one object per image")
     options = parser.parse_args(argv)

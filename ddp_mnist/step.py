@@ -23,7 +23,7 @@ Loss = Callable[[Any, Tensor], Tensor]  # the network's outputs, targets (n, ...
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of each item (n,), of logits (n, classes) and classes (n,)."""
+    """Return the cross entropy of each item, (n,), from logits (n, classes) and class labels (n,)."""
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
@@ -38,7 +38,7 @@ def call(network: Any, inputs: Any) -> Any:
 class AutocastWrapper(nn.Module):
     """Forward to the network.
 
-    Accelerate patches `forward` of the module that it prepares, to autocast. It patches this wrapper, so that the
+    Accelerate adds autocast by patching `forward` of the module that it prepares. That module is this wrapper, so the
     network itself stays as its author wrote it and is scored in fp32.
     """
 
@@ -66,23 +66,23 @@ class TrainStep:
     ) -> None:
         """Wrap the network, which is on the context's device, and make its optimizer. Collective.
 
-        `loss` returns one value per item; the step takes their mean over the global batch. `optimizer`: the network →
-        its optimizer; None: Adam. `classes`: how many the network tells apart; None: nothing is counted as correct.
+        `loss` returns one value per item; the step takes their mean over the global batch. `optimizer`: a function,
+        network → its optimizer; None: Adam. `classes`: how many there are; None: no labels, nothing counts as correct.
         """
         self.config, self.context, self.network, self.loss, self.classes = config, context, network, loss, classes
         self.optimizer = build_optimizer(config, optimizer, network)
         self.optimizer_identity = describe(network, self.optimizer)
         unchanged = {type(each) for each in network.modules()} == {CNN, nn.Conv2d, nn.MaxPool2d, nn.Linear}
-        self._is_ours = unchanged and loss is cross_entropy
+        self._is_builtin = unchanged and loss is cross_entropy
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.wrapped: Any = self._wrap(network)
         if context.accelerator.scaler is not None:
-            # Only fp16 needs Accelerate's optimizer, whose `step` searches sys.path each time.
-            # With this mark a script's fused optimizer would skip steps by itself, unseen. Without it the scaler does.
+            # Only fp16 needs Accelerate's optimizer, whose slow `step` searches sys.path at each call.
+            # A fused optimizer with this mark skips steps itself, and nobody sees it. Without it the scaler skips them.
             vars(self.optimizer).pop("_step_supports_amp_scaling", None)
             self.optimizer = context.accelerator.prepare(self.optimizer, device_placement=[False])
         self._norm: Tensor | None = None
-        """Norm of the last gradient, if clipping or a CUDA graph gave it; else None, and `.grad` has the gradient."""
+        """Norm of the last step's gradient if clipping or a CUDA graph computed it; None: compute it from `.grad`."""
         self._graph: CUDAGraph | None = None
         if self._can_capture() and isinstance(self.optimizer, Adam):
             make_capturable(self.optimizer)
@@ -92,13 +92,13 @@ class TrainStep:
         # Not with DDP, nor with fp16, whose scaler decides on the CPU whether to step, nor on ROCm (not tested).
         context, asked = self.context, self.config.cuda_graphs
         single_gpu = context.device.type == "cuda" and context.world_size == 1 and torch.version.hip is None
-        return single_gpu and context.accelerator.scaler is None and (self._is_ours if asked is None else asked)
+        return single_gpu and context.accelerator.scaler is None and (self._is_builtin if asked is None else asked)
 
     def _wrap(self, network: nn.Module) -> Any:
         # The weights are on the device already; to move them, Accelerate would import DTensor and sympy.
         wrapped = self.context.accelerator.prepare(AutocastWrapper(network), device_placement=[False])
         if self.config.compile:
-            torch.compiler.reset()  # earlier compilations of this process count towards a limit
+            torch.compiler.reset()  # earlier compilations in this process count towards a limit
             wrapped = torch.compile(wrapped, dynamic=False)
         return wrapped
 
@@ -106,10 +106,10 @@ class TrainStep:
         """Take one optimizer step; each group's learning rate is `factor`, 0-1, times its peak.
 
         Return (loss, correct): this rank's share of each, as scalars on the device. Summed over the ranks they are the
-        mean loss and the correct predictions of the global batch.
+        mean loss and the number of correct predictions of the global batch.
         """
         set_rates(self.optimizer, factor)
-        if not self._is_ours:  # ours draws no random numbers
+        if not self._is_builtin:  # the built-in CNN draws no random numbers
             seed_generators(batch.seed, self.context.device)
         arguments = batch.inputs, batch.targets, batch.count, batch.global_size
         if self._graph is None:
@@ -118,7 +118,7 @@ class TrainStep:
         return loss, correct
 
     def _run(self, inputs: Any, targets: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
-        self.network.zero_grad()  # also of parameters that the optimizer does not have
+        self.network.zero_grad()  # not the optimizer's, which may leave out parameters
         loss, correct = self._accumulate_gradients(inputs, targets, count, global_size)
         if self.config.grad_clip:
             self._norm = self.context.accelerator.clip_grad_norm_(self._trained, self.config.grad_clip)
@@ -128,8 +128,8 @@ class TrainStep:
     def _accumulate_gradients(
         self, inputs: Any, targets: Tensor, count: int, global_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Run forward and backward in `accumulate` parts; DDP averages the gradients over the ranks in the last one."""
-        # A last batch may have fewer rows than parts. A dummy batch is never split.
+        """Run forward and backward in `accumulate` parts; DDP averages gradients over the ranks in the last part."""
+        # An epoch's last batch may have fewer rows than parts. A dummy batch is never split.
         parts = min(self.config.accumulate, count) or 1
         if parts == 1:
             return self._forward_backward(inputs, targets, count, global_size)
@@ -146,11 +146,11 @@ class TrainStep:
 
     def _forward_backward(self, inputs: Any, targets: Tensor, count: int, global_size: int) -> tuple[Tensor, Tensor]:
         outputs = call(self.wrapped, inputs)
-        # A rank with no item in this batch runs a dummy item: `count` 0 drops its loss, and its gradient is zero.
+        # A rank with no item in this batch runs dummies: `count` is 0, which drops their loss: the gradient is zero.
         loss = self.loss(outputs, targets)[:count].sum() / global_size
-        # `loss` is divided by the whole global batch, and DDP divides the sum of the ranks' gradients by the world size
-        # once more. Times the world size, the gradient is that of the global mean, however uneven the shares.
-        # A penalty on the weights belongs here as `loss = loss + penalty * count / global_size`, which counts it once.
+        # `loss` is already divided by the size of the global batch. DDP also divides the sum of the ranks' gradients by
+        # the world size; the factor below undoes that. So uneven shares, too, give the gradient of the global mean.
+        # To penalize weights, add `loss = loss + penalty * count / global_size` here: over all ranks it counts once.
         self.context.accelerator.backward(loss * self.context.world_size)
         if self.classes is None:
             return loss.detach(), torch.zeros_like(loss)
@@ -166,14 +166,14 @@ class TrainStep:
 
     @property
     def rate(self) -> float:
-        """Return the learning rate of the last step, of the first group."""
+        """Return the first group's learning rate in the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def rehearse(self, batches: Batches) -> None:
-        """Let DDP order its buckets, and capture the CUDA graphs. Weights and random state stay. Collective.
+        """Let DDP order its buckets, and capture the CUDA graphs. Restore weights and random state. Collective.
 
         DDP reorders its buckets in the forward after the first backward, which changes the order of sums at 3 and more
-        ranks. Two passes put that before step 1, so that a new run and a resumed one sum in the same order.
+        ranks. Two passes here make it do so before step 1: a new run and a resumed run then sum in the same order.
         """
         if self.context.world_size == 1 and self._graph is None:
             return
@@ -183,7 +183,7 @@ class TrainStep:
             batch = self.context.run_on_all_ranks(batches.sample)
             arguments = batch.inputs, batch.targets, batch.count, batch.global_size
             if self.context.world_size > 1:
-                with self.context.accelerator.no_sync(self.wrapped):  # DDP would wait for gradients that never come
+                with self.context.accelerator.no_sync(self.wrapped):  # else DDP waits for gradients that never come
                     self._accumulate_gradients(*arguments)
                 unused = any(each.requires_grad and each.grad is None for each in self.network.parameters())
                 if self.context.sum(torch.tensor(float(unused), device=device)):
@@ -197,7 +197,7 @@ class TrainStep:
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             if not isinstance(batch.inputs, Tensor):
-                self._graph = None  # it copies tensors, no tuples or dicts of them
+                self._graph = None  # a CUDAGraph copies tensors, but no tuples or dicts of tensors
             if self._graph is not None:
                 for start in (0, len(batches) - 1):  # the last batch of an epoch may be smaller
                     batch = batches.sample(start)
@@ -208,15 +208,15 @@ class TrainStep:
     def close(self) -> None:
         """Release DDP, the graphs and the compiled network. Call it before the process group is destroyed.
 
-        The last reference to the group would otherwise wait for gloo's threads while it holds Python's lock, which one
-        of them may want (pytorch#56297: seen with torch 2.11).
+        Otherwise freeing the last reference to the group waits for gloo's threads and holds the GIL, which one of those
+        threads may need (pytorch#56297: seen with torch 2.11).
         """
         self._graph, self.wrapped = None, self.network
 
     def _run_captured(self, *arguments: Any) -> Tensor:
         """Run one step; return loss, correct and the gradient's norm as one tensor.
 
-        The norm is computed inside: each graph has gradients of its own, and `.grad` is those of the last captured one.
+        The graph includes the norm: each graph has its own gradients, and `.grad` belongs to the last captured graph.
         """
         self._norm = None
         loss, correct = self._run(*arguments)
@@ -228,9 +228,9 @@ class TrainStep:
 
 
 def rate_factor(config: "TrainConfig", step: int, total_steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0) as a part, 0-1, of its peak.
+    """Return the learning rate of optimizer step `step` (from 0) as a fraction, 0-1, of the peak.
 
-    It follows from the step alone: resuming needs no state. onecycle rises in a straight line over the first quarter of
+    It depends on the step alone: resuming needs no state. onecycle rises in a straight line over the first quarter of
     all steps and falls along a cosine; linear rises over the first tenth and falls in a straight line. Both begin
     at 1/25 of the peak and end at 1/250,000 of it, as torch's OneCycleLR does.
     """

@@ -27,16 +27,16 @@ def run(
     loss: "Loss | None" = None,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Run the whole command, with all flags, messages and exit codes, for parts of your own.
+    """Run the training command, with all its flags, messages and exit codes, on parts of your own.
 
-    Like `fit`, but `data` is a function that makes the pair; it is called after the flags were checked.
+    Like `fit`, but `data` is a function that returns the two sets. The flags are checked before it is called.
     """
     launcher.hard_exit(main(argv, data=data, model=model, optimizer=optimizer, loss=loss))
 
 
 @launcher.entry_point
 def main(argv: Sequence[str] | None = None, *, data: "Callable[[], UserData] | None" = None, **parts: Any) -> int:
-    """Run one rank's part of the job. Return its exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
+    """Run one rank's part of the job. Return the exit code: 0 done, 75 stopped with a checkpoint, 1 or 2 failed."""
     launcher.show_warnings(main=launcher.from_environment("RANK") == 0)
     launcher.limit_spinning()
     with launcher.report_once_per_host():
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, *, data: "Callable[[], UserData] | N
 
         here = Path.cwd()
         sets = data() if data else None
-        if Path.cwd() != here:  # `data` has changed it; the flags' paths count from where the command was typed
+        if Path.cwd() != here:  # changed by `data`; the flags' paths start where the command was typed
             names = [name for name in ("output_dir", "data_dir", "init_from") if getattr(config, name)]
             config = config.replace(**{name: here / getattr(config, name) for name in names})
         return run_attempt(Workload(config, data=sets, **parts), stop=stop).exit_code

@@ -40,11 +40,11 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """The job's: 0 finished (or at `max_steps`), 75 stopped with a checkpoint: run it again."""
+        """Return the job's exit code. 0: finished, or at `max_steps`. 75: stopped with a checkpoint; start it again."""
         return self.summary["exit_code"]
 
     def exit(self) -> NoReturn:
-        """End this process as launchers and SLURM expect it of a rank of this job."""
+        """End this process with the exit code that launchers and SLURM expect of this rank."""
         launcher.hard_exit(launcher.exit_code_for_rank(self.exit_code))
 
 
@@ -58,29 +58,29 @@ def fit(
 ) -> Result:
     """Train as configured and return the result. Collective: every rank of the job calls it, with the same arguments.
 
-    A run that `config.output_dir` holds is continued. Only rank 0 writes files. Raises JobError: the same on all ranks,
-    with the exit code it deserves.
+    If `config.output_dir` holds a run already, that run is continued. Only rank 0 writes files. Raises JobError, which
+    has the exit code: the same error on all ranks.
 
     Args:
         config: All settings.
-        model: Makes a network of your own, inputs (n, ...) → outputs; default: the tutorial's CNN.
-        data: A (training, test) pair of your own; default: `config.dataset`. Each is (inputs, targets), tensors that
-            stay in memory, a TensorDataset, or a data set with `__len__` and `__getitem__` → (input, target), loaded by
-            `config.workers` processes. uint8 is divided by 255, floats become fp32.
-        optimizer: The network → its optimizer; default: Adam. With a schedule each group's rate is its peak.
-        loss: (outputs, targets) → one value per item, (n,); default: cross entropy of logits (n, classes).
+        model: A function () → your network, which maps inputs (n, ...) to outputs; default: the tutorial's CNN.
+        data: A (training, test) pair of your own; default: `config.dataset`. Each of the two is a pair of tensors in
+            memory, (inputs, targets), or a TensorDataset, or a data set with `__len__` and `__getitem__` → (input,
+            target), which `config.workers` processes load. uint8 inputs are divided by 255; floats become fp32.
+        optimizer: A function, network → its optimizer; default: Adam. A schedule peaks at each group's own rate.
+        loss: A function, (outputs, targets) → one value per item, (n,); default: cross entropy of logits (n, classes).
     """
-    launcher.install_excepthook()  # a user's mistake: one message also from a script
+    launcher.install_excepthook()  # a script, too, ends with one message, not a traceback
     return run_attempt(Workload(config, model=model, data=data, optimizer=optimizer, loss=loss, script_config=config))
 
 
 def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result:
-    """Run one attempt, as `fit` does. Collective. `stop`: signal handlers that are installed already."""
+    """Run one attempt, as `fit` does. Collective. `stop`: a StopSignal that is entered already; None: enter one."""
     config = workload.config
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
-        # Before any rank waits for another: to ask the W&B server may take seconds.
+        # The mirror comes first, before any rank waits for another: asking the W&B server may take seconds.
         mirror = stack.enter_context(Mirror(config, is_main=launcher.from_environment("RANK") == 0))
         context = stack.enter_context(Context(config, stop))
         trainer = None
@@ -90,10 +90,10 @@ def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result
                 workload.check_same_data(context)
                 run = stack.enter_context(open_run(config, context))
                 workload.config = run.config
-                if run.finished:
+                if run.final_summary:
                     network = workload.build_network(context, run.snapshot)
                     Metrics(run, context).say(f"{run.path} is finished; nothing to do. Its scores are in summary.json.")
-                    return Result(run.path, run.finished, network.eval())
+                    return Result(run.path, run.final_summary, network.eval())
                 trainer = Trainer(run, context, stop, mirror, workload)
                 trainer.build(stack)
                 return Result(run.path, trainer.run(), trainer.network.eval())
@@ -120,9 +120,9 @@ class Trainer:
         self.test_score: Score | None = None  # of the last epoch that this attempt has finished
 
     def build(self, stack: ExitStack) -> None:
-        """Load the data, build network and optimizer, go on from the run's checkpoint. Collective.
+        """Load the data, build network and optimizer, restore the run's checkpoint if there is one. Collective.
 
-        `stack` closes what is opened. Raises JobError: something is missing or does not fit the rest; on all ranks.
+        `stack` will close what this opens. Raises JobError on all ranks: a part is missing or does not fit the others.
         """
         config, context, snapshot, workload = self.config, self.context, self.snapshot, self.workload
         self.batches, self.test_set = workload.load_data(context)
@@ -130,7 +130,7 @@ class Trainer:
             stack.callback(split.close)
         self.total_steps = len(self.batches) * config.epochs
         network = self.network = workload.build_network(context, snapshot, self.batches.dummy[0])
-        # What does not fit fails here, not after an epoch.
+        # Parts that do not fit each other fail here, not after an epoch.
         self.classes = context.run_on_all_ranks(lambda: workload.try_out(network, self.batches, self.test_set))
         self.train_step = TrainStep(
             config, context, network, loss=workload.loss, optimizer=workload.make_optimizer, classes=self.classes
@@ -154,7 +154,7 @@ class Trainer:
             self.stop.close()
             return self._finish(reason) if reason in ("finished", "max_steps") else self._stop_early(reason)
         except JobError as error:
-            if error.stop_reason == "nan":  # it may stand for a loading error, see `_train`
+            if error.stop_reason == "nan":  # this NaN may stand for a loading error, see `_train`
                 self.context.run_on_all_ranks(lambda: raise_failure(self.batches.train_set))
             raise
 
@@ -183,7 +183,7 @@ class Trainer:
         return "finished"
 
     def _score(self, split: "Split") -> Score:
-        self.metrics.sync()  # what the device still computes is training time
+        self.metrics.sync()  # wait for the device first: its pending steps are training time
         started = time.perf_counter()
         score = evaluate(self.network, split, self.context, loss=self.workload.loss, classes=self.classes)
         self.state.eval_seconds += time.perf_counter() - started
@@ -223,7 +223,7 @@ class Trainer:
         return self._wait_for_mirror(summary, HASTY_PATIENCE)
 
     def _wait_for_mirror(self, summary: dict[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
-        """Give the mirror `patience` seconds to end. Return the summary with the mode that W&B has ended in."""
+        """Give the mirror `patience` seconds to end. Return the summary, with the mode that the mirror ended in."""
         if news := self.mirror.wait(patience):
             self.metrics.say(news)
         if (mode := self.mirror.mode.name) != summary["wandb_mode"]:

@@ -36,10 +36,10 @@ class Workload:
         loss: Loss | None = None,
         script_config: TrainConfig | None = None,
     ) -> None:
-        """Take the parts, as for `fit`; None: ours. Check the data, and name them in the settings by a hash.
+        """Take the parts, as for `fit`; None: the package's. Check a script's data; put their hash into the settings.
 
-        `script_config`: what a script gave to `fit`; the command that continues the run is then the script's own.
-        Raises: UsageError.
+        `script_config`: the settings that a script gave to `fit`; None: they come from flags. The printed command that
+        continues the run depends on it. Raises: UsageError.
         """
         self.config, self.script_config = config, script_config
         self.make_network, self.make_optimizer, self.loss = model, optimizer, loss or cross_entropy
@@ -55,10 +55,10 @@ class Workload:
                 self.config = config.replace(dataset=USER_DATA_PREFIX + digest)
 
     def load_data(self, context: "Context") -> tuple[Batches, Split]:
-        """Return this rank's batches and the test set, on its device. Collective. Raises: JobError, on all ranks."""
+        """Return (batches, test set), both on this rank's device. Collective. Raises: JobError, on all ranks."""
         config = self.config
         if isinstance(self.loss, nn.Module):
-            self.loss.to(context.device)  # it may hold the weights of classes
+            self.loss.to(context.device)  # a loss may hold tensors, such as class weights
 
         def place() -> tuple[Batches, Split]:
             train, test = (split.to(context.device) for split in self.sets or load(config.dataset, config.data_dir))
@@ -80,17 +80,17 @@ class Workload:
     def build_network(self, context: "Context", snapshot: Snapshot | None, inputs: Any = None) -> nn.Module:
         """Return the network on this rank's device, with the weights of the snapshot, else of --init-from. Collective.
 
-        `inputs`: those of an item or more, by which lazy layers get their shapes. Raises UsageError: the weights are of
-        another network; JobError: the file of --init-from cannot be used; on all ranks.
+        `inputs`: of one item or more; lazy layers get their shapes from them. Raises on all ranks UsageError: the
+        weights belong to another network; JobError: the file of --init-from cannot be used.
         """
         torch.manual_seed(self.config.seed)
         network = self.make_network() if self.make_network else CNN(widths=self.config.widths)
         if hasattr(network, "_orig_mod"):  # its weights would be saved under names that the plain module does not have
             raise UsageError("the network is compiled already; return the module itself, and use --compile.")
-        if not network.training:  # as Hugging Face's come; else a layer that the script has put into eval() stays so
+        if not network.training:  # as from_pretrained returns it. Otherwise single layers in eval() stay in eval()
             network.train()
         if inputs is not None and any(map(nn.parameter.is_lazy, (*network.parameters(), *network.buffers()))):
-            # Now, since the optimizer, DDP and the memory format need to see the weights.
+            # Give lazy layers their shapes now: the optimizer, DDP and the memory format need the weights.
             with torch.no_grad(), evaluation_mode(network):
                 call(network, send_to_device(inputs, torch.device("cpu")))
         if not any(parameter.requires_grad for parameter in network.parameters()):
@@ -106,9 +106,9 @@ class Workload:
         return move_to_device(network, context.device)
 
     def try_out(self, network: nn.Module, batches: Batches, test_set: Split) -> int | None:
-        """Try network, data and loss on each other. Return how many classes there are; None: targets are no labels.
+        """Run network and loss on a few items. Return the number of classes; None: the targets are no class labels.
 
-        Raises UsageError: they do not fit each other.
+        Raises UsageError: network, data and loss do not fit each other.
         """
         classes = find_classes(network, batches.train_set, self.loss)
         if find_classes(network, test_set, self.loss) != classes:

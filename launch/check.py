@@ -48,9 +48,9 @@ def check(flags: Sequence[str], world_size: int, program: str = OURS) -> TrainCo
 def main() -> int:
     """Run the command. Return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.check", usage="%(prog)s [options] -- TRAINING_FLAGS")
-    parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--program", default="", help=f"as PROGRAM of slurm/train.sh; empty: {OURS}")
-    parser.add_argument("flags", nargs="*", help="as for python -m ddp_mnist.train")
+    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--program", default="", help=f"the value of PROGRAM for slurm/train.sh; default: {OURS}")
+    parser.add_argument("flags", nargs="*", help="training flags, see python -m ddp_mnist.train --help")
     given = parser.parse_args()
     check(given.flags, given.world_size, given.program or OURS)
     return 0

@@ -1,7 +1,7 @@
 """The job that submitit runs, once per rank.
 
 submitit's signal handler requeues the job as soon as the signal comes, in the middle of a step. While training, our
-StopSignal takes the signal instead; when all ranks have saved, submitit's handler is back and gets it again.
+StopSignal catches the signal instead. When all ranks have saved, the job raises it again for submitit's handler.
 """
 
 import atexit
@@ -37,17 +37,17 @@ class Job:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         attempt, meeting = self.attempt, f"127.0.0.1:{os.environ['MASTER_PORT']}"
         if env.cluster == "slurm":
-            attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # submitit does not count those after a dead node
+            attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # submitit misses restarts after a dead node
             meet = Path(__file__).parents[1] / "slurm" / "meet.sh"
             meeting = subprocess.check_output([meet, ",".join(env.hostnames), str(attempt)], text=True).strip()
         os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = meeting.rpartition(":")
         os.environ["DDP_MNIST_LAUNCHER"] = self.launcher
         os.environ["DDP_MNIST_JOB_ID"] = env.job_id
         os.environ["DDP_MNIST_RESTARTS"] = str(attempt)
-        # --fresh is for the first start: a requeued job would throw away what there is.
+        # --fresh is for the first start only: a requeued job would not continue the run but start over.
         if code := self._train(env, self.config.replace(fresh=self.config.fresh and attempt == 0)):
             hard_exit(code)
-        # Only at Python's exit, as submitit has yet to write the result. If that raises, Python sets `last_type`.
+        # Only at Python's exit, because submitit must write the result first. If it raises, Python sets `last_type`.
         atexit.register(lambda: hard_exit(1 if hasattr(sys, "last_type") else 0))
         return code
 
@@ -58,7 +58,7 @@ class Job:
     @entry_point
     def _train(self, env: submitit.JobEnvironment, config: TrainConfig) -> int:
         show_warnings(main=env.global_rank == 0)
-        logging.getLogger("submitit").propagate = False  # it prints by itself
+        logging.getLogger("submitit").propagate = False  # submitit prints its own messages
         if env.cluster == "slurm" and config.output_dir is None:  # as in slurm/train.sh: the same after a requeue
             config = config.replace(output_dir=Path("runs") / f"slurm-{env.job_id}")
         with StopSignal() as stop:
@@ -70,6 +70,6 @@ class Job:
         if requeue and env.cluster != "debug":
             try:
                 signal.raise_signal(env._usr_sig())
-            except SystemExit as requeued:  # on rank 0
+            except SystemExit as requeued:  # submitit exits on rank 0
                 return int(requeued.code or 0) & 0xFF
         return result.exit_code

@@ -31,23 +31,23 @@ def parse_options() -> argparse.Namespace:
     """Return the options, and as `flags` the words behind `--`. Exit with 2 on a mistake."""
     parser = argparse.ArgumentParser(prog="python -m launch.submit", usage="%(prog)s [options] -- TRAINING_FLAGS")
     add, usual = parser.add_argument, "(default: %(default)s)"
-    places = f"local: this machine, in the background; debug: this process {usual}"
+    places = f"local: run on this machine, in the background; debug: run in this process {usual}"
     add("--cluster", default="slurm", choices=["slurm", "local", "debug"], help=places)
     add("--nodes", default=1, type=int, help=f"machines {usual}")
-    add("--gpus-per-node", default=0, type=int, help="GPUs per node, one rank each (default: none, the CPU)")
-    add("--tasks-per-node", type=int, help="ranks on each (default: one per GPU, else 1)")
-    add("--cpus-per-task", default=1, type=int, help=f"CPUs of a rank {usual}")
-    add("--mem-gb", type=float, help="memory of a node in GB (default: the cluster's)")
+    add("--gpus-per-node", default=0, type=int, help="GPUs per node, one rank for each GPU (default: 0, use CPUs)")
+    add("--tasks-per-node", type=int, help="ranks per node (default: one per GPU; without GPUs 1)")
+    add("--cpus-per-task", default=1, type=int, help=f"CPUs per rank {usual}")
+    add("--mem-gb", type=float, help="memory per node in GB (default: the cluster's)")
     add("--time-min", default=60, type=int, help=f"time limit of an attempt in minutes {usual}")
     add("--partition", help="SLURM partition (default: the cluster's)")
     add("--account", help="SLURM account (default: yours)")
     add("--sbatch", default=[], action="append", metavar="NAME=VALUE", help="any other option of sbatch; repeatable")
-    add("--setup", default=[], action="append", metavar="COMMAND", help="shell command before the ranks; repeatable")
+    add("--setup", default=[], action="append", metavar="COMMAND", help="shell command to run before ranks; repeatable")
     add("--max-requeues", default=20, type=int, help=f"how often the job may be put back into the queue {usual}")
-    add("--job-name", default="ddp_mnist", help=f"what squeue shows {usual}")
-    add("--folder", default="runs/submitit/%j", help=f"submitit's files and the logs {usual}")
-    add("--follow", action="store_true", help="show rank 0's log until the job ends, and exit as it did")
-    add("flags", nargs="*", help="as for python -m ddp_mnist.train")
+    add("--job-name", default="ddp_mnist", help=f"the name that squeue shows {usual}")
+    add("--folder", default="runs/submitit/%j", help=f"folder for submitit's files and the logs {usual}")
+    add("--follow", action="store_true", help="show rank 0's log until the job ends; exit with its exit code")
+    add("flags", nargs="*", help="training flags, see python -m ddp_mnist.train --help")
     given = parser.parse_args()
     given.tasks_per_node = given.tasks_per_node or given.gpus_per_node or 1
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "time_min"):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sets $python: by ENV_SETUP, the active environment, or .venv here.
-# For the other scripts, in the repository's root: `source slurm/python.sh`.
+# Sets $python: runs ENV_SETUP if it is set; else takes the active environment or, without one, .venv in this folder.
+# The other scripts run  source slurm/python.sh  in the repository's root.
 set -euo pipefail
 
 if [[ -n ${ENV_SETUP:-} ]]; then
     set +eu # activation scripts are not written for strict shells
     given=("$@")
-    set -- # or conda's script would take the job's flags for its own
+    set -- # or conda's script would read the job's flags as its own
     eval "$ENV_SETUP"
     set -- "${given[@]}"
     set -eu

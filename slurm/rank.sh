@@ -11,12 +11,12 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_T
 IFS=, read -ra neighbours <<<"$SLURM_GTIDS"
 export LOCAL_WORLD_SIZE=${#neighbours[@]}
 
-if [[ -z ${MASTER_ADDR:-} ]]; then # by hand; slurm/train.sh sets it
+if [[ -z ${MASTER_ADDR:-} ]]; then # started by hand; slurm/train.sh sets MASTER_ADDR
     meeting=$("${0%/*}/meet.sh" "$SLURM_STEP_NODELIST" "$((${SLURM_RESTART_COUNT:-0} + SLURM_STEP_ID))")
     export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
 fi
 
-# The words in front of the flags in the command that continues the run; slurm/train.sh has its own.
+# The words in front of the flags in the command that continues the run; slurm/train.sh sets its own words.
 words="$*"
 export DDP_MNIST_LAUNCHER=${DDP_MNIST_LAUNCHER:-"srun --ntasks=$WORLD_SIZE slurm/rank.sh ${words%% --*}"}
 

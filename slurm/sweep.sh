@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A job array over a text file: one line of training flags, one run. On the login node, from the repository's root:
+# A job array over a text file: each line has the flags of one run. On the login node, from the repository's root:
 #
 #   slurm/sweep.sh rates.txt --gpus-per-node=1 -- --epochs 3
 #

@@ -5,7 +5,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=4 slurm/train.sh --epochs 20
 #
 # docs/cluster.md has more, such as the settings from the environment of sbatch: ENV_SETUP, MAX_REQUEUES, PROGRAM.
-# Each line below is a default: an option of the sbatch command and SBATCH_* variables beat it.
+# Each #SBATCH line is a default: an option of the sbatch command and SBATCH_* variables beat it.
 
 # The name that squeue shows.
 #SBATCH --job-name=ddp_mnist
@@ -15,7 +15,7 @@
 #SBATCH --time=01:00:00
 # Two minutes before the time limit all ranks are told to save and exit. Not B:, which would tell this shell only.
 #SBATCH --signal=USR2@120
-# The job may run again after a dead node, preemption or its own request, also where the cluster's default is no.
+# The job may run again after a dead node, preemption or its own request, even if the cluster's default is no requeue.
 #SBATCH --requeue
 # A restarted job adds to its log instead of emptying it.
 #SBATCH --open-mode=append
@@ -34,29 +34,30 @@ cd "$SLURM_SUBMIT_DIR"
 # shellcheck source=slurm/python.sh
 source slurm/python.sh
 
-# slurm/sweep.sh puts @FILE in front of the flags: each task of the array adds its own line of it.
+# slurm/sweep.sh puts @FILE in front of the flags: each task of the array adds its own line of FILE.
 if [[ ${1:-} == @* ]]; then
     line=$(sed -n "${SLURM_ARRAY_TASK_ID:-0}p" "${1#@}") || fail 2 "$1 is for an array: sbatch --array=2 slurm/train.sh $1"
     [[ -n $line ]] || fail 2 "${1#@} has no line $SLURM_ARRAY_TASK_ID"
     eval "set -- \"\${@:2}\" $line"
 fi
 
-# From SLURM, because a job that is submitted from inside another one inherits that one's variables.
+# Ask SLURM, not the environment: a job that is submitted from inside another job inherits that job's variables.
 shown=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ")
 field() { sed -nE "s/.* $1=([^ ]+).*/\1/p" <<<"$shown"; }
 job=$SLURM_JOB_ID array=$(field ArrayJobId)
-# Requeueing a task of an array by the bare job id would take the whole array along.
+# With the bare job id of one of its tasks, scontrol would requeue the whole array.
 [[ -z $array ]] || job=${array}_$(field ArrayTaskId)
 restarts=$(field Restarts)
 max_requeues=${MAX_REQUEUES:-20}
 [[ $max_requeues =~ ^[0-9]+$ ]] || fail 2 "MAX_REQUEUES is $max_requeues; expected a whole number"
 
-# Tasks: one per GPU; without GPUs as many as were asked for, else one per node. `shape` asks sbatch for the same.
+# Tasks: one per GPU; without GPUs as many as were asked for, else one per node. `layout` is for srun below; `shape` has
+# the options of sbatch for the same, to print the command that continues the run.
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
 layout=() shape="" cpus_option=--cpus-per-task
-# With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too. Newer SLURMs say
-# it in the second variable; the third and --ntasks-per-node exclude each other.
+# With --gpus-per-task each rank would see one GPU and call it 0: NCCL wants to see its neighbours' too. Newer SLURMs
+# put it into the second variable; the third and --ntasks-per-node exclude each other.
 unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
 if ((gpus)); then
     tasks=$((gpus * nodes))
@@ -86,25 +87,25 @@ layout+=(--nodes="$nodes" --ntasks="$tasks" --cpus-per-task="$cpus")
 
 meeting=$(slurm/meet.sh "$SLURM_JOB_NODELIST" "$restarts")
 export MASTER_ADDR=${meeting%:*} MASTER_PORT=${meeting##*:}
-# The user's flags come last: they beat these.
+# The user's flags come last, so they beat these three.
 flags=(--dataset mnist --output-dir "runs/slurm-$job" --threads "$cpus" "$@")
 # The words in front of the flags in the command that continues the run.
 export DDP_MNIST_LAUNCHER="sbatch$shape slurm/train.sh"
 [[ -z ${PROGRAM:-} ]] || DDP_MNIST_LAUNCHER="PROGRAM=$(printf %q "$PROGRAM") $DDP_MNIST_LAUNCHER"
 program=("${PROGRAM:-}")
 [[ -f ${PROGRAM:-} ]] || read -ra program <<<"${PROGRAM:--m ddp_mnist.train}"
-# --fresh is for the first start: a requeued job would throw away what there is, every time.
+# --fresh is for the first start only: a requeued job would not continue the run but start over, every time.
 ((restarts == 0)) || flags+=(--no-fresh)
 export DDP_MNIST_JOB_ID=$job DDP_MNIST_RESTARTS=$restarts
 
 echo "job $job, start $((restarts + 1)): $tasks ranks on $SLURM_JOB_NODELIST, CPUs per rank: $cpus," \
     "GPUs per node: $gpus, meeting at $meeting"
-# One message in a second instead of one per rank after the imports.
+# Check the flags here: one error message after a second, not one per rank after the imports.
 "$python" -m launch.check --world-size "$tasks" --program="${PROGRAM:-}" -- "${flags[@]}"
 
 code=0
-# --kill-on-bad-exit: or the ranks would wait for a dead one until the time limit. --wait: rank 0 draws the pictures when
-# the others are done, for longer than a cluster's WaitTime may be. --export: after sbatch --export=NONE srun has none.
+# --kill-on-bad-exit: else the ranks wait for a dead rank until the time limit. --wait: rank 0 draws the pictures when
+# the others are done, maybe for longer than a cluster's WaitTime. --export: else sbatch --export=NONE applies to srun.
 srun "${layout[@]}" --export=ALL --kill-on-bad-exit=1 --wait=0 --label \
     slurm/rank.sh "$python" "${program[@]}" "${flags[@]}" || code=$?
 
@@ -117,4 +118,4 @@ fi
     fail "$code" "stopped with a checkpoint, but not requeued: MAX_REQUEUES=$max_requeues is reached"
 echo "stopped with a checkpoint: back into the queue (requeue $((restarts + 1)) of at most $max_requeues)"
 scontrol requeue "$job" || fail "$code" "SLURM does not requeue this job"
-exit "$code" # for an accepted requeue SLURM does not look at it
+exit "$code" # SLURM ignores this code after it has accepted the requeue

@@ -13,15 +13,15 @@ from ddp_mnist.distributed.launcher import entry_point
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0 when all four files are good, 1 when they are not or could not be had."""
+    """Run the command. Return 0 when all four files are good, 1 when one is bad or could not be fetched."""
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.data",
-        description="fetch: make the data files present and good. verify: look at them, changing nothing.",
+        description="fetch: download data files that are missing or damaged. verify: check them, change nothing.",
     )
     parser.add_argument("command", choices=["fetch", "verify"])
     parser.add_argument("--dataset", choices=sorted(mnist.FOLDERS), default="mnist")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $DDP_MNIST_DATA, else data")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a mirror")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a server")
     options = parser.parse_args(argv)
     if not 0 < options.timeout < float("inf"):
         parser.error(f"--timeout is {options.timeout}; expected seconds above 0")

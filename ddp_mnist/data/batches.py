@@ -1,7 +1,7 @@
-"""Deal a data set out to the ranks, batch by batch. Nothing else shards.
+"""Deal a data set out to the ranks, batch by batch. No other module shards.
 
-The batch order is a function of (seed, epoch) alone: global batch k is rows k*G ... (k+1)*G of the epoch's
-permutation, at every world size; a rank takes every world_size-th row of it.
+The batch order is a function of (seed, epoch) alone. At batch size G, global batch k is rows k*G ... k*G + G - 1 of the
+epoch's permutation, at every world size; each rank takes every world_size-th row of the batch.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ Split: TypeAlias = "TensorSet | LoadedSet"
 class TensorSet:
     """A data set in memory, on one device. A batch is one `index_select`, not a Python loop over items."""
 
-    inputs: Tensor  # (n, ...), of MNIST uint8 (n, 1, 28, 28)
-    targets: Tensor  # (n, ...), of MNIST int64 (n,)
-    failure = None  # of `iterate`, which cannot fail here
+    inputs: Tensor  # (n, ...), for MNIST uint8 (n, 1, 28, 28)
+    targets: Tensor  # (n, ...), for MNIST int64 (n,)
+    failure = None  # as in `LoadedSet`, but here `iterate` cannot fail
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -43,12 +43,12 @@ class TensorSet:
         return type(self)(self.inputs.to(device), self.targets.to(device))
 
     def load(self, rows: Tensor, _epoch: int = 0, /) -> Items:
-        """Return copies of these rows, int64 (n,); every epoch has the same."""
+        """Return copies of the items in `rows`, int64 (n,); they are the same in every epoch."""
         rows = rows.to(self.inputs.device)
         return self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
 
     def iterate(self, rows: Tensor, size: int, _epoch: int = 0, /) -> Iterator[Items]:
-        """Yield the same in batches of `size` rows; the last one may be smaller."""
+        """Yield what `load` returns, in batches of `size` rows; the last batch may be smaller."""
         rows = rows.to(self.inputs.device)
         return (self.load(rows[start : start + size]) for start in range(0, len(rows), size))
 
@@ -65,18 +65,18 @@ class Batch:
     """One rank's share of one global batch."""
 
     inputs: Any  # as the data set has them: a tensor (n, ...), or a tuple or dict of tensors
-    targets: Tensor  # (n, ...), of a classification int64 (n,)
-    # Real items: len(targets), or 0 where an epoch's last batch has none for this rank, or loading has failed. Then the
-    # rows are dummies, since many networks cannot take an empty batch.
+    targets: Tensor  # (n, ...), for class labels int64 (n,)
+    # Real items: len(targets), or 0 if an epoch's last batch has none for this rank, or if loading has failed. With 0
+    # the inputs and targets are dummies, since many networks cannot take an empty batch.
     count: int
     global_size: int  # items in the global batch, over all ranks
-    seed: int  # of this rank's random numbers in this step, such as dropout's; it differs by step and rank
+    seed: int  # for this rank's random numbers in this step, such as dropout's; it differs by step and rank
 
 
 class ShardSampler(DistributedSampler):
     """A DistributedSampler that neither pads nor drops: rank r gets rows r, r+W, r+2W, ... of the permutation.
 
-    The one of torch pads to a multiple of the world size (an image counts twice) or drops the rest, and adds the epoch
+    torch's class pads to a multiple of the world size (an image counts twice) or drops the rest. It also adds the epoch
     to the seed, so that epoch 1 of seed 0 repeats epoch 0 of seed 1.
     """
 
@@ -99,13 +99,13 @@ class Batches:
     """The training set as this rank's batches."""
 
     def __init__(self, train_set: Split, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        """Shard the set. `batch_size` is the global one; the world size must divide it."""
+        """Shard the set. `batch_size`: items in a global batch; the world size must divide this number."""
         self.train_set = train_set
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
         self.sampler = ShardSampler(len(train_set), rank=rank, world_size=world_size, seed=seed)
         self.dummy = train_set.load(torch.zeros(min(2, self.local_size), dtype=torch.int64), 0)
-        """For a step in which this rank has no item: item 0, twice if there is room, since batch norm may need two."""
+        """Used if this rank has no item in a step: item 0, twice if there is room, since batch norm may need two."""
 
     def __len__(self) -> int:
         """Return the steps of an epoch, the same on every rank."""
@@ -124,7 +124,7 @@ class Batches:
             yield self._batch(epoch, step, next(loaded, None))
 
     def sample(self, step_in_epoch: int = 0) -> Batch:
-        """Return a batch of epoch 0, loaded by this process alone: to try the network on."""
+        """Return a batch of epoch 0 to try the network on. This process loads it, without workers."""
         rows = self._rows(0, step_in_epoch)[: self.local_size]
         return self._batch(0, step_in_epoch, self.train_set.load(rows, 0) if len(rows) else None)
 
@@ -159,7 +159,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
 def to_float(tensor: Tensor) -> Tensor:
     """Return inputs as fp32, uint8 divided by 255; other integers and bools stay: they may be indices or masks.
 
-    It divides as ToTensor does: multiplying by 1/255 rounds differently.
+    Divides, as ToTensor does: multiplying by 1/255 rounds differently.
     """
     if tensor.dtype == torch.uint8:
         return tensor.to(torch.float32).div_(255)
@@ -167,7 +167,7 @@ def to_float(tensor: Tensor) -> Tensor:
 
 
 def seed_generators(seed: int, device: torch.device | None = None) -> None:
-    """Seed `random`, numpy's and torch's CPU generator, and that of the device."""
+    """Seed `random`, numpy's and torch's CPU generator, and the device's generator."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     # Not torch.manual_seed: it formats a stack trace for CUDA's sake, which takes far longer than to seed.
@@ -177,6 +177,6 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:
-    """Return a seed, 0 ... 2^63 - 1, that follows from all of these; numbers that differ by one give unrelated ones."""
+    """Return a seed, 0 ... 2^63 - 1, made from the arguments; numbers that differ by one give unrelated seeds."""
     words = " ".join([purpose, *map(str, numbers)])
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) >> 1

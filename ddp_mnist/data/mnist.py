@@ -1,9 +1,9 @@
 """MNIST-family files on disk → verified numpy arrays.
 
-They lie as torchvision lays them, `<root>/MNIST/raw/train-images-idx3-ubyte[.gz]` and so on. A missing or damaged
+They are where torchvision puts them, `<root>/MNIST/raw/train-images-idx3-ubyte[.gz]` and so on. A missing or damaged
 file is made again from the .gz beside it, from torchvision's mirrors, or (synthetic) by drawing it. Many ranks and
 nodes may share a folder: only the holder of `.lock` writes, and a file gets its name when it is complete, so readers
-need no lock. Where a folder cannot be written, which is normal on clusters, files are made again in memory.
+need no lock. If a folder cannot be written, which is normal on clusters, files are made again in memory.
 """
 
 import gzip
@@ -38,7 +38,7 @@ NAMES: dict[SplitName, tuple[str, str]] = {
 }
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "synthetic": f"Synthetic-v{synthetic.VERSION}"}
 """Folder below the root; for downloads also the name of torchvision's class."""
-MNIST_MD5 = {  # of its unpacked files; torchvision has those of the .gz only, and takes seconds to import
+MNIST_MD5 = {  # of MNIST's unpacked files; torchvision has the hashes of the .gz only, and takes seconds to import
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -54,7 +54,7 @@ def class_names(dataset: str, count: int = 10) -> tuple[str, ...]:
 
 
 class DataError(JobError):
-    """A data file is missing or damaged and could not be made good."""
+    """A data file is missing or damaged and could not be repaired."""
 
 
 def read_split(
@@ -83,14 +83,14 @@ def published(dataset: str) -> tuple[list[str], dict[str, str]]:
         from torchvision import datasets  # takes seconds
 
         source = getattr(datasets, FOLDERS[dataset])
-    except Exception as error:  # one that was built for another torch may raise anything
+    except Exception as error:  # a torchvision that was built for another torch may raise anything
         why = f"torchvision, which knows mirrors and hashes, cannot be imported ({type(error).__name__}: {error})"
         raise ImportError(f"{why}: first run `pip install --force-reinstall torch torchvision`") from error
     return source.mirrors, dict(source.resources)
 
 
 def pack(array: Array) -> bytes:
-    """Return the IDX file that holds the array; its magic number says: unsigned bytes in so many dimensions."""
+    """Return the IDX file that holds the array; its magic number encodes the type and the number of dimensions."""
     return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
 
 
@@ -99,7 +99,7 @@ def _paths(dataset: str, root: str | Path, split: SplitName) -> list[Path]:
 
 
 def _read(dataset: str, path: Path) -> tuple[Array | None, str]:
-    """Return the array in an IDX file or its .gz, None if it is bad, and its state: ok, missing or damaged (how)."""
+    """Return (array, state) of an IDX file or its .gz. A bad file has array None; state: ok, missing, damaged (how)."""
     try:
         return _parse(dataset, path.name, path.read_bytes()), "ok"
     except FileNotFoundError:
@@ -118,7 +118,7 @@ def _parse(dataset: str, name: str, content: bytes) -> Array:
         raise ValueError(f"{len(content)} bytes that begin with {header}")
     if dataset == "mnist":
         _check_md5(content, MNIST_MD5[name.removesuffix(".gz")])
-    return np.frombuffer(content, np.uint8, offset=start).reshape(-1, *item).copy()  # torch wants it writable
+    return np.frombuffer(content, np.uint8, offset=start).reshape(-1, *item).copy()  # torch wants writable memory
 
 
 def _check_md5(content: bytes, expected: str) -> None:
@@ -128,23 +128,23 @@ def _check_md5(content: bytes, expected: str) -> None:
 
 
 def _read_or_repair(dataset: str, path: Path, fetch: bool, timeout: float) -> Array:
-    """Return the unpacked file's array, and make the file good on disk where possible. Raises: DataError."""
+    """Return the unpacked file's array, and repair the file on disk where possible. Raises: DataError."""
     array, _ = _read(dataset, path)
     if array is not None:
         return array
     if not fetch:
-        return _make_again(dataset, path, timeout, blocked="downloading is not allowed")
+        return _make_again(dataset, path, timeout, why_blocked="downloading is not allowed")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.parent / ".lock", 20 * timeout, mode=0o666):  # all who may write use it
+        with filelock.FileLock(path.parent / ".lock", 20 * timeout, mode=0o666):  # other users lock it, too
             return _make_again(dataset, path, timeout)
     except OSError as error:  # read-only, full, or locked by another process for too long
-        return _make_again(dataset, path, timeout, blocked=f"cannot write: {error}")
+        return _make_again(dataset, path, timeout, why_blocked=f"cannot write: {error}")
 
 
-def _make_again(dataset: str, path: Path, timeout: float, blocked: str = "") -> Array:
-    """Return the file's array, made again if it is bad: on disk too, unless that is `blocked`. Raises: DataError."""
-    array, state = _read(dataset, path)  # another process may have mended it meanwhile
+def _make_again(dataset: str, path: Path, timeout: float, why_blocked: str = "") -> Array:
+    """Return the array; a bad file is made again: in memory only, if `why_blocked` is not "". Raises: DataError."""
+    array, state = _read(dataset, path)  # another process may have repaired the file meanwhile
     if array is not None:
         return array
     try:
@@ -152,24 +152,24 @@ def _make_again(dataset: str, path: Path, timeout: float, blocked: str = "") -> 
             images, labels = _make_digits("train" if path.name in NAMES["train"] else "test")
             array = images if "images" in path.name else labels
         else:
-            array = _unpack(dataset, path.with_name(f"{path.name}.gz"), timeout, blocked)
+            array = _unpack(dataset, path.with_name(f"{path.name}.gz"), timeout, why_blocked)
     except (ImportError, ValueError) as error:
         command = f"python -m ddp_mnist.data fetch --dataset {dataset} --data-dir {shlex.quote(str(path.parents[2]))}"
         advice = f"run `{command}` on a machine with internet access, or use --dataset synthetic"
         raise DataError(f"{path}: {state}; {error}. To mend it, {advice}.") from error
-    if not blocked:
+    if not why_blocked:
         write_atomic(path, pack(array))
-    log.info("%s: %s; made again%s", path, state, blocked and f" in memory, {blocked}")
+    log.info("%s: %s; made again%s", path, state, why_blocked and f" in memory, {why_blocked}")
     return array
 
 
-def _unpack(dataset: str, packed: Path, timeout: float, blocked: str) -> Array:
-    """Return the array of a .gz, downloaded if need be and not `blocked`. Raises: ImportError or ValueError."""
+def _unpack(dataset: str, packed: Path, timeout: float, why_blocked: str) -> Array:
+    """Return the array in a .gz; download a bad .gz if `why_blocked` is "". Raises: ImportError or ValueError."""
     array, state = _read(dataset, packed)
     if array is not None:
         return array
-    failures = [f"{packed.name}: {state}", blocked or "download failed"]
-    mirrors, md5 = ([], {}) if blocked else published(dataset)
+    failures = [f"{packed.name}: {state}", why_blocked or "download failed"]
+    mirrors, md5 = ([], {}) if why_blocked else published(dataset)
     for mirror in mirrors:
         try:
             with urllib.request.urlopen(f"{mirror}{packed.name}", timeout=timeout) as response:

@@ -1,6 +1,6 @@
 """The training set and the test set: from files, generated digits, or the script's own.
 
-The script's own are tensors in memory, or any map-style data set, whose items a DataLoader loads. Random augmentations
+A script's sets are tensors in memory, or any map-style data set, whose items a DataLoader loads. Random augmentations
 draw from the generators of the process that makes an item: their results would depend on the number of ranks and
 workers, and on stops. So `SeededItems` seeds the generators before each item, by (seed, epoch, row).
 """
@@ -43,7 +43,7 @@ UserData = tuple[UserSet, UserSet]  # the training set and the test set
 
 
 def resolve(dataset: str, root: Path) -> str:
-    """Return the data set to use: for `auto` `mnist` where its files are there or can be fetched, else `synthetic`."""
+    """Return the data set to use. `auto` becomes `mnist` if its files are there or can be fetched, else `synthetic`."""
     if dataset != "auto":
         return dataset
     try:
@@ -56,7 +56,7 @@ def resolve(dataset: str, root: Path) -> str:
 
 
 def load(dataset: str, root: Path) -> tuple[TensorSet, TensorSet]:
-    """Return (training set, test set), fetched or drawn first where files are missing. Raises: DataError."""
+    """Return (training set, test set). If files are missing, fetch or draw them first. Raises: DataError."""
     arrays = (mnist.read_split(dataset, root, split) for split in mnist.NAMES)
     train, test = (TensorSet(torch.from_numpy(x).unsqueeze(1), torch.from_numpy(y).long()) for x, y in arrays)
     return train, test
@@ -65,7 +65,7 @@ def load(dataset: str, root: Path) -> tuple[TensorSet, TensorSet]:
 def validate_user_data(data: UserData, config: "TrainConfig") -> tuple[str, tuple[Split, Split]]:
     """Return (a hash of these data, (training set, test set)).
 
-    Raises UsageError: they are not as `fit` says; JobError: a data set has raised, with its traceback.
+    Raises UsageError: the data are not what `fit` expects; JobError, with its traceback: a data set raised an error.
     """
     if not isinstance(data, tuple | list) or len(data) != 2:
         found = f"{len(data)} of them" if isinstance(data, tuple | list) else f"a {type(data).__name__}"
@@ -74,12 +74,12 @@ def validate_user_data(data: UserData, config: "TrainConfig") -> tuple[str, tupl
     kinds = [(each.inputs.dtype, *each.inputs.shape[1:]) for each in sets if isinstance(each, TensorSet)]
     if len(set(kinds)) > 1:
         raise UsageError(f"a training input is {kinds[0]}, a test input {kinds[1]}; expected the same of both.")
-    known = [each.identity() if isinstance(each, LoadedSet) else _hash((each.inputs, each.targets)) for each in sets]
-    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:12], (sets[0], sets[1])
+    ids = [each.identity() if isinstance(each, LoadedSet) else _hash((each.inputs, each.targets)) for each in sets]
+    return hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12], (sets[0], sets[1])
 
 
 def _validate_set(name: str, data: Any, config: "TrainConfig") -> Split:
-    tensors = data.tensors if type(data) is TensorDataset else data  # a subclass may augment
+    tensors = data.tensors if type(data) is TensorDataset else data  # not a subclass, which may augment
     if isinstance(tensors, tuple):
         return _validate_tensors(name, tensors)
     expected = "expected (inputs, targets), a TensorDataset, or a data set with __len__ and __getitem__"
@@ -128,20 +128,20 @@ class LoadedSet:
         return self
 
     def load(self, rows: Tensor, epoch: int) -> Items:
-        """Return these rows, int64 (n,), as that epoch has them, loaded by this process.
+        """Return the items in `rows`, int64 (n,), as they are in that epoch. This process loads them, without workers.
 
-        Raises JobError: the data set has raised, with its traceback; UsageError: the items are no pairs, do not make a
-        batch, or have labels that the network does not know.
+        Raises JobError, with its traceback: the data set raised an error; UsageError: the items are no pairs, do not
+        make a batch, or have labels that the network does not know.
         """
         with one_thread():
             items = [self._items[epoch, row] for row in rows.tolist()]
         return self._finish(collate(items))
 
     def iterate(self, rows: Tensor, size: int, epoch: int) -> Iterator[Items]:
-        """Yield these rows as that epoch has them, `size` at a time; workers load them ahead.
+        """Yield the items in `rows` as they are in that epoch, `size` at a time; workers load them ahead.
 
-        Where `load` would raise, or a worker has died, it sets `failure` and ends: the other ranks are at other items,
-        and wait for this one in a collective.
+        If an item fails or a worker dies, this does not raise: it sets `failure` and ends early. The other ranks are at
+        other items, and wait for this rank in a collective.
         """
         try:
             self._plan.batches = (
@@ -159,16 +159,16 @@ class LoadedSet:
                 yield self._finish(batch)
         except JobError as error:
             self.failure = error
-        except Exception as error:  # of a dead worker, whose words depend on the moment; or no batch can be pinned
+        except Exception as error:  # a worker died, with one of several messages; or pinning a batch failed
             why = f"a worker has died, or memory is short ({error}). Fewer --workers need less"
             self.failure = JobError(f"the {self.name} set could not be loaded: {why}.")
 
     def limit_labels(self, classes: int) -> None:
-        """Raise UsageError from now on for a batch with a label that is not 0 ... classes - 1."""
+        """Check each batch from now on: a label that is not 0 ... classes - 1 is a UsageError."""
         self._classes = classes
 
     def close(self) -> None:
-        """End the workers, also where a traceback holds the loader: at Python's exit they would not hear SIGTERM."""
+        """End the workers even if a traceback holds the loader: they ignore the SIGTERM that Python's exit sends."""
         iterator: Any = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             for worker in iterator._workers:
@@ -179,7 +179,7 @@ class LoadedSet:
     def identity(self) -> str:
         """Return the data set's type and length, and a hash of three items, the same for every seed. Raises: as `load`.
 
-        Without the hash, after a warning, where the items differ from one time to the next.
+        If the items differ from one load to the next, warn and leave the hash out.
         """
         dataset = self._items.dataset
         rows = torch.tensor([0, len(self) // 2, len(self) - 1])
@@ -219,8 +219,8 @@ class LoadedSet:
 class SeededItems(Dataset[Any]):
     """A data set whose item (epoch, row) is the same whatever random numbers were drawn before.
 
-    It has no `__getitems__`, so that a DataLoader asks for one item at a time. Errors are returned: raised in a
-    worker, one would arrive as another type with another text.
+    It has no `__getitems__`, so that a DataLoader asks for one item at a time. Errors are returned, not raised: an
+    error that a worker raises arrives with another type and another text.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -231,17 +231,17 @@ class SeededItems(Dataset[Any]):
         epoch, row = key
         if epoch != self._epoch:
             self._epoch, self._epoch_seed = epoch, derive_seed("items", self.seed, epoch)
-        # Distant seeds for rows that follow each other. A hash of each row would take longer.
+        # Gives distant seeds to neighbouring rows. A hash of each row would take longer.
         seed_generators((self._epoch_seed + row * 0x9E37_79B9_7F4A_7C15) % 2**63)
         try:
             return self.dataset[row]
         except Exception:
             text = traceback.format_exc().strip()
-            return JobError(f"item {row} could not be made.\n{text}", local=True)  # a disk may fail one rank
+            return JobError(f"item {row} could not be made.\n{text}", local=True)  # a disk may fail on one rank
 
 
 class _Plan:
-    """The (epoch, row) of the items of each batch to load: the `batch_sampler` of a DataLoader."""
+    """The `batch_sampler` of a DataLoader: for each batch to load, the list of its items' (epoch, row)."""
 
     batches: Iterator[list[tuple[int, int]]]
 
@@ -250,7 +250,7 @@ class _Plan:
 
 
 def collate(items: list[Any]) -> Items | JobError:
-    """Return (inputs, targets) of a batch of items, as torch's default_collate makes them, or what is wrong."""
+    """Return (inputs, targets) of a batch of items, as torch's default_collate makes them, or the error."""
     for item in items:
         if isinstance(item, JobError):
             return item
@@ -271,37 +271,37 @@ def collate(items: list[Any]) -> Items | JobError:
 
 
 def prepare_worker(_number: int = 0) -> None:
-    """Make a loader's process ignore what stops the job, and die with the rank that has started it.
+    """Make a loader's process ignore the signals that stop a job, and die with the rank that has started it.
 
-    Signals to a whole group or to all processes of a job are the ranks' to answer: they still need batches.
+    Signals to a process group or to a whole job reach workers, too. The ranks handle them, and still need batches.
     """
     for name in SIGNALS:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.Signals[name] for name in SIGNALS])
-    with contextlib.suppress(OSError, AttributeError):  # no Linux: a worker looks for its parent every 5 s
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: workers check every 5 s that the parent lives
         pr_set_pdeathsig = 1  # prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold signals back while workers start inside: they would kill one that does not ignore them yet."""
+    """Block signals while workers start inside: a signal would kill a worker that does not ignore it yet."""
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # when it starts, it lets SIGINT and SIGTERM through again
-    of_children = signal.getsignal(signal.SIGCHLD)
+        resource_tracker.ensure_running()  # now, since its start unblocks SIGINT and SIGTERM
+    sigchld_handler = signal.getsignal(signal.SIGCHLD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.Signals[name] for name in SIGNALS])
     try:
         yield
     finally:
-        # Torch has set a handler that would raise a worker's death wherever this thread is, such as in a save.
-        if threading.current_thread() is threading.main_thread() and of_children is not None:
-            signal.signal(signal.SIGCHLD, of_children)
+        # Undo torch's handler, which would raise a worker's death wherever this thread is then, such as in a save.
+        if threading.current_thread() is threading.main_thread() and sigchld_handler is not None:
+            signal.signal(signal.SIGCHLD, sigchld_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread inside, as a worker does: with several, some operations round differently."""
+    """Let torch use one thread in the block, as in a worker: with several, some operations round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -312,7 +312,7 @@ def one_thread() -> Iterator[None]:
 
 def _to_fp32(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
-    return tensor.float() if tensor.is_floating_point() else tensor  # numpy's are float64
+    return tensor.float() if tensor.is_floating_point() else tensor  # numpy's floats are float64
 
 
 def _hash(value: Any) -> str:

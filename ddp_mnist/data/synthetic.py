@@ -3,8 +3,8 @@
 They have MNIST's counts, shapes and types, and roughly its look: each image is one of ten glyphs, bent at random and
 drawn with a pen of random width. An accuracy on them says that training works, no more.
 
-The images are the same to the byte on every machine. So they use uniform random numbers and operations that IEEE 754
-rounds exactly; sin, exp, normal random numbers and sums over an axis differ between processors and libraries.
+The images are the same to the byte on every machine. So the code uses only uniform random numbers and operations that
+IEEE 754 rounds exactly; sin, exp, normal random numbers and sums over an axis differ between processors and libraries.
 """
 
 from typing import Literal
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-VERSION = 3  # part of the folder's name: raise it with every change of what is drawn
+VERSION = 3  # part of the folder's name: increase it with every change to the images
 _COUNTS = {"train": 60_000, "test": 10_000}
-_BLOCK = 1_000  # images drawn at once, always as a whole: an image does not depend on how many are asked for
+_BLOCK = 1_000  # images drawn together; a block is always drawn whole, so that no image depends on `count`
 _GLYPHS = """
     .###. ..#.. .###. .###. ...#. ##### ..##. ##### .###. .###.
     #...# .##.. #...# #...# ..##. #.... .#... ....# #...# #...#
@@ -27,14 +27,14 @@ _GLYPHS = """
     #...# ..#.. .#... #...# ...#. #...# #...# .#... #...# ...#.
     .###. ..#.. ##### .###. ...#. .###. .###. .#... .###. .##..
 """
-_MARGINS = ((0, 0), (2, 2), (3, 3))  # around each glyph, which makes it 11 x 11
-_CELLS = 8  # of a height map, per glyph pixel and direction
+_MARGINS = ((0, 0), (2, 2), (3, 3))  # empty pixels around each glyph; with them it is 11 x 11
+_CELLS = 8  # cells of a height map per glyph pixel, in each direction
 
 
 def make_digits(split: Literal["train", "test"], count: int | None = None) -> tuple[Bytes, Bytes]:
     """Draw one split, or its first `count` images. The two splits share no image.
 
-    Return the images (N, 28, 28), 0 for the black ground up to 255, and their digits (N,), in random order.
+    Return the images (N, 28, 28), from 0 (black background) to 255, and their digits (N,), in random order.
     """
     total = _COUNTS[split] if count is None else count
     rng = np.random.Generator(np.random.PCG64([VERSION, _COUNTS[split]]))
@@ -58,13 +58,13 @@ def _draw_block(rng: np.random.Generator, heights: Floats) -> tuple[Bytes, Bytes
     """Return images (B, 28, 28) and their digits (B,)."""
 
     def spread(reach: float) -> Floats:
-        """Return a bell-shaped random number in (-reach, reach) for each image."""
+        """Return a random number in (-reach, reach) for each image; small numbers are more likely."""
         shape = (_BLOCK, 1, 1)
         return (rng.random(shape, np.float32) - rng.random(shape, np.float32)) * np.float32(reach)
 
     x = (np.arange(28, dtype=np.float32) - np.float32(13.5)) / np.float32(14)  # from -1 to 1, as on the height map
     y = x[:, None]
-    # A pixel's place on the map is a random quadratic function, which moves, scales, turns, shears and bends the digit.
+    # A random quadratic function maps pixels to the height map: it moves, scales, turns, shears and bends the digit.
     column, row = x + spread(0.12), y + spread(0.12)
     for term in (x, y, x * x, x * y, y * y):
         column, row = column + spread(0.5) * term, row + spread(0.5) * term

@@ -1,6 +1,6 @@
 """The ranks of a job: how many there are, which one this is, what they agree on, and what happens when one is lost.
 
-A function that is "Collective" is called on every rank, in the same order: it waits until all have done so.
+Call a function that is "Collective" on every rank, in the same order: it waits until all ranks have called it.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from ddp_mnist.distributed.preemption import StopSignal
 
 T = TypeVar("T")
-_store: dist.Store | None = None  # outlives a process group, since its port cannot be opened twice
+_store: dist.Store | None = None  # kept for the next process group, since the store's port cannot be opened twice
 _group_numbers = itertools.count()
 
 
 class Context(contextlib.AbstractContextManager["Context"]):
-    """All ranks of this job, started through Accelerate; leaving the `with` block closes the process group."""
+    """This rank's link to the other ranks, through Accelerate. Leaving the `with` block closes the process group."""
 
     def __init__(self, config: "TrainConfig", stop: "StopSignal | None" = None) -> None:
-        """Bring the ranks together. Collective. While one waits for others, a signal that `stop` catches ends it.
+        """Bring the ranks together. Collective. A signal that `stop` catches ends a rank that waits for others.
 
-        Raises JobError: they cannot find each other, or launcher and Accelerate disagree on how many there are;
+        Raises JobError: the ranks cannot find each other, or launcher and Accelerate disagree on their number;
         UsageError: fp16 without a GPU, a wrong variable, or the script has a process group of its own.
         """
         self.shares_gpus = launcher.from_environment("LOCAL_WORLD_SIZE") > torch.cuda.device_count() > 0
         self.world_size = launcher.from_environment("WORLD_SIZE")
         on_cpu = not torch.cuda.is_available() and not (self.world_size == 1 and torch.backends.mps.is_available())
-        # NCCL takes one rank per GPU.
+        # NCCL allows only one rank per GPU.
         backend, timeout = "gloo" if on_cpu or self.shares_gpus else "nccl", timedelta(minutes=config.timeout_minutes)
         with launcher.report_once_per_host():
             launcher.check_environment(gloo=backend == "gloo" and self.world_size > 1)
@@ -57,7 +57,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
                 )
         self.threads = machine.use_threads(config.threads)
         if self.shares_gpus:
-            # Accelerate would give DDP the GPU number LOCAL_RANK, which may not exist; now DDP takes the weights' GPU.
+            # Accelerate would give DDP the GPU number LOCAL_RANK, which may not exist. So DDP uses the weights' GPU.
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         handlers: list[Any] = [utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         try:
@@ -65,12 +65,12 @@ class Context(contextlib.AbstractContextManager["Context"]):
                 meet = functools.partial(_init_process_group, backend, self.world_size, timeout)
                 stop.wait_for_peers(meet) if stop else meet()
                 handlers.append(utils.InitProcessGroupKwargs(backend=backend, timeout=timeout))
-            # A single rank needs no process group and no DDP, also under torchrun: -1 tells Accelerate so.
+            # A single rank needs no process group and no DDP, even under torchrun: LOCAL_RANK=-1 tells Accelerate so.
             with contextlib.nullcontext() if self.world_size > 1 else utils.patch_environment(LOCAL_RANK="-1"):
                 self.accelerator = Accelerator(
                     mixed_precision=config.mixed_precision,
-                    cpu=on_cpu,  # without it each of several ranks on a machine without a GPU believes that it is alone
-                    # Said here, so that no variable of the environment changes what a step computes.
+                    cpu=on_cpu,  # else each of several ranks on a machine without a GPU believes that it is alone
+                    # Set here, so that no variable of the environment changes what a step computes.
                     gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
                     dynamo_backend="no",
                     kwargs_handlers=handlers,
@@ -110,7 +110,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
         peers = {*range(self.world_size)} - {self.rank} if self.accelerator.state.backend == "gloo" else ()
         try:
             for peer in peers:
-                dist.isend(torch.zeros(1), peer)  # raises at once on a broken one; else nobody receives it
+                dist.isend(torch.zeros(1), peer)  # raises at once if the link is broken; nobody receives the data
         except RuntimeError:
             return True
         return False
@@ -124,9 +124,9 @@ class Context(contextlib.AbstractContextManager["Context"]):
         return utils.broadcast_object_list([value])[0]
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank and return its result; where it fails on one, all end with its error. Collective.
+        """Run `action` on every rank and return its result; if one rank fails, all ranks raise an error. Collective.
 
-        Raises JobError: that of the lowest rank. Another exception is raised on its own rank, and named on the others.
+        Raises JobError: the lowest rank's. Another exception stays on its own rank; a JobError names it on the others.
         """
         failure: Exception | None = None
         try:
@@ -147,10 +147,10 @@ class Context(contextlib.AbstractContextManager["Context"]):
         return self.broadcast(self.run_on_all_ranks(lambda: action() if self.is_main else None))  # type: ignore[return-value]
 
     def wait_for_peers_to_exit(self, timeout: float = 10.0) -> None:
-        """Wait on rank 0 until the other processes are gone, or one has taken `timeout` seconds. Collective.
+        """Wait on rank 0 until the other processes are gone, or one needs more than `timeout` seconds. Collective.
 
-        srun --kill-on-bad-exit ends all ranks with the first that fails, and takes the exit code of those that it
-        killed: rank 0 must leave last. It waits until the kernel closes the connections of the dead processes.
+        srun --kill-on-bad-exit kills all ranks when the first one fails, and then reports the exit code of the killed
+        ones. So rank 0 must exit last: it waits until the kernel closes the connections of the other processes.
         """
         if self.world_size == 1:
             return
@@ -161,7 +161,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
         with contextlib.suppress(OSError):  # a firewall, or the timeout
             if server is None:
                 address = os.environ.get("MASTER_ADDR", "127.0.0.1"), port
-                socket.create_connection(address, timeout).detach()  # from now on it closes with the process
+                socket.create_connection(address, timeout).detach()  # from now on only this process's end closes it
                 return
             server.settimeout(timeout)
             connections = [server.accept()[0] for _ in range(self.world_size - 1)]
@@ -172,7 +172,7 @@ class Context(contextlib.AbstractContextManager["Context"]):
 
 @contextlib.contextmanager
 def translate_errors(context: Context) -> Iterator[None]:
-    """Turn what is raised where another rank was lost, or memory is not there, into a JobError that says so."""
+    """Turn an error that comes from a lost rank or from too little memory into a JobError that says so."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -185,7 +185,7 @@ def translate_errors(context: Context) -> Iterator[None]:
                 stop_reason="out_of_memory",
             ) from error
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        # A network's own error, which another rank may have met first, keeps its traceback. DDP's come from backward.
+        # An error in the network's code keeps its traceback, even if a peer died of it. DDP's errors are autograd's.
         callers = ("torch.distributed.", "torch.nn.parallel.", "torch.autograd.", "ddp_mnist.")
         lost = frame.f_globals["__name__"].startswith(callers) and context.has_broken_connection()
         if not (lost or isinstance(error, dist.DistError)):
@@ -201,7 +201,7 @@ def translate_errors(context: Context) -> Iterator[None]:
 
 
 def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
-    """Create the process group under a prefix of its own: the store still has the keys of earlier groups and starts."""
+    """Create the process group with its own key prefix: the store still has the keys of earlier groups and restarts."""
     global _store
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -210,6 +210,6 @@ def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
         f"ddp_mnist/{launcher.from_environment('TORCHELASTIC_RESTART_COUNT')}/{next(_group_numbers)}", _store
     )
     machine.choose_interface()
-    machine.use_batch_scheduling()  # for gloo's threads, which inherit it; in training, this thread ends soon
+    machine.use_batch_scheduling()  # gloo's threads inherit this; in training, the current thread ends soon
     rank = launcher.from_environment("RANK")
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

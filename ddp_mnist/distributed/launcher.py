@@ -1,4 +1,4 @@
-"""One process of a job: which rank its launcher made it, what it prints, and how it ends."""
+"""One process of a job: which rank it is, what it prints, and how it ends."""
 
 import contextlib
 import functools
@@ -21,10 +21,10 @@ P = ParamSpec("P")
 
 
 def from_environment(name: str) -> int:
-    """Return RANK, WORLD_SIZE or another number that launchers set; without a launcher that of a single rank.
+    """Return RANK, WORLD_SIZE or another number that launchers set; without a launcher, a single rank's value.
 
-    TORCHELASTIC_RESTART_COUNT is how often `torchrun --max-restarts` has started its ranks again. Raises UsageError: it
-    is no such number.
+    TORCHELASTIC_RESTART_COUNT is how often `torchrun --max-restarts` has started its ranks again. Raises UsageError:
+    the variable is no such number.
     """
     smallest = int("WORLD_SIZE" in name)
     text = os.environ.get(name, str(smallest))
@@ -32,7 +32,7 @@ def from_environment(name: str) -> int:
         raise UsageError(
             f"the environment says {name}={text}; expected a whole number from {smallest}, as accelerate launch, "
             f"torchrun and slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
-            local=name.endswith("RANK"),  # a rank that does not know its number cannot leave it to rank 0
+            local=name.endswith("RANK"),  # a rank without a number cannot leave the message to rank 0
         )
     return int(text)
 
@@ -44,7 +44,7 @@ def is_first_on_its_machine() -> bool:
 
 @contextlib.contextmanager
 def report_once_per_host() -> Iterator[None]:
-    """Let each machine's first rank report a JobError: before the ranks meet, rank 0 knows its own machine only."""
+    """Let each machine's first rank report a JobError: before the ranks meet, rank 0 knows only its own machine."""
     try:
         yield
     except JobError as error:
@@ -53,7 +53,7 @@ def report_once_per_host() -> Iterator[None]:
 
 
 def check_environment(*, gloo: bool = False) -> None:
-    """Raise UsageError if a rank variable is no number, or another one asks Accelerate for more than DDP."""
+    """Raise UsageError if a launcher's variable is wrong or asks for more than DDP. `gloo`: check gloo's interface."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         from_environment(name)
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
@@ -79,7 +79,7 @@ def entry_point(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        for stream in (sys.stdout, sys.stderr):  # print what the console cannot encode, as in a file's name, as escapes
+        for stream in (sys.stdout, sys.stderr):  # escape what the console cannot encode, as in a file's name
             with contextlib.suppress(AttributeError, ValueError, OSError):  # None, or a stream without an encoding
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
@@ -96,20 +96,20 @@ def entry_point(main: Callable[P, int]) -> Callable[P, int]:
             return 130
         except BrokenPipeError:
             return 1
-        finally:  # not at Python's exit, which would print a traceback for `--help | head`
+        finally:  # flush before Python's exit, which would print a traceback for `--help | head`
             try:
                 sys.stdout.flush()
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            except (AttributeError, OSError, ValueError):  # None, a full disk, or closed
+            except (AttributeError, OSError, ValueError):  # stdout is None or closed, or the disk is full
                 pass
 
     return run
 
 
 def report_error(error: JobError) -> int:
-    """Print the error, unless that is done or another rank's task. Return its exit code."""
-    # Read now and not at the start: under mpirun the rank is known only once Accelerate has set it.
+    """Print the error, unless it was printed before or another rank prints it. Return the error's exit code."""
+    # Read RANK now, not at the start: under mpirun it is known only after Accelerate has set it.
     if not error.reported and (error.local or from_environment("RANK") == 0):
         with contextlib.suppress(OSError):  # full disk or closed pipe: the exit code says it, too
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -118,18 +118,18 @@ def report_error(error: JobError) -> int:
 
 
 def exit_code_for_rank(summary_code: int) -> int:
-    """Return the job's exit code on rank 0 and 0 on the others: srun ends all ranks with the first one that fails."""
+    """Return the job's exit code on rank 0 and 0 on the others: srun kills all ranks when the first one fails."""
     return summary_code if from_environment("RANK") == 0 else 0
 
 
-@functools.cache  # once in a process
+@functools.cache  # the body runs once in a process
 def install_excepthook() -> None:
     """Let an uncaught JobError end a script as it ends our commands: one message and its exit code."""
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, JobError):
-            sys.stderr = sys.__stderr__  # torch.distributed's hook puts a buffer there, to label its lines
+            sys.stderr = sys.__stderr__  # torch.distributed's hook has put a buffer there to label lines
             code = report_error(error)
             wait_for_first_rank_to_exit()
             hard_exit(code)
@@ -141,17 +141,17 @@ def install_excepthook() -> None:
 def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
     """Let this machine's first rank, which reports for the others, leave before them.
 
-    Launchers end all ranks with the first one that fails. So after an error the rank that reports leaves first; after a
-    stop it leaves last, see `Context.wait_for_peers_to_exit`. The ranks may not have met: look among the launcher's
-    processes.
+    Launchers kill all ranks when the first one fails. So after an error the rank that reports leaves first; after a
+    stop it leaves last, see `Context.wait_for_peers_to_exit`. The ranks may not have met yet: look for the first rank
+    among the launcher's processes.
     """
     if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
         return
-    with contextlib.suppress(ValueError):  # this is a thread
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or srun would show it as the job's exit code
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or srun would report SIGTERM as the job's exit code
     first = []
     for each in psutil.process_iter(["ppid", "environ"]):
-        given = each.info["environ"] or {}  # as it was started: submitit sets LOCAL_RANK later
+        given = each.info["environ"] or {}  # the variables at its start: submitit sets LOCAL_RANK later
         if each.info["ppid"] == os.getppid() and given.get("LOCAL_RANK", given.get("SLURM_LOCALID")) == "0":
             first.append(each)
     psutil.wait_procs(first, timeout)
@@ -169,7 +169,7 @@ def hard_exit(code: int) -> NoReturn:
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's waiting threads leave the CPU to other ranks and runs soon. Call it before torch is imported."""
+    """Let OpenMP's waiting threads give up the CPU sooner, to other ranks and runs. Call it before importing torch."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -181,6 +181,6 @@ def show_warnings(*, main: bool) -> None:
 
 @contextlib.contextmanager
 def suppress_output() -> Iterator[None]:
-    """Print nothing: one rank shows what all of them would, such as a wrong flag."""
+    """Print nothing inside the block: another rank prints the same, such as the error of a wrong flag."""
     with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield

@@ -11,8 +11,8 @@ import torch
 
 from ddp_mnist.distributed.launcher import from_environment
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, in microseconds of CPU time per microseconds
-OUTSIDE = ("192.0.2.1", "2001:db8::1")  # for documentation, no machine's: the default route leads there
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's limit: microseconds of CPU time, and per how many
+OUTSIDE = ("192.0.2.1", "2001:db8::1")  # no machine has these (RFC 5737, 3849): only the default route leads there
 
 
 def allowed_cpus() -> frozenset[int]:
@@ -34,8 +34,8 @@ def default_threads() -> int:
 def use_threads(number: int) -> int:
     """Compute with `number` threads; 0: `default_threads`. Return how many.
 
-    The number decides speed and bits. Launchers set OMP_NUM_THREADS=1 or leave it alone, and Accelerate obeys it or
-    takes all cores: the job sets it itself, so that it is the same under all of them.
+    The number decides the speed, and how sums are rounded. Launchers set OMP_NUM_THREADS=1 or nothing, and Accelerate
+    obeys it or takes all cores. So the job sets the number itself: it is the same under every launcher.
     """
     number = number or default_threads()
     os.environ["OMP_NUM_THREADS"] = str(number)
@@ -45,7 +45,7 @@ def use_threads(number: int) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what one step frees: the next would wait for new pages. What the user has tuned stays."""
+    """Let glibc keep memory that one step frees: the next step would wait for new pages. A user's tuning stays."""
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
@@ -56,9 +56,9 @@ def _keep_freed_memory() -> None:
 
 
 def use_batch_scheduling() -> None:
-    """Give this thread and those that it starts Linux's policy for batch jobs: woken, they interrupt no running thread.
+    """Give this thread and those that it starts Linux's batch policy: a woken thread interrupts no running one.
 
-    gloo's wake each other with a lock in hand, and would take the CPU from the one that holds it.
+    A thread of gloo wakes another while it holds a lock; the woken thread would take the CPU from the lock's holder.
     """
     with contextlib.suppress(OSError, AttributeError):  # a container forbids it, or it is not Linux
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -78,7 +78,7 @@ def choose_interface() -> None:
     for host in (master, *OUTSIDE):
         if name := _interface_to(host):
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or name
-            # NCCL takes a name as a prefix, unless it follows this sign.
+            # NCCL takes a name as a prefix, unless "=" stands before it.
             os.environ["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME") or f"={name}"
             return
 

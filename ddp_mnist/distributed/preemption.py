@@ -1,6 +1,6 @@
 """Turn signals, a time limit or a dead launcher into one flag, and let all ranks agree on it at a step boundary.
 
-A handler only sets the flag: a save or a collective inside one could meet the model half-way through a step. The ranks
+A handler only sets the flag: a save or a collective inside a handler could meet a half-done step. The ranks
 exchange their flags about every 100 ms, and one rank with a reason to stop is enough.
 """
 
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A lost terminal, batch systems (SLURM and submitit: USR2; SGE and LSF: USR1, XCPU), Ctrl-C, scancel and most others.
+# In this order: a lost terminal; SGE and LSF (USR1, XCPU); SLURM and submitit (USR2); Ctrl-C; scancel and most others.
 SIGNALS = ("SIGHUP", "SIGUSR1", "SIGXCPU", "SIGUSR2", "SIGINT", "SIGTERM")
-REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)  # to stop; when ranks differ, the last of theirs counts
+REASONS = (None, "launcher_died", "max_minutes", *SIGNALS)  # to stop; if ranks differ, the later in this list counts
 INTERVAL_SECONDS = 0.1
 LAUNCHER_MARKS = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DDP_MNIST_LAUNCHER"}
-"""Variables that a launcher sets, and a user who sets RANK by hand does not."""
+"""Variables that launchers set. A user who sets RANK by hand does not set them."""
 
 
 class StopSignal:
     """Catch signals in a `with` block. Enter it before torch is imported, so that no signal during start-up is lost."""
 
     def __init__(self, *, ignore_afterwards: bool = False) -> None:
-        """`ignore_afterwards`: the process ends after the block, and no signal may cut its exit short."""
+        """`ignore_afterwards`: ignore signals after the block, so that they cannot cut the process's exit short."""
         self._after = signal.SIG_IGN if ignore_afterwards else None
         self._previous: dict[int, Any] = {}
         self._reason: str | None = None
         self._interrupted = self._waiting = False
         self._deadline = float("inf")
         self._alone = launcher.from_environment("WORLD_SIZE") == 1
-        # Without a launcher (a shell, nohup, a notebook) the parent may leave first.
+        # Without a launcher (a shell, nohup, a notebook) the parent may exit before the run.
         self._parent = None if LAUNCHER_MARKS.isdisjoint(os.environ) else os.getppid()
-        self._interval = 1
+        self._interval_steps = 1
         self._last_question = time.monotonic(), -1
         self._pending: Any = None
 
@@ -66,19 +66,19 @@ class StopSignal:
             signal.signal(number, self._after or handler)
 
     def limit(self, minutes: float) -> None:
-        """Stop after so many minutes from now, or from torchrun's start if it has restarted the ranks; 0 is never."""
+        """Stop `minutes` from now; if torchrun has restarted the ranks, count from torchrun's start. 0: never."""
         if minutes:
             self._deadline = time.monotonic() + 60 * minutes
             if launcher.from_environment("TORCHELASTIC_RESTART_COUNT"):
                 self._deadline -= time.time() - psutil.Process(os.getppid()).create_time()
 
     def wait_for_peers(self, meet: Callable[[], None]) -> None:
-        """Run `meet`, in which C++ waits for other ranks; with a reason to stop, leave with 75 if they do not come."""
-        pool = ThreadPoolExecutor(1)  # no handler would run in this thread while it is in C++
+        """Run `meet`, which waits in C++ for the other ranks. With a reason to stop, exit with 75 if they stay away."""
+        pool = ThreadPoolExecutor(1)  # Python runs no signal handler while its main thread is in C++
         met = pool.submit(meet)
         pool.shutdown(wait=False)
         self._waiting = True
-        # Seconds. If the stop came before this wait, the others had it, too, and may still come: then all can save.
+        # Seconds. If the signal came before this wait, the others got it too, and may still come: then all can save.
         patience = 20 if self._local_reason() else 1
         while not met.done():
             reason = self._local_reason()
@@ -98,7 +98,7 @@ class StopSignal:
         """
         if context.world_size == 1:
             return self._local_reason()
-        if step < self._last_question[1] + self._interval:
+        if step < self._last_question[1] + self._interval_steps:
             return None
         reason = self._answer()
         if reason is None:
@@ -115,17 +115,17 @@ class StopSignal:
             return None
         (work, tensor), self._pending = self._pending, None
         work.wait()
-        index, self._interval = tensor.tolist()
+        index, self._interval_steps = tensor.tolist()
         return REASONS[index]
 
     def _ask(self, context: "Context", step: int) -> None:
         """Start to exchange the reasons, and rank 0's number of steps until the next question."""
         import torch
 
-        now, (then, since) = time.monotonic(), self._last_question
-        steps_per_second = (step - since) / max(now - then, 1e-6)
-        # At most doubled: the first steps of a run are slow.
-        interval = min(int(INTERVAL_SECONDS * steps_per_second), 2 * self._interval)
+        now, (then, last_step) = time.monotonic(), self._last_question
+        steps_per_second = (step - last_step) / max(now - then, 1e-6)
+        # An interval is at most twice the last one: the first steps of a run are slow.
+        interval = min(int(INTERVAL_SECONDS * steps_per_second), 2 * self._interval_steps)
         self._last_question = now, step
         question = [REASONS.index(self._local_reason()), max(1, interval) if context.is_main else 0]
         tensor = torch.tensor(question, dtype=torch.int32).to(context.device, non_blocking=True)
@@ -146,6 +146,6 @@ class StopSignal:
             os._exit(130)
         self._interrupted = True
         if self._alone:
-            # Ctrl-C also ends a `tee` that stderr leads to: an OSError here would end the run unsaved.
+            # Ctrl-C also ends a `tee` that reads stderr: then an OSError here would end the run unsaved.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping at the next step; Ctrl-C again leaves at once, without saving\n")

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank's part of the doctor and return its exit code; rank 0's says whether the job would start."""
     parser = argparse.ArgumentParser(
         prog="python -m ddp_mnist.doctor",
-        description="What will a launch do here? Start it as the job would be started, with the job's flags.",
+        description="Say what a launch will do here. Start the doctor as you would start the job, with its flags.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")

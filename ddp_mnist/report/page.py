@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddp_mnist.report", description="Draw one run, or compare several.")
     add = parser.add_argument
     add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    add("--output", type=Path, metavar="DIR", help="where to write (default: the one run's directory, else report/)")
-    add("--data-dir", type=Path, metavar="DIR", help="test images (default: the run's, else $DDP_MNIST_DATA)")
-    add("--table", action="store_true", help="only print a table: one row per run, best test accuracy first")
+    add("--output", type=Path, metavar="DIR", help="folder to write to (default: the run's; for several runs, report/)")
+    add("--data-dir", type=Path, metavar="DIR", help="folder of test images (default: the run's, or $DDP_MNIST_DATA)")
+    add("--table", action="store_true", help="draw nothing; print a table of the runs, best test accuracy first")
     options = parser.parse_args(argv)
     if options.table:
         lines = format_table(comparison(read_runs(options.run_dirs)))

@@ -40,19 +40,19 @@ NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 TEMPORARY = ".tmp-"
 DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, SafetensorError)
 """Exceptions of reading a damaged checkpoint; a disk that does not answer raises another OSError."""
-MAX_SHARE_OF_TIME = 0.01  # an epoch ends with an automatic checkpoint if that takes at most this share of the time
-MAX_SECONDS = 600.0  # after so long without one, an automatic checkpoint is due within an epoch too
+MAX_SHARE_OF_TIME = 0.01  # an epoch ends with an automatic checkpoint if saving takes at most this share of the time
+MAX_SECONDS = 600.0  # after so long without a checkpoint, an automatic one is due even within an epoch
 
 
 @dataclass
 class TrainState:
     """The position and totals of a run; with weights, optimizer and scaler, all that is needed to continue.
 
-    One object for the whole attempt: the trainer moves the position on, `Metrics` the sums and seconds.
+    One object for the whole attempt: the trainer updates the position, `Metrics` the sums and seconds.
     """
 
     epoch: int = 0  # in progress, from 0
-    step_in_epoch: int = 0  # global batches of it that are done
+    step_in_epoch: int = 0  # global batches done in this epoch
     step: int = 0  # optimizer steps done in the whole run
     samples_seen: int = 0
     skipped_steps: int = 0  # by fp16's loss scaler
@@ -64,7 +64,7 @@ class TrainState:
     interval_images: int = 0
 
     def advance(self, global_size: int, *, skipped: bool = False) -> None:
-        """Count a step on a global batch of so many items. `skipped`: by fp16's loss scaler."""
+        """Count a step on a global batch of `global_size` items. `skipped`: fp16's loss scaler has skipped the step."""
         self.step += 1
         self.step_in_epoch += 1
         self.samples_seen += global_size
@@ -84,9 +84,9 @@ class Snapshot:
     config: dict[str, Any]
     weights: dict[str, Tensor]  # fp32, on the CPU, by parameter name
     optimizer: dict[str, Tensor]  # `<parameter>.<name of the state>`, on the CPU
-    optimizer_values: dict[str, Any]  # other state; "groups": settings now; "identity": see `describe`
+    optimizer_values: dict[str, Any]  # state in JSON types; "groups": settings now; "identity": `describe` at the start
     scaler: dict[str, Any]  # fp16's loss scaler; empty for other precisions
-    metrics_bytes: int  # length of metrics.jsonl at this moment: later lines are of a future that did not happen
+    metrics_bytes: int  # length of metrics.jsonl at this save: a resumed run cuts later lines off
 
 
 class Checkpoints:
@@ -97,7 +97,7 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Return the steps of the published ones, oldest first. A user's copies (`step-00000050-good`) do not count."""
+        """Return the steps of all checkpoints, oldest first. A user's copies (`step-00000050-good`) do not count."""
         matches = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
@@ -106,7 +106,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Write, flush, rename into place, then remove the oldest beyond `keep`. Raises: OSError."""
+        """Write a checkpoint, flush it, rename it into place; then keep only the `keep` newest. Raises: OSError."""
         target = self.path(snapshot.state.step)
         if target.exists():  # a stop right after a resume: the very same state
             return
@@ -171,7 +171,7 @@ def read_checkpoint(path: Path) -> Snapshot:
             raise ValueError(f"{name} has {found}, expected {expected}")
     values = json.loads(contents[STATE])
     tensors = [safetensors.torch.load(contents[name]) for name in (MODEL, OPTIMIZER)]
-    try:  # every byte is as it was written
+    try:  # no byte is damaged, so an error means another version
         values["state"] = TrainState(**values["state"])
         return Snapshot(weights=tensors[0], optimizer=tensors[1], **values)
     except (TypeError, KeyError) as error:
@@ -189,12 +189,12 @@ class Saver:
         self.context, self.train_step, self.metrics = context, train_step, metrics
         self.run_dir, self.config, self.state = metrics.run.path, metrics.config, metrics.state
         self.checkpoints = Checkpoints(self.run_dir, self.config.keep_checkpoints)
-        self._last_save, self._cost, self._state_was_checked = time.monotonic(), 0.0, False
+        self._last_save, self._save_seconds, self._state_was_checked = time.monotonic(), 0.0, False
 
     def save_if_due(self, *, epoch_end: bool = False) -> None:
-        """Save where `checkpoint_every` says so, or the clock. Collective.
+        """Save every `checkpoint_every` steps or, if that is 0, when the clock says so. Collective.
 
-        Training goes on when it fails, after a warning: the last checkpoint is kept.
+        If saving fails, there is a warning and training goes on: the last checkpoint is kept.
         """
         if not self._state_was_checked:  # an optimizer that cannot be saved ends the run after its first step
             self._state_was_checked = True
@@ -206,10 +206,10 @@ class Saver:
                 return
             self.metrics.sync()
         else:
-            # Only rank 0 knows that a save is due, so it may not need the other ranks: it waits until no loss is left
-            # to be summed over them, as after each line of the log.
-            since = time.monotonic() - self._last_save
-            due = since >= MAX_SECONDS or (epoch_end and self._cost <= MAX_SHARE_OF_TIME * since)
+            # Only rank 0 knows that a save is due, so it must not call a collective. It waits until no loss has to be
+            # summed over the ranks, as after each line of the log.
+            elapsed = time.monotonic() - self._last_save
+            due = elapsed >= MAX_SECONDS or (epoch_end and self._save_seconds <= MAX_SHARE_OF_TIME * elapsed)
             if self.metrics.unread or not due:
                 return
         if self.context.is_main:
@@ -237,7 +237,7 @@ class Saver:
             ) from error
         finally:
             self._last_save = time.monotonic()
-            self._cost = self._last_save - started
+            self._save_seconds = self._last_save - started
 
     def _snapshot(self) -> Snapshot:
         network, scaler = self.train_step.network, self.context.accelerator.scaler
@@ -254,7 +254,7 @@ class Saver:
         )
 
     def publish_weights(self) -> None:
-        """Write the final weights, without metadata: equal weights are equal files. Collective. Raises: JobError."""
+        """Write the final weights, without metadata: equal weights give equal files. Collective. Raises: JobError."""
 
         def write() -> None:
             with directory.translate_write_errors(self.run_dir / directory.WEIGHTS) as path:
@@ -291,9 +291,9 @@ def weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, path: Path, *, flag: str = "") -> None:
-    """Fill the network from a `model.safetensors`. `flag`: that which named the file, for messages.
+    """Fill the network from a `model.safetensors`. `flag`: the flag that named the file, for messages.
 
-    Raises JobError: the file is missing, damaged or not finite; UsageError: it is of another network.
+    Raises JobError: the file is missing, damaged or not finite; UsageError: its weights are of another network.
     """
     try:
         network.load_state_dict(safetensors.torch.load_file(path))
@@ -311,15 +311,15 @@ class SavedRun:
 
     config: "TrainConfig"
     network: CNN
-    source: Path  # the file or checkpoint that they are from
-    step: int | None  # None where nothing says which
-    summary: dict[str, Any]  # summary.json, where it has counted with these weights; else empty
+    source: Path  # the file or checkpoint that the weights are from
+    step: int | None  # None: unknown
+    summary: dict[str, Any]  # summary.json if it has the counts of these weights; else empty
 
 
 def load_saved_run(run_dir: Path) -> SavedRun:
-    """Return the final weights of a run, or the newest that verify while it is not finished.
+    """Return the final weights of a run or, if it is not finished, those of its newest checkpoint that verifies.
 
-    Raises JobError: there are none, or the network is not ours; UsageError: they do not fit config.json.
+    Raises JobError: there are no weights, or the network is a script's; UsageError: the weights do not fit config.json.
     """
     config = directory.read_settings(run_dir)
     if config.has_user_data or directory.read_json(run_dir / directory.CONFIG).get("network"):
@@ -327,7 +327,7 @@ def load_saved_run(run_dir: Path) -> SavedRun:
     summary = directory.read_json(run_dir / directory.SUMMARY)
     network, path = CNN(widths=config.widths), run_dir / directory.WEIGHTS
     if summary.get("test_count") is None or not path.exists():
-        summary = {}  # then `model.safetensors` may be from an earlier stop, and a checkpoint is at least as new
+        summary = {}  # without counts, `model.safetensors` may be older than the newest checkpoint
         checkpoints = Checkpoints(run_dir, config.keep_checkpoints)
         if snapshot := checkpoints.newest(read_only=True):
             network.load_state_dict(snapshot.weights)

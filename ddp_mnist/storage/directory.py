@@ -33,7 +33,7 @@ PATIENCE = 60.0  # seconds that a job waits for another one to leave the run dir
 
 
 def create(config: TrainConfig) -> Path:
-    """Return the run directory, and make it if it is not there. One rank calls this. Raises: JobError."""
+    """Return the run directory, and make it if it is not there. Call it on one rank only. Raises: JobError."""
     path = config.output_dir
     try:
         if path is None:
@@ -93,7 +93,7 @@ def start_over(path: Path) -> None:
 
 
 def read_settings(path: Path) -> TrainConfig:
-    """Return the settings of the run in directory `path`. Raises JobError: there are none that this version reads."""
+    """Return the settings of the run in directory `path`. Raises JobError: this version cannot read any there."""
     file = path / CONFIG
     try:
         return TrainConfig(**json.loads(file.read_bytes())["settings"])
@@ -125,7 +125,7 @@ def translate_write_errors(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `path` so that it holds its old content or all of the new one, also after a crash. Raises: OSError."""
+    """Write `path`: even after a crash it holds either the old content or all of the new content. Raises: OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_synced(temporary, content)
@@ -144,7 +144,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in it survive a power cut, where the file system can: some network ones do not sync directories."""
+    """Make renames in a directory survive a power cut, except on network file systems that cannot sync directories."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Write what a run says of itself: the console, a bar on a terminal, config.json, metrics.jsonl and summary.json.
+"""Write the output of a run: console, progress bar, config.json, metrics.jsonl and summary.json.
 
 Every rank owns a `Metrics` and calls it at the same steps, since a line's loss is a mean over all ranks; rank 0 writes.
 """
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_CLASSES = 100  # with more, the confusion matrix stays out of files, pictures and W&B
-BUFFER_BYTES = 2**24  # for metrics.jsonl: lines that a full disk refuses stay in it, to be tried again
+MAX_CLASSES = 100  # with more classes, the confusion matrix stays out of files, pictures and W&B
+BUFFER_BYTES = 2**24  # for metrics.jsonl: lines that a full disk refuses stay in the buffer, to be tried again
 
 
 class Metrics:
@@ -47,17 +47,17 @@ class Metrics:
 
     def __init__(self, run: "Run", context: "Context") -> None:
         self.run, self.config, self.context, self.state = run, run.config, context, run.state
-        self._before, self._last_line = copy(self.state), copy(self.state)
+        self._before, self._last_line = copy(self.state), copy(self.state)  # at the attempt's start; at the last line
         self._started = self._resumed = time.perf_counter()
-        self.unread: list[tuple[Tensor, Tensor, int]] = []  # loss, correct, global batch of each step not read so far
+        self.unread: list[tuple[Tensor, Tensor, int]] = []  # loss, correct, global size of the steps not yet read
         self._file: BinaryIO | None = None
         self._bar: Any = None
 
     def open(self, batches: "Batches", test_images: int, train_step: "TrainStep", network: str | None = None) -> None:
-        """Write config.json, open metrics.jsonl, cut it to what the checkpoint knows of, print the banner. Collective.
+        """Write config.json, open metrics.jsonl, cut it to the length in the checkpoint, print the banner. Collective.
 
-        `network`: the name of the script's own class; None: the network is ours. Raises JobError: a file cannot be
-        written; on all ranks.
+        `network`: the class name of the script's network; None: the network is our CNN. Raises JobError on all ranks: a
+        file cannot be written.
         """
         self._started = time.perf_counter()  # loading the data is no part of the run's time
         self.steps_per_epoch, self._train_step = len(batches), train_step
@@ -87,7 +87,7 @@ class Metrics:
                     each.close()
 
     def resume_timer(self) -> None:
-        """Count time as training time from now on, and not what has passed since the last step: a score, a save."""
+        """Count training time from now on. The time since the last step was not training but a score or a save."""
         self._resumed = time.perf_counter()
 
     def _count_time(self) -> None:
@@ -97,8 +97,8 @@ class Metrics:
     def record(self, loss: Tensor, correct: Tensor, global_size: int) -> None:
         """Take this rank's part of a step's mean loss and correct items, after `state.advance`. Collective.
 
-        Writes a line where an interval is full, except at the end of an epoch, where `record_score` does. Raises
-        JobError: a loss of the interval is not finite; on all ranks.
+        Writes a line every `log_every` steps, except at the end of an epoch: there `record_score` writes it. Raises
+        JobError on all ranks: a loss since the last line is not finite.
         """
         self.unread.append((loss, correct, global_size))
         self._count_time()
@@ -115,13 +115,13 @@ class Metrics:
             self.say(f"  more than {MAX_CLASSES} classes: no confusion matrix is kept")
 
     def sync(self) -> None:
-        """Read what the device still has into the state. Collective. Raises: JobError, as `record`."""
+        """Read the losses that are still on the device into the state. Collective. Raises: JobError, as `record`."""
         if not self.unread:
             return
         losses, correct, sizes = zip(*self.unread, strict=True)
         self.unread = []
         values = self.context.sum(torch.stack([torch.stack(losses), torch.stack(correct).float()])).tolist()
-        self._count_time()  # a GPU has done the steps by now
+        self._count_time()  # reading the losses has waited until the GPU finished the steps
         first = self.state.step - len(sizes) + 1
         for step, (loss, right, size) in enumerate(zip(*values, sizes, strict=True), start=first):
             if not math.isfinite(loss):
@@ -161,18 +161,18 @@ class Metrics:
             self._show(record)
 
     def _speed(self) -> dict[str, Any]:
-        """Return this attempt's speed since the last line, with each rank's seconds a step. Collective."""
+        """Return the speed since the last line, and least, mean and most seconds per step of a rank. Collective."""
         state, last, context = self.state, self._last_line, self.context
         self._last_line = copy(state)
         passed = state.train_seconds - last.train_seconds
         by_rank = torch.zeros(context.world_size, device=context.device)
         by_rank[context.rank] = passed / (state.step - last.step)
-        each = context.sum(by_rank).tolist()
+        seconds = context.sum(by_rank).tolist()
         speed = {
             "train/images_per_second": round((state.samples_seen - last.samples_seen) / passed, 1),
-            "train/step_seconds_min": min(each),
-            "train/step_seconds_mean": sum(each) / len(each),
-            "train/step_seconds_max": max(each),
+            "train/step_seconds_min": min(seconds),
+            "train/step_seconds_mean": sum(seconds) / len(seconds),
+            "train/step_seconds_max": max(seconds),
         }
         if context.device.type == "cuda":
             speed["gpu/memory_bytes"] = torch.cuda.max_memory_allocated(context.device)
@@ -190,7 +190,7 @@ class Metrics:
         return self._before.wall_seconds + time.perf_counter() - self._started
 
     def summary(self, stop_reason: str, exit_code: int, *, wandb_mode: str, **scores: "Score") -> dict[str, Any]:
-        """Return summary.json's content; null for what is not known. `scores`: `train` and `test`, once they are."""
+        """Return summary.json's content; null for what is not known. `scores`: `train` and `test`, if known."""
         state, config, before, test = self.state, self.config, self._before, scores.get("test")
         state.wall_seconds = self.wall_seconds()
         seconds = state.train_seconds - before.train_seconds
@@ -282,7 +282,7 @@ class Metrics:
 
 
 def _confusion(score: "Score") -> list[list[int]] | None:
-    """Return the confusion matrix; None where there is none, or it is too large to be kept."""
+    """Return the confusion matrix; None if there is none, or if it is too large to be kept."""
     rows = list(map(list, score.confusion or ()))
     return rows if 0 < len(rows) <= MAX_CLASSES else None
 
@@ -304,7 +304,7 @@ def provenance(world_size: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "world_size": world_size,
         "nodes": world_size // from_environment("LOCAL_WORLD_SIZE"),
-        # What starts the job on a cluster says so.
+        # slurm/train.sh and launch/job.py set the next two.
         "job_id": os.environ.get("DDP_MNIST_JOB_ID"),
         "restart_count": int(os.environ.get("DDP_MNIST_RESTARTS") or 0),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

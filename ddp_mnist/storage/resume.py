@@ -29,26 +29,26 @@ class Run:
 
     path: Path
     config: TrainConfig  # with nothing left open: `auto` and the output directory are resolved
-    state: TrainState  # position and totals, which training moves on
+    state: TrainState  # position and totals; training updates this object
     snapshot: Snapshot | None = None  # the checkpoint to go on from; None: from the start
-    finished: dict[str, Any] = field(default_factory=dict)  # the summary, if nothing is left to do; else empty
+    final_summary: dict[str, Any] = field(default_factory=dict)  # summary.json if nothing is left to do; else empty
 
 
 @contextmanager
 def open_run(config: TrainConfig, context: "Context") -> Iterator[Run]:
-    """Find the run and hold its directory for this job, on rank 0; yield the same on all ranks. Collective.
+    """Find the run and lock its directory, on rank 0; yield the same `Run` on all ranks. Collective.
 
-    Raises JobError: the directory cannot be used, or another job keeps it; UsageError: it holds another run.
+    Raises JobError: the directory cannot be used, or another job holds the lock; UsageError: it has another run.
     """
     with ExitStack() as stack:
         run = context.run_on_main(lambda: _find(config, stack))
-        # Where the files are is each node's own matter.
+        # The data files may be in another directory on each node.
         yield replace(run, config=run.config.replace(data_dir=config.data_dir))
 
 
 def _find(config: TrainConfig, stack: ExitStack) -> Run:
     path = directory.create(config)
-    # Half of --timeout-minutes, in seconds: after all of it the other ranks give this one up.
+    # At most half of --timeout-minutes, in seconds: after the full time the other ranks give rank 0 up.
     holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
     if holder is not None:
         stack.callback(holder.release)
@@ -60,7 +60,7 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     if snapshot is not None:
         dataset = str(snapshot.config["dataset"])
         if config.dataset == "auto" and not dataset.startswith(USER_DATA_PREFIX):
-            config = config.replace(dataset=dataset)  # on which the run has decided
+            config = config.replace(dataset=dataset)  # what `auto` was when the run began
         check_identity(snapshot, config)
         complete = summary.get("finished") and (path / directory.WEIGHTS).exists()
         if complete and snapshot.state.epoch >= config.epochs:
@@ -70,7 +70,7 @@ def _find(config: TrainConfig, stack: ExitStack) -> Run:
     else:
         config = config.replace(dataset=sources.resolve(config.dataset, config.data_dir))
     with directory.translate_write_errors(path / directory.SUMMARY) as file:
-        file.unlink(missing_ok=True)  # after a kill, an earlier attempt's would pass for this one's
+        file.unlink(missing_ok=True)  # else, after a kill, an earlier attempt's summary would pass for this attempt's
     return Run(path, config, snapshot.state if snapshot else TrainState(), snapshot)
 
 
@@ -81,7 +81,7 @@ def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
     for name in RESUME_FIELDS:
         was, is_ = snapshot.config.get(name), now[name]
         more_epochs = name == "epochs" and config.schedule == "constant" and is_ > was
-        unused = name in ("lr", "beta2") and not is_adam  # the script's optimizer has its own
+        unused = name in ("lr", "beta2") and not is_adam  # the script's optimizer has its own values
         if was == is_ or more_epochs or unused:
             continue
         if str(was).startswith(USER_DATA_PREFIX):
@@ -99,11 +99,11 @@ def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
 
 
 def continue_command(config: TrainConfig, context: "Context", workload: "Workload") -> str:
-    """Return what to type to go on: launcher, script and flags."""
+    """Return the command that continues the run: launcher, script and flags."""
     config, asked = config.replace(fresh=False), workload.script_config
     name = shlex.quote(sys.argv[0]) if workload.is_script else "-m ddp_mnist.train"
     flags = config.flags() if asked is None else sys.argv[1:]
-    command = f"{_launcher(context, name, precision=asked is not None)} {shlex.join(flags)}".strip()
+    command = f"{_launcher(context, name, with_precision=asked is not None)} {shlex.join(flags)}".strip()
     if asked is None:
         return command
     changes = [
@@ -115,7 +115,7 @@ def continue_command(config: TrainConfig, context: "Context", workload: "Workloa
 
 
 def advise(error: JobError, config: TrainConfig, context: "Context", workload: "Workload") -> None:
-    """Add to the error what to type next, to go on with the run of these settings or to start another from it."""
+    """Add to the error the command that continues the run or, after NaN, starts a new run from its newest weights."""
     assert config.output_dir is not None
     checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
     kept = checkpoints.steps()
@@ -128,9 +128,9 @@ def advise(error: JobError, config: TrainConfig, context: "Context", workload: "
         error.add(f"Continue from step {kept[-1]} with\n  {continue_command(config, context, workload)}")
 
 
-def _launcher(context: "Context", module: str, *, precision: bool) -> str:
-    """Return how to start `module` again. `precision`: with Accelerate's --mixed_precision, for a script."""
-    if "DDP_MNIST_LAUNCHER" in os.environ:  # a cluster script says what starts it
+def _launcher(context: "Context", module: str, *, with_precision: bool) -> str:
+    """Return how to start `module` again. `with_precision`: add --mixed_precision, which a script needs."""
+    if "DDP_MNIST_LAUNCHER" in os.environ:  # set by slurm/train.sh, slurm/rank.sh or launch/job.py
         return os.environ["DDP_MNIST_LAUNCHER"]
     local = from_environment("LOCAL_WORLD_SIZE")
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
@@ -138,7 +138,7 @@ def _launcher(context: "Context", module: str, *, precision: bool) -> str:
         several += f"--num_processes {context.world_size} "  # the default is all GPUs
         if context.world_size > local:
             several += f"--num_machines {context.world_size // local} --machine_rank ... --main_process_ip ... "
-        if precision:
+        if with_precision:
             several += f"--mixed_precision {shlex.quote(os.environ['ACCELERATE_MIXED_PRECISION'])} "
         on_cpu = "ACCELERATE_USE_CPU=1 " if context.world_size > 1 and context.device.type == "cpu" else ""
         return f"{on_cpu}accelerate launch {several}{module}"

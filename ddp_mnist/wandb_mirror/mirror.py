@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 LOG = "mirror.log"
 PROBE_SECONDS = 5.0  # for a server to answer at all, before the training starts
 INIT_SECONDS = 30  # for a server to accept the run, while the training goes on
-PATIENCE = 60.0  # that the end of a finished run waits for the mirror
+PATIENCE = 60.0  # seconds that a finished run waits for the mirror's end
 HASTY_PATIENCE = 10.0  # the same after a stop or an error, since the job may be killed soon
-NICENESS = 10  # gets a tenth of a CPU that the training fills; at 19, importing wandb would take over a minute
+NICENESS = 10  # the mirror gets a tenth of a CPU that training fills; at 19, importing wandb would take over a minute
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Mode:
     """The place that a run is mirrored to."""
 
     name: str  # online, offline or disabled
-    why: str = ""  # the reason, where it is not simply what was asked for
+    why: str = ""  # the reason, if the mode is not simply what was asked for
     surprising: bool = False  # the user has asked for something else
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ def decide(config: TrainConfig) -> Mode:
 
 
 def _setting(name: str) -> str | None:
-    """Return what wandb's settings files say: the one in this folder (`wandb disabled`) before the user's (`login`)."""
+    """Return a setting of wandb's files: this folder's (`wandb disabled`) beats the user's (`wandb login`)."""
     settings = configparser.ConfigParser(interpolation=None)
     user = os.environ.get("WANDB_CONFIG_DIR") or Path(os.environ.get("HOME", ""), ".config", "wandb")
     with contextlib.suppress(configparser.Error, UnicodeDecodeError):
@@ -90,13 +90,13 @@ def credentials_error() -> str | None:
 def server_error() -> str | None:
     """Return why the W&B server cannot be used, or None. Takes up to PROBE_SECONDS."""
     scheme, host = _server()
-    # In a thread, as looking up a name has no time limit of its own.
+    # In a thread, because looking up a host name has no time limit of its own.
     answer = ThreadPoolExecutor(1).submit(urllib.request.urlopen, f"{scheme}://{host}", timeout=PROBE_SECONDS)
     try:
         answer.result(PROBE_SECONDS).close()
     except urllib.error.HTTPError:  # a 404 is an answer, too
         return None
-    except Exception as error:  # an address that is none, and whatever else lies at a port
+    except Exception as error:  # a malformed address, or anything but an HTTP server at the port
         reason = getattr(error, "reason", error)
         if not isinstance(reason, ssl.SSLError):  # wandb may know a certificate that Python does not
             return f"{host} cannot be reached ({str(reason) or 'no answer'})"
@@ -104,19 +104,19 @@ def server_error() -> str | None:
 
 
 class Mirror(contextlib.AbstractContextManager["Mirror"]):
-    """The mirror's process as rank 0 sees it; on other ranks nothing. No method raises."""
+    """The mirror's process, seen from rank 0. On other ranks the methods do nothing. No method raises."""
 
     def __init__(self, config: TrainConfig, *, is_main: bool) -> None:
-        self.mode = decide(config) if is_main else Mode("disabled")  # after `wait` as it turned out
+        self.mode = decide(config) if is_main else Mode("disabled")  # what was decided; after `wait`, the outcome
         self._process: subprocess.Popen[bytes] | None = None
 
     def __exit__(self, *_: object) -> None:
-        """End a process that a bug has left; usually `end` and `wait` were called, and it is gone."""
+        """End the process if it is still there, after a bug; usually `end` and `wait` were called before."""
         self.end(preempted=False, exit_code=1)
         self.wait(HASTY_PATIENCE)
 
     def follow(self, run_dir: Path) -> str:
-        """Mirror that run, whose config.json is written. Return a line for the console, maybe empty, or warn."""
+        """Start to mirror the run; its config.json must exist. Return a line for the console, or warn and return ""."""
         self.folder = run_dir / directory.WANDB
         try:
             if self.mode.name != "disabled":
@@ -124,7 +124,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
                 before = directory.read_json(run_dir / directory.WANDB_STATE)
                 self.id = before.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
                 state = {"id": self.id, "sent": before.get("sent", -1)}
-                directory.write_json(run_dir / directory.WANDB_STATE, state)  # before wandb hears of it
+                directory.write_json(run_dir / directory.WANDB_STATE, state)  # the process checks this id
                 self._process = self._start()
         except OSError as error:
             self.mode = Mode("disabled", f"the mirror could not be started ({error})", surprising=True)
@@ -136,33 +136,33 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         return "" if self.mode.surprising or text == "disabled" else text
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Start the process. It also ends when its standard input closes, as it does when this process dies."""
+        """Start the mirror's process. It also ends when its standard input closes, as when the training dies."""
         folder = self.folder.absolute()
         defaults = {
-            "WANDB_ERROR_REPORTING": "false",  # without a network it would try for 10 s
+            "WANDB_ERROR_REPORTING": "false",  # without a network wandb would try for 10 s
             "WANDB_INIT_TIMEOUT": str(INIT_SECONDS),
             "WANDB_DATA_DIR": str(folder),  # files that `wandb sync` sends later; a home may be read-only
-            "HOME": str(folder),  # in a container that has none
+            "HOME": str(folder),  # for a container without a home
         }
         given = {name: value for name, value in os.environ.items() if value or not name.startswith("WANDB_")}
-        ours = {
+        fixed = {
             "WANDB_MODE": self.mode.name,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it finds its modules where this process did
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the mirror finds modules where this process did
         }
         with (folder / LOG).open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "ddp_mnist.wandb_mirror.process", self.mode.name, self.id, folder.parent],
-                env=defaults | given | ours,
+                env=defaults | given | fixed,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                process_group=0,  # Ctrl-C and a launcher's signals to the group are the training's to answer
+                process_group=0,  # a group of its own: Ctrl-C and a launcher's signals are for the training
             )
         os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
         return process
 
     def end(self, *, preempted: bool, exit_code: int) -> None:
-        """Say that the run has ended. Returns at once; `wait` waits. Only the first call counts."""
+        """Tell the process that the run has ended. Returns at once; `wait` waits. Only the first call counts."""
         if self._process and (stdin := self._process.stdin) and not stdin.closed:
             with contextlib.suppress(OSError), stdin:
                 stdin.write(json.dumps({"preempted": preempted, "exit_code": exit_code}).encode() + b"\n")
@@ -191,7 +191,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
         return f"W&B: {state['url']}"
 
     def _sync_command(self) -> str:
-        """Return the command that sends the rest. wandb takes what began online for sent: hence the option."""
+        """Return the command that sends the rest. wandb leaves out runs that began online: hence the option."""
         option, prefix = ("", "offline-") if self.mode.name == "offline" else (" --include-online", "*")
-        # The last star: of attempts that begin in one second, wandb gives the later ones a number behind the id.
+        # The last star: if attempts begin in the same second, wandb puts a number behind the id of the later ones.
         return f"wandb sync{option} {shlex.quote(str(self.folder))}/{prefix}run-*-{self.id}*"

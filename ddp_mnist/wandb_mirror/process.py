@@ -1,6 +1,6 @@
 """The mirror's own process: follow metrics.jsonl and summary.json, the truth, and send them to Weights & Biases.
 
-The only module that imports wandb. `mirror.py` starts it with the arguments MODE ID RUN_DIR.
+This is the only module that imports wandb. `mirror.py` starts it with the arguments MODE ID RUN_DIR.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     mode, run_id, run_dir = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     end: dict[str, Any] = {}
-    # Until this process ends. The mirror of a killed attempt may take as long as all of wandb's limits.
+    # Held until this process ends. The mirror of a killed attempt may hold it for the sum of wandb's time limits.
     _lock = directory.lock(run_dir / directory.WANDB, START_SECONDS + 180)
     try:
         mirror(run_dir, run_id, mode, end)
-    except Exception:  # signals to every process, as SLURM sends them, end wandb's service
-        log.exception("once more")
+    except Exception:  # SLURM signals every process, and that ends wandb's service: start again
+        log.exception("wandb has failed; trying once more")
         with contextlib.suppress(Exception):
             wandb.teardown()
         mirror(run_dir, run_id, mode, end)
@@ -47,7 +47,7 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
     """Send what is new in metrics.jsonl until the training has ended, then its summary. Raises what wandb raises."""
     run = start_run(run_dir, run_id, mode)
     mode = "offline" if run.offline else "online"
-    # Online the server knows best what it has, also from a killed mirror; offline, wandb.json says what was written.
+    # Online, the server knows what it has, also from a killed mirror; offline, wandb.json says what was written.
     sent = directory.read_json(run_dir / directory.WANDB_STATE).get("sent", -1)
     if mode == "online":
         sent = int(run.summary.get("step") or -1)
@@ -55,7 +55,7 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
     with (run_dir / directory.METRICS).open("rb") as file:
         while not ended:
             ended = wait_for_end(end, POLL_SECONDS)  # before reading: no line from before the end is missed
-            note(run_dir, run_id, mode=mode, url=run.url, sent=sent)  # of the last turn: by now it is on the disk
+            note(run_dir, run_id, mode=mode, url=run.url, sent=sent)  # sent in the last turn: on the disk by now
             *lines, rest = (rest + file.read()).split(b"\n")
             for record in map(json.loads, lines):
                 if record["step"] > sent:
@@ -74,7 +74,7 @@ def mirror(run_dir: Path, run_id: str, mode: str, end: dict[str, Any]) -> None:
 def wait_for_end(end: dict[str, Any], seconds: float) -> bool:
     """Wait up to `seconds` for the end of the training. Return True if it has come; `end` then says how."""
     if not end and select.select([sys.stdin], [], [], seconds)[0]:
-        # A line, not all: a loader's process may keep the pipe open. Nothing, if the training was killed.
+        # One line, not to the end: a loader's process may keep the pipe open. It is empty if the training was killed.
         said = sys.stdin.readline()
         end.update(json.loads(said) if said else {"preempted": False, "exit_code": 1})
     return bool(end)
@@ -90,7 +90,7 @@ def note(run_dir: Path, run_id: str, **facts: Any) -> None:
 
 
 def start_run(run_dir: Path, run_id: str, mode: str) -> wandb.Run:
-    """Return wandb's run: offline also where the server turns out not to take it. Raises what wandb raises."""
+    """Return wandb's run; if the server does not accept an online run, an offline run. Raises what wandb raises."""
     config = directory.read_json(run_dir / directory.CONFIG)
     asked = {name: config["settings"].get(f"wandb_{name}") for name in ("project", "entity", "group", "name", "tags")}
     asked["project"] = asked["project"] or os.environ.get("WANDB_PROJECT", "ddp_mnist")
@@ -98,7 +98,7 @@ def start_run(run_dir: Path, run_id: str, mode: str) -> wandb.Run:
     settings = wandb.Settings(
         console="off",
         disable_code=True,
-        disable_git=True,  # ours is in the config; a remote's address may hold a token
+        disable_git=True,  # config.json has our git facts; a remote's address may hold a token
         x_stats_pid=os.getppid(),  # the training's
         x_transaction_log_flush_interval=FLUSH_SECONDS,
         x_service_wait=START_SECONDS,
@@ -110,7 +110,7 @@ def start_run(run_dir: Path, run_id: str, mode: str) -> wandb.Run:
     if mode == "online":
         try:
             return wandb.init(**given, mode="online")
-        except Exception as error:  # not only wandb.Error, when its service dies
+        except Exception as error:  # if wandb's service dies, this is no wandb.Error
             note(run_dir, run_id, refusal=str(error).partition("\n")[0] or type(error).__name__)
             wandb.teardown()
     settings.init_timeout = START_SECONDS
@@ -118,7 +118,7 @@ def start_run(run_dir: Path, run_id: str, mode: str) -> wandb.Run:
 
 
 def log_record(run: wandb.Run, record: dict[str, Any]) -> None:
-    """Log a line of metrics.jsonl. Our step is also wandb's own, so that it goes on in the next attempt."""
+    """Log a line of metrics.jsonl. Our step is also wandb's step, so that the next attempt goes on counting."""
     numbers = {key: value for key, value in record.items() if not isinstance(value, list)}
     chart = {}
     try:

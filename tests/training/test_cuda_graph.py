@@ -47,7 +47,7 @@ def recorded(process_of_a_job: None, monkeypatch: pytest.MonkeyPatch) -> list[tu
     monkeypatch.setattr(CUDAGraph, "_record", record)
     monkeypatch.setattr(
         "ddp_mnist.step.TrainStep._can_capture",
-        lambda step: step._is_ours if step.config.cuda_graphs is None else step.config.cuda_graphs,
+        lambda step: step._is_builtin if step.config.cuda_graphs is None else step.config.cuda_graphs,
     )
     return calls
 
@@ -169,7 +169,7 @@ def test_our_network_is_captured_on_one_nvidia_gpu_and_a_users_on_request(
     context: Any = SimpleNamespace(device=torch.device(device), world_size=size, accelerator=accelerator)
     cases = itertools.product((None, True, False), (True, False))
     steps: list[Any] = [
-        SimpleNamespace(config=CONFIG.replace(cuda_graphs=asked), context=context, _is_ours=ours)
+        SimpleNamespace(config=CONFIG.replace(cuda_graphs=asked), context=context, _is_builtin=ours)
         for asked, ours in cases
     ]
     assert list(map(CAN_CAPTURE, steps)) == captured
