@@ -24,7 +24,7 @@ from report import line
 
 from ddp_mnist.config import default_data_dir
 from ddp_mnist.data import mnist
-from ddp_mnist.data.sources import load, resolve
+from ddp_mnist.data.sources import load_mnist, resolve
 from ddp_mnist.distributed.launcher import entry_point, limit_spinning
 
 HERE, TUTORIAL = Path(__file__).resolve().parent, "the tutorial's loop"
@@ -124,7 +124,7 @@ def until(target: float, recipe: str, epochs: int, baseline: tuple[str, str, int
     for whose, runs, seconds in zip(("ours", "baseline"), found, reached, strict=True):
         values = [100 * run["accuracy"] for run in runs]
         accuracy = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f}) %"
-        notes.append(f"{whose}: {len(seconds)} of {len(runs)} seeds, {accuracy}")
+        notes.append(f"{whose}: {len(seconds)} of {len(runs)} seeds reach it; accuracy of all: {accuracy}")
     what = f"training until {target:.0%}: `--recipe {recipe} --epochs {epochs}`"
     return [line(what, "s", reached[0], (name, reached[1]), goal, "; ".join(notes)) | {"seeds": found}]
 
@@ -173,7 +173,7 @@ def side_by_side(setup: Any, most: int = 3) -> Lines:
 
 def overhead(setup: Any) -> Lines:
     """Measure what a run takes beside steps and scores."""
-    lines, what = [], "CPU: tracking, checkpoints, stop agreement; ranks:"
+    lines, what = [], "time for tracking, checkpoints and agreeing when to stop; ranks on the CPU:"
     for count in (1, 2):
         worker = Worker(setup, "overhead", setup.slow_turns, ranks=count)
         shares = [100 * worker.ask()["share"] for _ in range(setup.slow_turns)]
@@ -199,7 +199,7 @@ def stage(name: str, data_dir: Path, images: int, root: Path) -> None:
     # By the names of Fashion-MNIST: the job checks those of MNIST by hash.
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
-    for prefix, split, count in zip(("train", "t10k"), load(name, data_dir), (images, images // 6), strict=True):
+    for prefix, split, count in zip(("train", "t10k"), load_mnist(name, data_dir), (images, images // 6), strict=True):
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(mnist.pack(split.inputs[:count, 0].numpy()))
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(mnist.pack(split.targets[:count].byte().numpy()))
 

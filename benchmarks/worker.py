@@ -20,7 +20,7 @@ import torch
 
 from ddp_mnist.config import RECIPES, TrainConfig
 from ddp_mnist.data.batches import Batches
-from ddp_mnist.data.sources import load
+from ddp_mnist.data.sources import load_mnist
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.evaluate import evaluate, find_classes
 from ddp_mnist.step import TrainStep, rate_factor
@@ -127,7 +127,7 @@ def main(side: Any, dataset: Any, root: Path, number: int) -> None:
             parts = {"model": partial(baselines.tutorial_net, 3, 32), "data": (baselines.augmented(root),) * 2}
         side, broadcast = Ours(context, config, parts), context.broadcast
     elif side == "published":
-        side = baselines.Published(*((split.inputs, split.targets) for split in load(dataset, root)))
+        side = baselines.Published(*((split.inputs, split.targets) for split in load_mnist(dataset, root)))
     else:
         side = (baselines.Tutorial if side == "tutorial" else baselines.AccelerateExample)(dataset, root)
     while line := broadcast(sys.stdin.readline() if is_main else ""):

@@ -96,7 +96,7 @@ class TrainConfig:
     epochs: Annotated[Int, Field(ge=1, le=100_000)] = 5
     """Passes over the training set."""
     batch_size: Annotated[Int, Field(ge=1, le=60_000)] = 64
-    """Global batch: images per optimizer step over all ranks. The world size must divide it."""
+    """Global batch: images per optimizer step over all ranks; a multiple of the world size times --accumulate."""
     accumulate: Annotated[Int, Field(ge=1, le=60_000)] = 1
     """Split each rank's share of the global batch into this many backward passes, to save memory."""
     lr: Annotated[Float, Field(gt=0, le=10)] = 1e-3
@@ -172,7 +172,7 @@ class TrainConfig:
         return self.dataset.startswith(USER_DATA_PREFIX)
 
     def check_world_size(self, world_size: int) -> None:
-        """If the world size does not divide the global batch, raise UsageError with the nearest batch sizes that do."""
+        """Raise UsageError if the global batch is no multiple of world size x `accumulate`; name the next ones."""
         parts = world_size * self.accumulate
         below = self.batch_size // parts * parts
         if below != self.batch_size:

@@ -108,7 +108,7 @@ def chunk_size(split: Split, device: torch.device) -> int:
     """Return how many items to score at once: the larger the items, the fewer. The world size has no influence."""
     numbers: list[int] = []
     recursively_apply(lambda tensor: numbers.append(tensor.numel()), split.load(torch.tensor([0]), 0)[0])
-    # 250: on a CPU, what fits its caches; of a `LoadedSet`, what one process loads at a time.
+    # 250: on a CPU, what fits its caches; of a `DataLoaderSet`, what one process loads at a time.
     size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
     return max(1, size * 784 // max(784, sum(numbers)))
 
@@ -192,7 +192,7 @@ def _rescore(run_dir: Path, context: Context, data_dir: Path | None) -> tuple[Sa
     saved = context.run_on_main(lambda: load_saved_run(run_dir))
     run_data_dir = saved.config.data_dir
     root = data_dir or (run_data_dir if run_data_dir.exists() else default_data_dir())
-    splits = context.run_on_all_ranks(lambda: sources.load(saved.config.dataset, root))
+    splits = context.run_on_all_ranks(lambda: sources.load_mnist(saved.config.dataset, root))
     network = move_to_device(saved.network, context.device)  # as in training: the same rounding
     sets = [split.to(context.device) for split in splits]
     return saved, [evaluate(network, each, context, classes=find_classes(network, each)) for each in sets]

@@ -38,7 +38,7 @@ def prepare(path: Path, dataset: str) -> NDArray[np.uint8]:
     if ink.max() < CONTRAST:
         raise JobError(f"{path} is of one colour: there is nothing to see in it.")
     image = Image.fromarray(np.rint(ink * (255 / ink.max())).astype(np.uint8))
-    if dataset == "fashion-mnist":  # fills its images
+    if dataset == "fashion-mnist":  # an object fills its whole image: not cropped and centred as a digit
         return np.asarray(ImageOps.pad(image, (SIZE, SIZE), SCALING))
     digit = image.crop(image.point(lambda level: level >= INK).getbbox())
     digit = digit.resize([max(1, round(DIGIT * side / max(digit.size))) for side in digit.size], SCALING)

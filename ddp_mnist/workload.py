@@ -10,7 +10,7 @@ from torch import nn
 
 from ddp_mnist.config import RECIPES, USER_DATA_PREFIX, TrainConfig
 from ddp_mnist.data.batches import Batches, Split
-from ddp_mnist.data.sources import UserData, load, validate_user_data
+from ddp_mnist.data.sources import UserData, load_mnist, validate_user_data
 from ddp_mnist.distributed.launcher import report_once_per_host
 from ddp_mnist.errors import UsageError
 from ddp_mnist.evaluate import evaluation_mode, find_classes, move_to_device
@@ -61,7 +61,7 @@ class Workload:
             self.loss.to(context.device)  # a loss may hold tensors, such as class weights
 
         def place() -> tuple[Batches, Split]:
-            train, test = (split.to(context.device) for split in self.sets or load(config.dataset, config.data_dir))
+            train, test = (each.to(context.device) for each in self.sets or load_mnist(config.dataset, config.data_dir))
             shard = {"rank": context.rank, "world_size": context.world_size, "seed": config.seed}
             return Batches(train, batch_size=config.batch_size, **shard), test
 

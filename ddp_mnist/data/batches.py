@@ -19,12 +19,12 @@ from torch.utils.data import DistributedSampler
 from ddp_mnist.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddp_mnist.data.sources import LoadedSet
+    from ddp_mnist.data.sources import DataLoaderSet
 
 Items = tuple[Any, Any]
 """Inputs and targets of a batch. Inputs: a tensor (n, ...), a tuple of them, or a dict of them; targets: a tensor."""
-Split: TypeAlias = "TensorSet | LoadedSet"
-"""The training set or the test set. The two classes have the same methods."""
+Split: TypeAlias = "TensorSet | DataLoaderSet"
+"""The training or test set: in memory, or loaded by a DataLoader when needed. Both classes have the same methods."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TensorSet:
 
     inputs: Tensor  # (n, ...), for MNIST uint8 (n, 1, 28, 28)
     targets: Tensor  # (n, ...), for MNIST int64 (n,)
-    failure = None  # as in `LoadedSet`, but here `iterate` cannot fail
+    failure = None  # as in `DataLoaderSet`, but here `iterate` cannot fail
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -55,7 +55,7 @@ def resolve(dataset: str, root: Path) -> str:
         return "synthetic"
 
 
-def load(dataset: str, root: Path) -> tuple[TensorSet, TensorSet]:
+def load_mnist(dataset: str, root: Path) -> tuple[TensorSet, TensorSet]:
     """Return (training set, test set). If files are missing, fetch or draw them first. Raises: DataError."""
     arrays = (mnist.read_split(dataset, root, split) for split in mnist.NAMES)
     train, test = (TensorSet(torch.from_numpy(x).unsqueeze(1), torch.from_numpy(y).long()) for x, y in arrays)
@@ -74,7 +74,7 @@ def validate_user_data(data: UserData, config: "TrainConfig") -> tuple[str, tupl
     kinds = [(each.inputs.dtype, *each.inputs.shape[1:]) for each in sets if isinstance(each, TensorSet)]
     if len(set(kinds)) > 1:
         raise UsageError(f"a training input is {kinds[0]}, a test input {kinds[1]}; expected the same of both.")
-    ids = [each.identity() if isinstance(each, LoadedSet) else _hash((each.inputs, each.targets)) for each in sets]
+    ids = [each.identity() if isinstance(each, DataLoaderSet) else _hash((each.inputs, each.targets)) for each in sets]
     return hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12], (sets[0], sets[1])
 
 
@@ -91,7 +91,7 @@ def _validate_set(name: str, data: Any, config: "TrainConfig") -> Split:
         raise UsageError(f"the {name} set, a {type(data).__name__}, has no length; {expected}.") from None
     if not length:
         raise UsageError(f"the {name} set, a {type(data).__name__}, is empty; expected at least one item.")
-    return LoadedSet(name, data, seed=config.seed, workers=config.workers)
+    return DataLoaderSet(name, data, seed=config.seed, workers=config.workers)
 
 
 def _validate_tensors(name: str, tensors: tuple[Any, ...]) -> TensorSet:
@@ -106,7 +106,7 @@ def _validate_tensors(name: str, tensors: tuple[Any, ...]) -> TensorSet:
     return TensorSet(inputs.float() if inputs.is_floating_point() else inputs, targets)
 
 
-class LoadedSet:
+class DataLoaderSet:
     """The training set or the test set behind a DataLoader. It has the methods of `TensorSet`."""
 
     failure: JobError | None = None  # why `iterate` has ended early on this rank; the other ranks do not know
@@ -183,7 +183,7 @@ class LoadedSet:
         """
         dataset = self._items.dataset
         rows = torch.tensor([0, len(self) // 2, len(self) - 1])
-        probe = LoadedSet(self.name, dataset, seed=0)
+        probe = DataLoaderSet(self.name, dataset, seed=0)
         hashes = {_hash([probe.load(row, 0) for row in rows.split(1)]) for _ in range(2)}
         if len(hashes) > 1:
             log.warning(

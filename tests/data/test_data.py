@@ -135,7 +135,9 @@ def test_scaling_gives_the_very_bits_of_torchvisions_totensor() -> None:
 
 def test_loaded_splits_are_the_files_bytes(tiny: Path) -> None:
     folder = tiny / "FashionMNIST" / "raw"
-    for split, prefix, count in zip(sources.load("fashion-mnist", tiny), ("train", "t10k"), (1501, 2303), strict=True):
+    for split, prefix, count in zip(
+        sources.load_mnist("fashion-mnist", tiny), ("train", "t10k"), (1501, 2303), strict=True
+    ):
         assert (split.inputs.dtype, split.targets.dtype) == (torch.uint8, torch.int64)
         assert split.inputs.shape == (count, 1, 28, 28) and len(split) == count
         assert split.inputs.numpy().tobytes() == (folder / f"{prefix}-images-idx3-ubyte").read_bytes()[16:]

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from ddp_mnist import TrainConfig, fit
 from ddp_mnist.data.batches import Batches, evaluation_batches
-from ddp_mnist.data.sources import LoadedSet
+from ddp_mnist.data.sources import DataLoaderSet
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.errors import JobError, UsageError
 from ddp_mnist.evaluate import evaluate
@@ -41,15 +41,15 @@ class Augmented(Dataset[Any]):
         return torch.tensor([row, torch.get_num_threads(), ignores_stops, *drawn]), row % 3
 
 
-Load = Callable[..., LoadedSet]
+Load = Callable[..., DataLoaderSet]
 
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    made: list[LoadedSet] = []
+    made: list[DataLoaderSet] = []
 
-    def make(data: Any = None, **options: Any) -> LoadedSet:
-        made.append(LoadedSet("training", data or Augmented(), seed=5, **options))
+    def make(data: Any = None, **options: Any) -> DataLoaderSet:
+        made.append(DataLoaderSet("training", data or Augmented(), seed=5, **options))
         return made[-1]
 
     yield make
@@ -65,7 +65,7 @@ def rows_of(batches: Iterator[Any]) -> list[list[list[float]]]:
 @pytest.fixture(scope="module")
 def expected() -> list[list[list[list[float]]]]:
     """Return the batches of two epochs as one rank without workers makes them."""
-    batches = Batches(LoadedSet("training", Augmented(), seed=5), batch_size=BATCH, rank=0, world_size=1, seed=5)
+    batches = Batches(DataLoaderSet("training", Augmented(), seed=5), batch_size=BATCH, rank=0, world_size=1, seed=5)
     return [rows_of(batches.epoch(epoch)) for epoch in range(2)]
 
 

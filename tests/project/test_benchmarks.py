@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import faults
 import jobs
 import pytest
 import torch
@@ -18,7 +19,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 
 import ddp_mnist
-from ddp_mnist.data.sources import load
+from ddp_mnist.data.sources import load_mnist
 
 Module = Callable[[str], Any]
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,10 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Module]:
 
 @pytest.mark.slow
 def test_the_baselines_have_our_network_and_learn_from_every_image(module: Module, tiny: Path) -> None:
-    baselines, splits = module("baselines"), [(split.inputs, split.targets) for split in load("fashion-mnist", tiny)]
+    baselines, splits = (
+        module("baselines"),
+        [(split.inputs, split.targets) for split in load_mnist("fashion-mnist", tiny)],
+    )
     theirs, ours, images = baselines.tutorial_net(), ddp_mnist.CNN(), torch.rand(20, 1, 28, 28)
     ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
@@ -100,8 +104,9 @@ def test_runs_side_by_side_spin_only_where_they_are_to(
         names = {"dataset": "fashion-mnist", "data_dir": tiny, "scratch": tmp_path}
         setup = SimpleNamespace(**names, stack=stack, steps=3, turns=1)
         for side, spins in (("ours", False), ("ours", True), ("tutorial", False)):
-            environment = Path(f"/proc/{run.Worker(setup, side, spins=spins).process.pid}/environ").read_bytes()
-            assert (b"GOMP_SPINCOUNT=" in environment) == (side == "ours" and not spins)
+            environment = Path(f"/proc/{run.Worker(setup, side, spins=spins).process.pid}/environ")
+            faults.wait_for(environment.read_bytes, "the start of the worker's program")
+            assert (b"GOMP_SPINCOUNT=" in environment.read_bytes()) == (side == "ours" and not spins)
         alone, at_once = run.side_by_side(setup, most=1)
         assert alone["ratio"] > 0 < at_once["ratio"]
 

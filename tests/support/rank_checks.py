@@ -136,7 +136,7 @@ def whole_runs(root: Path, folder: Path) -> dict[str, Any]:
 
 
 def main(root: Path, folder: Path) -> None:
-    train, _ = sources.load("fashion-mnist", root)
+    train, _ = sources.load_mnist("fashion-mnist", root)
     with Context(TrainConfig(threads=2, mixed_precision="no")) as context:
         rank, size = context.rank, context.world_size
         found: dict[str, Any] = {"threads": torch.get_num_threads()}
