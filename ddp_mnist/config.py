@@ -121,7 +121,7 @@ class TrainConfig:
     workers: Annotated[Int, Field(ge=0, le=1024)] = 0
     """Loader processes per rank, for a data set of your own that is not in memory; 0: the rank itself loads."""
     # `constructor=bool` makes the pair --x/--no-x; with neither given the value stays None.
-    cuda_graphs: Annotated[bool | None, arg(constructor=bool), _hint("on one GPU, for our own network")] = None
+    cuda_graphs: Annotated[bool | None, arg(constructor=bool), _hint("on one GPU, for the built-in network")] = None
     """Record the GPU kernels of one step, and replay them with one call. Never in fp16 or with your own optimizer.
     --cuda-graphs: do this for your own network too, if that network can be captured."""
     compile: bool = False
