@@ -11,8 +11,7 @@ class JobError(Exception):
     def __init__(self, message: str, *, local: bool = False, stop_reason: str = "error") -> None:
         """Take the message: the field or file, what was found, what was expected and what to type next.
 
-        `local`: the other ranks do not know of the error, so this rank prints it even if it is not rank 0.
-        `stop_reason`: the entry of that name in summary.json.
+        `local`: this rank prints the error, since the others do not know of it. `stop_reason`: that of summary.json.
         """
         super().__init__(message)
         self.local = local

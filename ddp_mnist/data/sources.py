@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import traceback
@@ -271,16 +272,16 @@ def collate(items: list[Any]) -> Items | JobError:
 
 
 def prepare_worker(_number: int = 0) -> None:
-    """Make a loader's process ignore the signals that stop a job, and die with the rank that has started it.
+    """Make a loader's process ignore the signals that stop a job, die with its rank, and let the training go first.
 
     Signals to a process group or to a whole job reach workers, too. The ranks handle them, and still need batches.
     """
+    os.nice(5)  # a step's threads wait for each other: a worker that holds one of them up holds up the step
     for name in SIGNALS:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.Signals[name] for name in SIGNALS])
     with contextlib.suppress(OSError, AttributeError):  # not Linux: workers check every 5 s that the parent lives
-        pr_set_pdeathsig = 1  # prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG of prctl.h
 
 
 @contextlib.contextmanager

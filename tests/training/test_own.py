@@ -334,14 +334,20 @@ def test_an_error_of_a_network_reaches_the_caller_unchanged(fit_here: Callable[.
         fit_here(model=lambda: Failing(12, 3))
 
 
-def test_memory_that_is_not_there_is_one_message(fit_here: Callable[..., Result]) -> None:
+def test_memory_that_is_not_there_is_one_message(fit_here: Callable[..., Result], tmp_path: Path) -> None:
     class Hungry(nn.Linear):
+        calls = 0
+
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            torch.empty(1 << 50)
+            self.calls += self.training
+            torch.empty((self.calls > 3) << 50)
             return super().forward(images.flatten(1))
 
     with pytest.raises(JobError, match=r"has no more memory.*--accumulate"):
         fit_here(model=lambda: Hungry(12, 3))
+    summary = jobs.read_json(tmp_path / "run" / "summary.json")
+    assert (summary["steps"], summary["stop_reason"]) == (3, "out_of_memory")
+    assert summary["train_seconds"] > 0 < summary["images_per_second"]  # of steps that no line has counted yet
 
 
 def test_many_classes_are_scored_without_a_confusion_matrix(
