@@ -1,4 +1,4 @@
-"""MNIST-family files on disk → verified numpy arrays.
+"""MNIST-family files on disk → numpy arrays. MNIST's are verified by MD5, the others by their format.
 
 They are where torchvision puts them, `<root>/MNIST/raw/train-images-idx3-ubyte[.gz]` and so on. A missing or damaged
 file is made again from the .gz beside it, from torchvision's mirrors, or (synthetic) by drawing it. Many ranks and
