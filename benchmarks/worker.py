@@ -4,7 +4,6 @@
 A line of JSON on stdin has the arguments of `take_turn`; rank 0 answers with another line.
 """
 
-import io
 import json
 import os
 import sys
@@ -67,12 +66,12 @@ class Ours:
 def take_turn(side: Any, seed: Any, limit: Any = None, epochs: int = 1, target: float = 0, settings: Any = None) -> Any:
     """Train, and return the seconds of that alone: making a network and scoring it are not timed.
 
-    `seed`: of a new network, or None to go on. `limit`: steps of an epoch. `target`: end when the test accuracy, 0-1,
-    is as high at an epoch's end; 0: do not score.
+    `seed`: of a new network, or None to go on. `limit`: steps of an epoch. `target`: the test accuracy, 0-1, whose
+    first epoch is "reached", in the same seconds; 0: do not score.
     """
     if seed is not None:
         side.begin(seed, **(settings or {}))
-    seconds, images, accuracy = 0.0, 0, None
+    seconds, images, accuracy, reached = 0.0, 0, None, None
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(epochs):
         wait()
@@ -81,8 +80,8 @@ def take_turn(side: Any, seed: Any, limit: Any = None, epochs: int = 1, target: 
         wait()
         seconds += time.perf_counter() - started
         if target and (accuracy := side.accuracy()) >= target:
-            break
-    return {"seed": seed, "seconds": seconds, "images": images, "accuracy": accuracy}
+            reached = reached or seconds
+    return {"seed": seed, "seconds": seconds, "images": images, "accuracy": accuracy, "reached": reached}
 
 
 def overhead(config: TrainConfig, runs: int) -> Iterator[float]:
@@ -111,7 +110,7 @@ def overhead(config: TrainConfig, runs: int) -> Iterator[float]:
 def main(side: Any, dataset: Any, root: Path, number: int) -> None:
     """Take turns until stdin ends, or measure the overhead."""
     is_main = os.environ.get("RANK", "0") == "0"
-    answer = partial(print, file=sys.stdout if is_main else io.StringIO(), flush=True)
+    answer = partial(print, file=sys.stdout if is_main else sys.stderr, flush=True)
     sys.stdout = sys.stderr  # a run prints its log
     # A rank waits for the next request while the other side has its turn.
     config = TrainConfig(dataset=dataset, data_dir=root, timeout_minutes=120.0, wandb="disabled", pictures=False)

@@ -31,7 +31,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Module]:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield importlib.import_module
     AcceleratorState._reset_state(reset_partial_state=True)
-    for name in ("baselines", "report", "run"):
+    for name in ("baselines", "report", "run", "worker"):
         sys.modules.pop(name, None)
 
 
@@ -61,6 +61,17 @@ def test_a_ratio_is_that_of_the_medians_and_is_held_against_its_target(module: M
     assert found["met"] and (found["ratio"], found["ratios"]) == (0.25, [0.5, 0.25, 1.0])
     assert line("x", "%", [2.0, 4.0, 5.0], target="<= 3")["met"] is False
     assert line("x", "s", [], ("other", [1.0]), "<= 1")["met"] is None  # no seed has reached it
+
+
+def test_the_first_epoch_that_reaches_the_target_has_its_time_and_so_have_all_epochs(
+    module: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, clock, scores = module("worker"), iter(range(100)), [0.97, 0.981, 0.979, 0.985]
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: next(clock))  # it is read before and after an epoch
+    side = SimpleNamespace(epoch=lambda _: 60, accuracy=lambda: scores.pop(0))
+    found = worker.take_turn(side, None, epochs=3, target=0.98)
+    assert (found["reached"], found["seconds"], found["images"], found["accuracy"]) == (2, 3, 180, 0.979)
+    assert worker.take_turn(side, None, target=0.99)["reached"] is None
 
 
 @pytest.mark.parametrize(("second", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("a side fails"), 1)])
