@@ -18,10 +18,6 @@ class JobError(Exception):
         self.stop_reason = stop_reason
         self.reported = False
 
-    def add(self, advice: str) -> None:
-        """Append what to do next, on a line of its own."""
-        self.args = (f"{self}\n{advice}",)
-
 
 class UsageError(JobError, ValueError):
     """A mistake in the flags or in the script: the same command can never work."""

@@ -76,7 +76,7 @@ def evaluate(
     home = torch.device("cpu") if context.device.type == "mps" else context.device
     totals = torch.zeros(2 + cells, dtype=torch.float64, device=home)
     mistakes: list[Mistake] = []
-    size = chunk_size(split, context.device)
+    size = context.run_on_all_ranks(lambda: chunk_size(split, context.device))
     first = context.rank * size
     with evaluation_mode(network):
         chunks = batches.evaluation_batches(split, rank=context.rank, world_size=context.world_size, size=size)
@@ -110,7 +110,7 @@ def chunk_size(split: Split, device: torch.device) -> int:
     recursively_apply(lambda tensor: numbers.append(tensor.numel()), split.load(torch.tensor([0]), 0)[0])
     # 250: on a CPU, what fits its caches; of a `DataLoaderSet`, what one process loads at a time.
     size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
-    return max(1, size * 784 // max(784, sum(numbers)))
+    return max(32, size * 784 // max(784, sum(numbers)))
 
 
 def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:

@@ -32,7 +32,7 @@ def build_optimizer(config: "TrainConfig", make: MakeOptimizer | None, network: 
         # With the fused kernel Accelerate does not notice that fp16's scaler has skipped a step.
         fused = config.mixed_precision != "fp16"
         return Adam(network.parameters(), lr=config.lr, betas=(0.9, config.beta2), fused=fused)
-    optimizer = make(network)
+    optimizer = make(network) if callable(make) else make
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(f"`optimizer` returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
     known = set(network.parameters())

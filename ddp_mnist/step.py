@@ -170,10 +170,11 @@ class TrainStep:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def rehearse(self, batches: Batches) -> None:
-        """Let DDP order its buckets, and capture the CUDA graphs. Restore weights and random state. Collective.
+        """Let DDP order its buckets and find unused layers, and capture the CUDA graphs. Collective.
 
         DDP reorders its buckets in the forward after the first backward, which changes the order of sums at 3 and more
         ranks. Two passes here make it do so before step 1: a new run and a resumed run then sum in the same order.
+        Weights, buffers and random state stay as they were.
         """
         if self.context.world_size == 1 and self._graph is None:
             return

@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None, *, data: "Callable[[], UserData] | N
         config = parse(argv)
         config.check_world_size(launcher.from_environment("WORLD_SIZE"))
     with StopSignal(ignore_afterwards=True) as stop:
-        from ddp_mnist.trainer import Workload, run_attempt  # imports torch
+        from ddp_mnist.trainer import run_attempt  # imports torch
 
         here = Path.cwd()
-        sets = data() if data else None
+        sets = data() if callable(data) else data
         if Path.cwd() != here:  # changed by `data`; the flags' paths start where the command was typed
             names = [name for name in ("output_dir", "data_dir", "init_from") if getattr(config, name)]
             config = config.replace(**{name: here / getattr(config, name) for name in names})
-        return run_attempt(Workload(config, data=sets, **parts), stop=stop).exit_code
+        return run_attempt(config, stop=stop, data=sets, **parts).exit_code
 
 
 if __name__ == "__main__":

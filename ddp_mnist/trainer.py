@@ -71,11 +71,12 @@ def fit(
         loss: A function, (outputs, targets) → one value per item, (n,); default: cross entropy of logits (n, classes).
     """
     launcher.install_excepthook()  # a script, too, ends with one message, not a traceback
-    return run_attempt(Workload(config, model=model, data=data, optimizer=optimizer, loss=loss, script_config=config))
+    return run_attempt(config, model=model, data=data, optimizer=optimizer, loss=loss, script_config=config)
 
 
-def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result:
+def run_attempt(config: "TrainConfig", *, stop: StopSignal | None = None, **parts: Any) -> Result:
     """Run one attempt, as `fit` does. Collective. `stop`: a StopSignal that is entered already; None: enter one."""
+    workload = Workload(config, **parts)
     config = workload.config
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
@@ -87,7 +88,7 @@ def run_attempt(workload: Workload, *, stop: StopSignal | None = None) -> Result
         try:
             with translate_errors(context):
                 config.check_world_size(context.world_size)
-                workload.check_same_data(context)
+                workload.check_same_data()
                 run = stack.enter_context(open_run(config, context))
                 workload.config = run.config
                 if run.final_summary:

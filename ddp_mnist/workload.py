@@ -5,11 +5,11 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import gather_object, recursively_apply, send_to_device
 from torch import nn
 
 from ddp_mnist.config import RECIPES, USER_DATA_PREFIX, TrainConfig
-from ddp_mnist.data.batches import Batches, Split
+from ddp_mnist.data.batches import Batches, Split, seed_generators
 from ddp_mnist.data.sources import UserData, load_mnist, validate_user_data
 from ddp_mnist.distributed.launcher import report_once_per_host
 from ddp_mnist.errors import UsageError
@@ -46,6 +46,8 @@ class Workload:
         self.sets: tuple[Split, Split] | None = None
         self.is_script = any(part is not None for part in (model, data, optimizer, loss, script_config))
         with report_once_per_host():
+            if isinstance(model, nn.Module):
+                raise UsageError("`model` is a network; expected a function that makes one, such as its class.")
             for name in ("lr", "beta2") if optimizer is not None else ():
                 value = getattr(config, name)
                 if value not in (getattr(TrainConfig, name), RECIPES[config.recipe].get(name)):
@@ -67,15 +69,11 @@ class Workload:
 
         return context.run_on_all_ranks(place)
 
-    def check_same_data(self, context: "Context") -> None:
+    def check_same_data(self) -> None:
         """Raise UsageError on all ranks if a rank was given other data than rank 0. Collective."""
-        first = context.broadcast(self.config.dataset)
-
-        def compare() -> None:
-            if self.config.dataset != first:
-                raise UsageError("it was given other data than rank 0. Seed whatever draws or splits them.")
-
-        context.run_on_all_ranks(compare)
+        names = gather_object([self.config.dataset])
+        if others := [rank for rank, name in enumerate(names) if name != names[0]]:
+            raise UsageError(f"rank {others[0]} was given other data than rank 0. Seed whatever draws or splits them.")
 
     def build_network(self, context: "Context", snapshot: Snapshot | None, inputs: Any = None) -> nn.Module:
         """Return the network on this rank's device, with the weights of the snapshot, else of --init-from. Collective.
@@ -83,7 +81,7 @@ class Workload:
         `inputs`: of one item or more; lazy layers get their shapes from them. Raises on all ranks UsageError: the
         weights belong to another network; JobError: the file of --init-from cannot be used.
         """
-        torch.manual_seed(self.config.seed)
+        seed_generators(self.config.seed, context.device)
         network = self.make_network() if self.make_network else CNN(widths=self.config.widths)
         if hasattr(network, "_orig_mod"):  # its weights would be saved under names that the plain module does not have
             raise UsageError("the network is compiled already; return the module itself, and use --compile.")

@@ -62,9 +62,9 @@ class Job:
         if env.cluster == "slurm" and config.output_dir is None:  # as in slurm/train.sh: the same after a requeue
             config = config.replace(output_dir=Path("runs") / f"slurm-{env.job_id}")
         with StopSignal() as stop:
-            from ddp_mnist.trainer import Workload, run_attempt  # imports torch
+            from ddp_mnist.trainer import run_attempt  # imports torch
 
-            result = run_attempt(Workload(config), stop=stop)
+            result = run_attempt(config, stop=stop)
         # Not after TERM: scancel sends it too, and a requeue would bring a cancelled job back to life.
         requeue = result.exit_code == STOPPED and result.summary["stop_reason"] in ("SIGUSR1", "SIGUSR2", "max_minutes")
         if requeue and env.cluster != "debug":

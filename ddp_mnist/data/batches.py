@@ -124,7 +124,7 @@ class Batches:
             yield self._batch(epoch, step, next(loaded, None))
 
     def sample(self, step_in_epoch: int = 0) -> Batch:
-        """Return a batch of epoch 0 to try the network on. This process loads it, without workers."""
+        """Return a batch of epoch 0 to try the network on."""
         rows = self._rows(0, step_in_epoch)[: self.local_size]
         return self._batch(0, step_in_epoch, self.train_set.load(rows, 0) if len(rows) else None)
 

@@ -50,7 +50,7 @@ _make_digits = lru_cache(maxsize=1)(synthetic.make_digits)  # both files of a sp
 
 def class_names(dataset: str, count: int = 10) -> tuple[str, ...]:
     """Return the names of the labels from 0 to `count` - 1."""
-    return _FASHION if dataset == "fashion-mnist" else tuple(map(str, range(count)))
+    return (*(_FASHION if dataset == "fashion-mnist" else "0123456789"), *map(str, range(10, count)))[:count]
 
 
 class DataError(JobError):

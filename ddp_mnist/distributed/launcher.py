@@ -28,10 +28,12 @@ def from_environment(name: str) -> int:
     """
     smallest = int("WORLD_SIZE" in name)
     text = os.environ.get(name, str(smallest))
-    if not text.isdecimal() or int(text) < smallest:
+    most = int(size) - 1 if name == "RANK" and (size := os.environ.get("WORLD_SIZE", "1")).isdecimal() else sys.maxsize
+    if not text.isdecimal() or not smallest <= int(text) <= most:
+        below = " and below WORLD_SIZE" if name == "RANK" else ""
         raise UsageError(
-            f"the environment says {name}={text}; expected a whole number from {smallest}, as accelerate launch, "
-            f"torchrun and slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
+            f"the environment says {name}={text}; expected a whole number from {smallest}{below}, as accelerate "
+            f"launch, torchrun and slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
             local=name.endswith("RANK"),  # a rank without a number cannot leave the message to rank 0
         )
     return int(text)

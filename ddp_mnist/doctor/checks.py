@@ -41,7 +41,7 @@ class Finding:
 
 
 def examine(config: TrainConfig) -> list[Finding]:
-    """Return the findings of all ranks on rank 0, and none on the others. Collective. Raise JobError as `meet` does."""
+    """Return the findings of all ranks on rank 0, and none on the others. Collective. Raises: JobError, as `meet`."""
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"  # the latter: srun without rank.sh
     found = [*launch(config), device(), precision(config.mixed_precision)]
     if launcher.is_first_on_its_machine():
@@ -166,7 +166,7 @@ def slurm() -> list[Finding]:
 def meet(config: TrainConfig, mine: list[Finding]) -> list[Finding]:
     """Bring the ranks together, and add what the others have found and how they meet. Collective.
 
-    Raises JobError where that fails, but on rank 0, which has a finding of it instead.
+    Where that fails, rank 0 returns it as a finding; the others raise it as a JobError.
     """
     try:
         with Context(config) as context, translate_errors(context):

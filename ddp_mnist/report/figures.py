@@ -71,7 +71,8 @@ def confusion_figure(run: RunLog) -> Figure:
 
 def mistakes_figure(run: RunLog, images: Any) -> Figure:
     """Draw the mistakes of the newest test score, of which `images` are uint8 (N, 28, 28), five to a row."""
-    mistakes, names = run.score["test/mistakes"], class_names(run.dataset)
+    mistakes = run.score["test/mistakes"]
+    names = class_names(run.dataset, 1 + max(each[key] for each in mistakes for key in ("label", "prediction")))
     rows = -(-len(mistakes) // 5)
     caption = "True class → answer of the network, with the probability that it gave to that answer."
     figure = _figure(8, 1 + 1.62 * rows, [run], "most confident mistakes on the test set", caption)

@@ -48,6 +48,8 @@ def open_run(config: TrainConfig, context: "Context") -> Iterator[Run]:
 
 def _find(config: TrainConfig, stack: ExitStack) -> Run:
     path = directory.create(config)
+    if (found := directory.read_json(path / directory.CONFIG)) and "settings" not in found:
+        raise UsageError(f"{path} holds a {directory.CONFIG} of another program. Choose another --output-dir.")
     # At most half of --timeout-minutes, in seconds: after the full time the other ranks give rank 0 up.
     holder = directory.lock(path, patience=min(directory.PATIENCE, 30 * config.timeout_minutes))
     if holder is not None:
@@ -101,7 +103,8 @@ def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
 def continue_command(config: TrainConfig, context: "Context", workload: "Workload") -> str:
     """Return the command that continues the run: launcher, script and flags."""
     config, asked = config.replace(fresh=False), workload.script_config
-    name = shlex.quote(sys.argv[0]) if workload.is_script else "-m ddp_mnist.train"
+    spec = sys.modules["__main__"].__spec__  # None: a file, not `python -m package.module`
+    name = "-m ddp_mnist.train" if not workload.is_script else f"-m {spec.name}" if spec else shlex.quote(sys.argv[0])
     flags = config.flags() if asked is None else sys.argv[1:]
     command = f"{_launcher(context, name, with_precision=asked is not None)} {shlex.join(flags)}".strip()
     if asked is None:
@@ -123,9 +126,10 @@ def advise(error: JobError, config: TrainConfig, context: "Context", workload: "
         start = checkpoints.path(kept[-1]) / MODEL if kept else config.init_from
         changes = {} if workload.make_optimizer else {"lr": float(f"{config.lr / 3:.2g}")}
         again = config.replace(output_dir=None, init_from=start, **changes)
-        error.add(f"A lower rate may help:\n  {continue_command(again, context, workload)}")
+        error.args = (f"{error}\nA lower rate may help:\n  {continue_command(again, context, workload)}",)
     elif kept:
-        error.add(f"Continue from step {kept[-1]} with\n  {continue_command(config, context, workload)}")
+        command = continue_command(config, context, workload)
+        error.args = (f"{error}\nContinue from step {kept[-1]} with\n  {command}",)
 
 
 def _launcher(context: "Context", module: str, *, with_precision: bool) -> str:

@@ -1,7 +1,7 @@
 """The training's side of the W&B mirror: decide where to mirror to, start the mirror's process, report how it went.
 
-That process (`process.py`) runs beside the training. Whatever wandb does there, the training neither sees it nor waits
-for it, except for a limited time at its very end.
+That process (`process.py`) runs beside the training, which does not see what wandb does there. The training waits for
+the server at its start and for the process at its end, each for a limited time.
 """
 
 import configparser

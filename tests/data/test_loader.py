@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from ddp_mnist import TrainConfig, fit
-from ddp_mnist.data.batches import Batches, evaluation_batches
+from ddp_mnist.data.batches import Batches, TensorSet, evaluation_batches
 from ddp_mnist.data.sources import DataLoaderSet
 from ddp_mnist.distributed.context import Context
 from ddp_mnist.errors import JobError, UsageError
@@ -131,6 +131,43 @@ def test_more_workers_than_items(load: Load) -> None:
     split = load(Augmented(2), workers=3)
     found = [targets.tolist() for _, targets in split.iterate(torch.tensor([1, 0]), 1, 0)]
     assert found == [[1], [0]]
+
+
+def test_a_file_that_items_are_read_from_is_opened_by_workers_alone(load: Load, tmp_path: Path) -> None:
+    """Opened before they are forked, it would have one position for all of them."""
+
+    class Records(Dataset[Any]):
+        file: Any = None
+
+        def __len__(self) -> int:
+            return 200
+
+        def __getitem__(self, row: int) -> tuple[Tensor, int]:
+            if self.file is None:
+                self.file = (tmp_path / "records").open("rb")
+            self.file.seek(row)
+            return torch.tensor(self.file.read(1)[0]), 0
+
+    (tmp_path / "records").write_bytes(bytes(range(200)))
+    split = load(records := Records(), workers=2)
+    assert split.identity().endswith(load(Records()).identity()[-64:])
+    assert split.load(torch.tensor([7, 5]), 0)[0].tolist() == [7, 5]
+    assert torch.cat([inputs for inputs, _ in split.iterate(torch.arange(200), 10, 0)]).tolist() == [*range(200)]
+    assert records.file is None
+
+
+def test_pictures_are_scored_many_at_a_time(process_of_a_job: None) -> None:
+    sizes: list[int] = []
+
+    class Recording(nn.Module):
+        def forward(self, pictures: Tensor) -> Tensor:
+            sizes.append(len(pictures))
+            return pictures[:, :, 0, 0]
+
+    pictures = TensorSet(torch.zeros(40, 3, 224, 224, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    with Context(TrainConfig()) as context:
+        assert evaluate(Recording(), pictures, context, classes=3).correct == 40
+    assert sizes == [32, 8]
 
 
 # --- Whole runs in this process

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,14 @@ def test_the_mistakes_have_their_images_classes_and_confidence(run: Path, tiny: 
         names = [figures.class_names("fashion-mnist")[each[key]] for key in ("label", "prediction")]
         assert (np.asarray(axes.images[0].get_array()) == image).all()
         assert axes.get_title() == f"{names[0]} → {names[1]}\n{100 * each['confidence']:.2f}%"
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist"])
+def test_a_network_may_answer_what_is_no_class(run: Path, dataset: str) -> None:
+    log = replace(read(run), dataset=dataset)
+    log.score["test/mistakes"] = [{"label": 3, "prediction": 712, "confidence": 0.5}]
+    (axes,) = figures.mistakes_figure(log, np.zeros((1, 28, 28), np.uint8)).axes
+    assert "→ 712" in axes.get_title()
 
 
 @pytest.mark.parametrize("is_set", [True, False])  # an empty variable is no variable

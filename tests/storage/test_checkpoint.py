@@ -32,7 +32,7 @@ def snapshot(step: int) -> Snapshot:
         config={"widths": [8, 16]},
         weights={"weight": torch.arange(9.0) + step, "count": torch.tensor(step)},
         optimizer={"weight.step": torch.tensor(float(step)), "weight.exp_avg": torch.arange(9) / 7},
-        optimizer_values={"weight": {"number": 0.1}},
+        optimizer_values={"weight": {"number": 0.1}, "groups": [{"params": []}]},
         scaler={"scale": 2.0**15 / 3},
         metrics_bytes=12,
     )

@@ -267,10 +267,15 @@ def test_a_checkpoint_that_cannot_be_read_is_reported_and_kept(train: Train, sto
     faults.assert_same_result(stopped, expected)
 
 
-def test_a_checkpoint_of_another_version_is_reported_and_kept(train: Train, stopped: Path) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [('"epoch":', '"a_field_of_tomorrow": 1, "epoch":'), ('"params":', '"p":')]
+)
+def test_a_checkpoint_of_another_version_is_reported_and_kept(
+    train: Train, stopped: Path, ours: str, theirs: str
+) -> None:
     """One that was written whole is not damaged."""
     step = stopped / "checkpoints" / "step-00000030"
-    text = (step / STATE).read_text().replace('"epoch":', '"a_field_of_tomorrow": 1, "epoch":', 1).encode()
+    text = (step / STATE).read_text().replace(ours, theirs, 1).encode()
     (step / STATE).write_bytes(text)
     manifest = jobs.read_json(step / MANIFEST)
     manifest[STATE] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
@@ -279,6 +284,15 @@ def test_a_checkpoint_of_another_version_is_reported_and_kept(train: Train, stop
     message = jobs.the_message([train("--output-dir", stopped)], 1)
     assert f"{step} is of another version of ddp_mnist" in message and "--fresh" in message
     assert everything(stopped) == before
+
+
+def test_a_folder_of_another_program_is_left_alone(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    before = everything(tmp_path)
+    for more in ([], ["--fresh"]):
+        message = jobs.the_message([train("--output-dir", tmp_path, *more)], 2)
+        assert message.startswith(f"error: {tmp_path} holds a config.json of another program")
+    assert everything(tmp_path) == before
 
 
 def test_what_others_leave_among_the_checkpoints_changes_nothing(train: Train, stopped: Path, expected: Path) -> None:

@@ -150,6 +150,7 @@ def test_an_explicit_flag_beats_the_recipe_wherever_it_stands(words: list[str]) 
 def test_a_wrong_flag_exits_with_2_and_a_message_of_the_first_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for quiet in (False, True):
         monkeypatch.setenv("RANK", str(int(quiet)))
         with pytest.raises(SystemExit) as exit:
@@ -158,6 +159,12 @@ def test_a_wrong_flag_exits_with_2_and_a_message_of_the_first_rank(
         printed = capsys.readouterr()
         assert not printed.out
         assert (printed.err == "") if quiet else (message in " ".join(printed.err.split()))
+
+
+@pytest.mark.parametrize("words", [["--output-dir", ""], ["--epochs", "2", "--output-dir="]])
+def test_an_empty_value_is_not_the_current_folder(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=f"without a value: .*{words[-1]}.*unset"):
+        parse(words)
 
 
 @pytest.mark.parametrize("variable", [None, ("ACCELERATE_MIXED_PRECISION", "bf16"), ("DDP_MNIST_DATA", "/elsewhere")])

@@ -335,6 +335,7 @@ def test_a_wrong_flag_is_reported_by_rank_0_alone(
     rescore: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: str, reports: bool
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="2"):
         rescore("run", "--bogus")
     assert ("unrecognized arguments: --bogus" in capfd.readouterr().err) == reports

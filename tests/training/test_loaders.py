@@ -160,6 +160,15 @@ def test_what_goes_wrong_on_one_ranks_loader_is_one_message_and_all_leave(
     assert jobs.read_json(tmp_path / "run" / "summary.json")["exit_code"] == code
 
 
+def test_a_first_item_that_cannot_be_made_is_one_message_too(tmp_path: Path) -> None:
+    """The ranks have not met yet."""
+    with start(program(tmp_path, "if row == 0: [][1]"), 2, tmp_path / "run", "--workers", 1) as job:
+        ended = job.wait()
+    (message,) = [process.err for process in ended if process.err]
+    assert [process.code for process in ended] == [1, 1] and message.count("error: ") == 1
+    assert "the training set: item 0 could not be made" in message and "IndexError" in message
+
+
 RESNET = """
 from torch import nn
 from torchvision.datasets import FakeData

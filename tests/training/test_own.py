@@ -453,6 +453,7 @@ class Pair(nn.Module):
         ({"data": (points(101),)}, r"the data are 1 of them; expected a \(training, test\) pair"),
         ({"data": "a pair"}, r"the data are a str; expected a \(training, test\) pair"),
         ({"model": lambda: nn.Linear(4, 3)}, "expected logits"),
+        ({"model": nn.Linear(12, 3)}, "`model` is a network; expected a function"),
         ({"model": lambda: Pair()}, "the network gives a tuple; expected logits"),
         ({"model": lambda: linear().requires_grad_(False)}, "no parameter to train"),
         ({"model": lambda: torch.compile(linear(), backend="eager")}, "compiled already"),
@@ -587,6 +588,16 @@ def network(): return nn.Sequential(Viewed(), nn.LazyLinear(2))
 """
 
 
+def test_weights_that_numpy_draws_follow_from_the_seed(fit_here: Callable[..., Result]) -> None:
+    def drawn() -> nn.Module:
+        network = linear()
+        nn.init.constant_(next(network.parameters()), np.random.rand() + random.random())
+        return network
+
+    found = [load_file(fit_here(name, model=drawn).run_dir / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_network_that_takes_no_empty_share_has_the_same_curve_at_two_ranks(tmp_path: Path) -> None:
@@ -605,7 +616,7 @@ def test_a_network_that_takes_no_empty_share_has_the_same_curve_at_two_ranks(tmp
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seed": "rank"}, "rank 1: it was given other data than rank 0"), ({"labels": 3}, "there is a label 2")],
+    [({"seed": "rank"}, "rank 1 was given other data than rank 0"), ({"labels": 3}, "there is a label 2")],
     ids=["ranks with different data", "a label too many"],
 )
 def test_a_mistake_in_a_script_is_one_message_and_2(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -619,6 +630,8 @@ def test_the_printed_command_says_what_the_script_has_to_change(tmp_path: Path) 
     (run_dir,) = (tmp_path / "runs").iterdir()
     expected = f"script.py  # with output_dir='runs/{run_dir.name}', max_steps=0 in its TrainConfig"
     assert faults.printed_command(ended.out).endswith(expected)
+    (ended,) = jobs.run_ranks(1, program=[sys.executable, "-m", "script"], cwd=tmp_path)  # it may import its neighbours
+    assert faults.printed_command(ended.out).startswith("python -m script  # with ")
 
 
 def test_secrets_among_a_scripts_arguments_are_not_saved(
