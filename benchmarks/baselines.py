@@ -127,10 +127,9 @@ class Published(Tutorial):
 
 
 if __name__ == "__main__":
-    root, epochs = sys.argv[1:]
-    tutorial = Tutorial("fashion-mnist", Path(root))
+    tutorial = Tutorial("fashion-mnist", Path(sys.argv[1]))
     tutorial.begin(seed=0)
-    for _ in range(int(epochs)):
+    for _ in range(int(sys.argv[2])):
         tutorial.epoch()
     for name, loader in {"training": tutorial.loader, "test": tutorial.test_loader}.items():
         print(f"Accuracy on {name} data: {tutorial.accuracy(loader):.2%}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ddp_mnist.distributed.machine import allowed_cpus
 from ddp_mnist.storage.metrics import provenance
 
 
@@ -36,7 +37,7 @@ def machine() -> dict[str, Any]:
     """Return versions, commit, device, date and load average."""
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on many Linuxes
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    cpu = f"CPU, {len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
+    cpu = f"CPU, {len(allowed_cpus())} cores of {names[0] if names else platform.machine()}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     found = {name: value for name, value in provenance(1).items() if name != "launch"}
     return found | {"device": device, "date": time.strftime("%Y-%m-%d %H:%M"), "load_average": os.getloadavg()[0]}

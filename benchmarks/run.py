@@ -44,9 +44,9 @@ class Worker:
         with mock.patch.dict(os.environ):
             if side in ("ours", "overhead") and not spins:
                 limit_spinning()  # as the job's command does
-            # Ranks are compared on the CPU, also where there is a GPU, which two of them could only share.
-            variables = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if ranks else {})
-        variables["TMPDIR"] = str(setup.scratch)  # loader processes that are ended leave folders there
+            # In TMPDIR, loader processes that are ended leave folders. Ranks use the CPU: two could only share a GPU.
+            variables = os.environ | {"TMPDIR": str(setup.scratch)}
+            variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if ranks else {}
         self.side, self.errors = side, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the row
         options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
         options |= {"env": variables, "cwd": setup.scratch, "start_new_session": True}  # Ctrl-C is not for them
