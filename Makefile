@@ -9,7 +9,8 @@ PYTEST_ARGS ?=
 # Two files of tests at a time: most jobs wait as much as they compute.
 TESTS := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # One process per GPU, of CUDA_VISIBLE_DEVICES where that is set; one on a machine without.
-GPUS := $(shell (printenv CUDA_VISIBLE_DEVICES || nvidia-smi -L) 2>/dev/null | tr , '\n' | grep -cE '^(GPU|MIG-|[0-9])')
+GPUS := $(shell gpus=$$(nvidia-smi -L 2>/dev/null) || CUDA_VISIBLE_DEVICES=; \
+    echo "$${CUDA_VISIBLE_DEVICES-$$gpus}" | tr , '\n' | grep -cE '^(GPU|MIG-| *[0-9])')
 RANKS := $(if $(filter 0,$(GPUS)),1,$(GPUS))
 
 .PHONY: install train test fast coverage faults bench gpu check clean

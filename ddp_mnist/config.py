@@ -248,8 +248,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     Exit with 2 on a wrong flag and 0 after `--help`, as argparse does; only the first rank of each machine prints.
     """
     words = sys.argv[1:] if argv is None else argv
-    if any(re.fullmatch("(--[^=]+=)?", word) for word in words):
-        raise UsageError(f"there is a flag without a value: {shlex.join(words)}. Is a variable of the shell unset?")
+    if re.search("--(output|data)[-_]dir[= ]( |$)", " ".join(words)):
+        raise UsageError(f"a directory has no name: {shlex.join(words)}. Is a variable of the shell unset?")
     # W&B's sweeps write --pictures=True and --pictures=False for --pictures and --no-pictures.
     args = [re.sub(f"{_SWITCH}=true$", r"--\1", re.sub(f"{_SWITCH}=false$", r"--no-\1", word)) for word in words]
     # "--recipe X" or "--recipe=X": tyro starts from the recipe's settings, and flags beat them.

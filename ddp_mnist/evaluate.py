@@ -108,9 +108,9 @@ def chunk_size(split: Split, device: torch.device) -> int:
     """Return how many items to score at once: the larger the items, the fewer. The world size has no influence."""
     numbers: list[int] = []
     recursively_apply(lambda tensor: numbers.append(tensor.numel()), split.load(torch.tensor([0]), 0)[0])
-    # 250: on a CPU, what fits its caches; of a `DataLoaderSet`, what one process loads at a time.
+    # 250: what fits a CPU's caches, or what one process loads at a time. At least 32, if these are at most 128 MB.
     size = 10_000 if device.type != "cpu" and isinstance(split, TensorSet) else 250
-    return max(32, size * 784 // max(784, sum(numbers)))
+    return max(1, min(32, 2**25 // max(1, sum(numbers))), size * 784 // max(784, sum(numbers)))
 
 
 def move_to_device(network: nn.Module, device: torch.device) -> nn.Module:

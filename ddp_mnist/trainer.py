@@ -79,6 +79,8 @@ def run_attempt(config: "TrainConfig", *, stop: StopSignal | None = None, **part
     workload = Workload(config, **parts)
     config = workload.config
     with ExitStack() as stack:
+        for split in workload.sets or ():
+            stack.callback(split.close)
         stop = stop or stack.enter_context(StopSignal())
         stop.limit(config.max_minutes)
         # The mirror comes first, before any rank waits for another: asking the W&B server may take seconds.
@@ -127,8 +129,6 @@ class Trainer:
         """
         config, context, snapshot, workload = self.config, self.context, self.snapshot, self.workload
         self.batches, self.test_set = workload.load_data(context)
-        for split in (self.batches.train_set, self.test_set):
-            stack.callback(split.close)
         self.total_steps = len(self.batches) * config.epochs
         network = self.network = workload.build_network(context, snapshot, self.batches.dummy[0])
         # Parts that do not fit each other fail here, not after an epoch.

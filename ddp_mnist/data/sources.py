@@ -162,7 +162,7 @@ class DataLoaderSet:
         except JobError as error:
             self.failure = error
         except Exception as error:  # a worker died, with one of several messages; or pinning a batch failed
-            why = f"a worker has died, or memory is short ({error}). Fewer --workers need less"
+            why = f"a worker has died, memory is short, or it cannot be pickled ({error}). Fewer --workers need less"
             self.failure = JobError(f"the {self.name} set could not be loaded: {why}.")
 
     def limit_labels(self, classes: int) -> None:
@@ -185,9 +185,8 @@ class DataLoaderSet:
         """
         dataset = self._items.dataset
         rows = torch.tensor([0, len(self) // 2, len(self) - 1])
-        probe = DataLoaderSet(self.name, dataset, seed=0, workers=min(1, self.workers))
-        hashes = {_hash([probe.load(row, 0) for row in rows.split(1)]) for _ in range(2)}
-        probe.close()
+        with contextlib.closing(DataLoaderSet(self.name, dataset, seed=0, workers=min(1, self.workers))) as probe:
+            hashes = {_hash([probe.load(row, 0) for row in rows.split(1)]) for _ in range(2)}
         if len(hashes) > 1:
             log.warning(
                 "an item of the %s set differs each time it is made, by random numbers of its own: a continued run "

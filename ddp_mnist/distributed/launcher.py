@@ -28,12 +28,12 @@ def from_environment(name: str) -> int:
     """
     smallest = int("WORLD_SIZE" in name)
     text = os.environ.get(name, str(smallest))
-    most = int(size) - 1 if name == "RANK" and (size := os.environ.get("WORLD_SIZE", "1")).isdecimal() else sys.maxsize
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    most = max(int(ranks), 1) - 1 if name == "RANK" and ranks.isdecimal() else sys.maxsize
     if not text.isdecimal() or not smallest <= int(text) <= most:
-        below = " and below WORLD_SIZE" if name == "RANK" else ""
         raise UsageError(
-            f"the environment says {name}={text}; expected a whole number from {smallest}{below}, as accelerate "
-            f"launch, torchrun and slurm/rank.sh set it. Type  unset {name}  if no launcher has.",
+            f"the environment says {name}={text}; expected a whole number from {smallest}, and RANK below WORLD_SIZE, "
+            f"as accelerate launch, torchrun and slurm/rank.sh set them. Type  unset {name}  if no launcher has.",
             local=name.endswith("RANK"),  # a rank without a number cannot leave the message to rank 0
         )
     return int(text)
@@ -50,7 +50,7 @@ def report_once_per_host() -> Iterator[None]:
     try:
         yield
     except JobError as error:
-        error.local |= is_first_on_its_machine()
+        error.local |= is_first_on_its_machine() or wait_for_first_rank_to_exit()  # or it has no such error
         raise
 
 
@@ -140,15 +140,15 @@ def install_excepthook() -> None:
     sys.excepthook = hook
 
 
-def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
-    """Let this machine's first rank, which reports for the others, leave before them.
+def wait_for_first_rank_to_exit(timeout: float = 10.0) -> bool:
+    """Let this machine's first rank, which reports for the others, leave before them. Return True if it stays.
 
     Launchers kill all ranks when the first one fails. So after an error the rank that reports leaves first; after a
     stop it leaves last, see `Context.wait_for_peers_to_exit`. The ranks may not have met yet: look for the first rank
     among the launcher's processes.
     """
     if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
-        return
+        return False
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or srun would report SIGTERM as the job's exit code
     first = []
@@ -156,7 +156,7 @@ def wait_for_first_rank_to_exit(timeout: float = 10.0) -> None:
         given = each.info["environ"] or {}  # the variables at its start: submitit sets LOCAL_RANK later
         if each.info["ppid"] == os.getppid() and given.get("LOCAL_RANK", given.get("SLURM_LOCALID")) == "0":
             first.append(each)
-    psutil.wait_procs(first, timeout)
+    return bool(psutil.wait_procs(first, timeout)[1])
 
 
 def hard_exit(code: int) -> NoReturn:

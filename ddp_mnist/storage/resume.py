@@ -103,8 +103,9 @@ def check_identity(snapshot: Snapshot, config: TrainConfig) -> None:
 def continue_command(config: TrainConfig, context: "Context", workload: "Workload") -> str:
     """Return the command that continues the run: launcher, script and flags."""
     config, asked = config.replace(fresh=False), workload.script_config
-    spec = sys.modules["__main__"].__spec__  # None: a file, not `python -m package.module`
-    name = "-m ddp_mnist.train" if not workload.is_script else f"-m {spec.name}" if spec else shlex.quote(sys.argv[0])
+    spec: Any = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m package.module`
+    script = f"-m {spec.name}" if getattr(spec, "origin", None) == sys.argv[0] else shlex.quote(sys.argv[0])
+    name = script if workload.is_script else "-m ddp_mnist.train"
     flags = config.flags() if asked is None else sys.argv[1:]
     command = f"{_launcher(context, name, with_precision=asked is not None)} {shlex.join(flags)}".strip()
     if asked is None:

@@ -133,30 +133,33 @@ def test_more_workers_than_items(load: Load) -> None:
     assert found == [[1], [0]]
 
 
+class Records(Dataset[Any]):
+    """The bytes of a file, which is opened when the first of them is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, None
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        self.file: Any = self.file or self.path.open("rb")
+        self.file.seek(row)
+        return torch.tensor(self.file.read(1)[0]), 0
+
+
 def test_a_file_that_items_are_read_from_is_opened_by_workers_alone(load: Load, tmp_path: Path) -> None:
     """Opened before they are forked, it would have one position for all of them."""
 
-    class Records(Dataset[Any]):
-        file: Any = None
-
-        def __len__(self) -> int:
-            return 200
-
-        def __getitem__(self, row: int) -> tuple[Tensor, int]:
-            if self.file is None:
-                self.file = (tmp_path / "records").open("rb")
-            self.file.seek(row)
-            return torch.tensor(self.file.read(1)[0]), 0
-
-    (tmp_path / "records").write_bytes(bytes(range(200)))
-    split = load(records := Records(), workers=2)
-    assert split.identity().endswith(load(Records()).identity()[-64:])
+    (path := tmp_path / "records").write_bytes(bytes(range(200)))
+    split = load(records := Records(path), workers=2)
+    assert split.identity() == load(Records(path)).identity()
     assert split.load(torch.tensor([7, 5]), 0)[0].tolist() == [7, 5]
     assert torch.cat([inputs for inputs, _ in split.iterate(torch.arange(200), 10, 0)]).tolist() == [*range(200)]
     assert records.file is None
 
 
-def test_pictures_are_scored_many_at_a_time(process_of_a_job: None) -> None:
+def test_pictures_are_scored_many_at_a_time_and_large_volumes_few(process_of_a_job: None) -> None:
     sizes: list[int] = []
 
     class Recording(nn.Module):
@@ -164,10 +167,11 @@ def test_pictures_are_scored_many_at_a_time(process_of_a_job: None) -> None:
             sizes.append(len(pictures))
             return pictures[:, :, 0, 0]
 
-    pictures = TensorSet(torch.zeros(40, 3, 224, 224, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
     with Context(TrainConfig()) as context:
-        assert evaluate(Recording(), pictures, context, classes=3).correct == 40
-    assert sizes == [32, 8]
+        for count, *shape in ((40, 3, 224, 224), (3, 3, 2048, 4096)):
+            items = TensorSet(torch.zeros(count, *shape, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
+            assert evaluate(Recording(), items, context, classes=3).correct == count
+    assert sizes == [32, 8, 1, 1, 1]
 
 
 # --- Whole runs in this process

@@ -163,7 +163,7 @@ def test_a_wrong_flag_exits_with_2_and_a_message_of_the_first_rank(
 
 @pytest.mark.parametrize("words", [["--output-dir", ""], ["--epochs", "2", "--output-dir="]])
 def test_an_empty_value_is_not_the_current_folder(words: list[str]) -> None:
-    with pytest.raises(UsageError, match=f"without a value: .*{words[-1]}.*unset"):
+    with pytest.raises(UsageError, match=f"no name: .*{words[-1]}.*unset"):
         parse(words)
 
 

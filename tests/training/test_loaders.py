@@ -121,8 +121,7 @@ def test_a_loader_slower_than_the_step_loses_neither_signal_nor_time_limit(tmp_p
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_signal_while_workers_start_stops_the_job(tmp_path: Path, method: str) -> None:
     with start(program(tmp_path, start=START.format(method)), 1, tmp_path / "run", "--workers", 2) as job:
-        built = tmp_path / "run" / "metrics.jsonl"
-        faults.wait_for(lambda: (built.exists() and workers(job)) or not job.running(), "a worker", job)
+        faults.wait_for(lambda: workers(job) or not job.running(), "a worker", job)
         for process in job.left():
             process.send_signal(signal.SIGTERM)
         (ended,) = job.wait()
@@ -167,6 +166,45 @@ def test_a_first_item_that_cannot_be_made_is_one_message_too(tmp_path: Path) -> 
     (message,) = [process.err for process in ended if process.err]
     assert [process.code for process in ended] == [1, 1] and message.count("error: ") == 1
     assert "the training set: item 0 could not be made" in message and "IndexError" in message
+
+
+def test_an_item_that_fails_on_one_rank_alone_is_reported_by_that_rank(tmp_path: Path) -> None:
+    """The others wait for it."""
+    mishap = 'if row == 0 and os.environ["RANK"] == "1": [][1]'
+    with start(program(tmp_path, mishap), 2, tmp_path / "run", "--workers", 1, "--timeout-minutes", "0.3") as job:
+        ended = job.wait()
+    assert "the training set: item 0 could not be made" in ended[1].err and [each.code for each in ended] == [1, 1]
+
+
+CAUGHT = """
+from pathlib import Path
+import torch
+from torch import nn
+from ddp_mnist import TrainConfig, fit
+from ddp_mnist.errors import JobError
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, row):
+        assert not WHEN
+        return torch.zeros(4), row % 3
+
+config = TrainConfig(output_dir="run", workers=1, threads=1, batch_size=20, wandb="disabled")
+try:
+    fit(config, model=lambda: nn.Linear(4, 3), data=(Items(), Items()))
+except JobError:
+    print("caught")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["True", 'Path("run").exists()'])
+def test_a_script_that_catches_the_error_ends_with_no_worker_left(tmp_path: Path, when: str) -> None:
+    """In `Workload`, and when the ranks have met."""
+    (tmp_path / "mine.py").write_text(CAUGHT.replace("WHEN", when))
+    ended = jobs.run([sys.executable, "mine.py"], cwd=tmp_path)
+    assert (ended.code, ended.out.split()[-1]) == (0, "caught"), ended.err
 
 
 RESNET = """

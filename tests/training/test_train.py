@@ -328,7 +328,8 @@ def test_help_into_a_pipe_that_closes_is_quiet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("RANK", "two"), ("RANK", "1"), ("LOCAL_WORLD_SIZE", "0"), ("WORLD_SIZE", "")]
+    ("name", "value"),
+    [("RANK", "two"), ("RANK", "1"), ("LOCAL_WORLD_SIZE", "0"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "")],
 )
 def test_a_launchers_variable_that_is_no_number_is_named(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
