@@ -31,7 +31,7 @@ HERE, TUTORIAL = Path(__file__).resolve().parent, "the tutorial's loop"
 Lines = list[dict[str, Any]]
 # How much is measured: images of the training set, steps of a turn, turns of what takes seconds and of what takes a
 # minute, epochs of a whole command. A setup has these, `dataset`, `data_dir`, a `scratch` folder, a row's `stack`.
-FULL = {"images": 60_000, "steps": 300, "turns": 10, "slow_turns": 2, "epochs": 5}
+FULL = {"images": 60_000, "steps": 300, "turns": 10, "slow_turns": 3, "epochs": 5}
 QUICK = {"images": 6_000, "steps": 50, "turns": 2, "slow_turns": 1, "epochs": 1}
 
 
@@ -153,7 +153,7 @@ def ranks(setup: Any) -> Lines:
     sides, lines = start(Worker(setup, "ours", 1, ranks=2), Worker(setup, "ours", 2, ranks=1)), []
     for batch, steps, target in ((64, setup.steps, ""), (512, setup.steps // 5, ">= 0.8")):
         speeds = (partial(side.speed, {"limit": steps}, batch_size=batch) for side in sides)
-        ours, theirs = in_turn(2 * setup.turns, *speeds)
+        ours, theirs = in_turn(setup.turns, *speeds)
         what = f"CPU, batch {batch}: 2 ranks x 1 thread"
         lines.append(line(what, "images/s", ours, ("1 rank x 2 threads", theirs), target))
     return lines
@@ -169,7 +169,7 @@ def side_by_side(setup: Any, most: int = 3) -> Lines:
 
     lines = []
     for what, count in (("one run alone", 1), (f"each of {most} runs at once", most)):
-        ours, theirs = in_turn(setup.turns, partial(speed, bound[:count]), partial(speed, free[:count]))
+        ours, theirs = in_turn(setup.turns // 2, partial(speed, bound[:count]), partial(speed, free[:count]))
         lines.append(line(what, "images/s", ours, ("without GOMP_SPINCOUNT=5000", theirs)))
     return lines
 

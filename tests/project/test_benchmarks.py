@@ -113,7 +113,7 @@ def test_runs_side_by_side_spin_only_where_they_are_to(
     run = module("run")
     with ExitStack() as stack:
         names = {"dataset": "fashion-mnist", "data_dir": tiny, "scratch": tmp_path}
-        setup = SimpleNamespace(**names, stack=stack, steps=3, turns=1)
+        setup = SimpleNamespace(**names, stack=stack, steps=3, turns=2)
         for side, spins in (("ours", False), ("ours", True), ("tutorial", False)):
             environment = Path(f"/proc/{run.Worker(setup, side, spins=spins).process.pid}/environ")
             faults.wait_for(environment.read_bytes, "the start of the worker's program")
