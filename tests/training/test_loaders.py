@@ -171,7 +171,7 @@ def test_a_first_item_that_cannot_be_made_is_one_message_too(tmp_path: Path) -> 
 def test_an_item_that_fails_on_one_rank_alone_is_reported_by_that_rank(tmp_path: Path) -> None:
     """The others wait for it."""
     mishap = 'if row == 0 and os.environ["RANK"] == "1": [][1]'
-    with start(program(tmp_path, mishap), 2, tmp_path / "run", "--workers", 1, "--timeout-minutes", "0.3") as job:
+    with start(program(tmp_path, mishap), 2, tmp_path / "run", "--workers", 1, "--timeout-minutes", "0.2") as job:
         ended = job.wait()
     assert "the training set: item 0 could not be made" in ended[1].err and [each.code for each in ended] == [1, 1]
 

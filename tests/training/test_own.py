@@ -519,14 +519,17 @@ result.exit()
 NETWORK = "def network(): return nn.Sequential(nn.Flatten(), nn.Linear(4, 2))"
 
 
-def run_script(
-    folder: Path, ranks: int, network: str = NETWORK, *, labels: int = 2, seed: str = "0", **settings: Any
-) -> list[jobs.Ended]:
+def write_script(folder: Path, network: str = NETWORK, *, labels: int = 2, seed: str = "0", **settings: Any) -> Path:
     text = SCRIPT
     for word, value in {"NETWORK": network, "LABELS": labels, "SEED": seed, "SETTINGS": settings}.items():
         text = text.replace(word, str(value))
     path = folder / "script.py"
     path.write_text(text)
+    return path
+
+
+def run_script(folder: Path, ranks: int, *network: str, **options: Any) -> list[jobs.Ended]:
+    path = write_script(folder, *network, **options)
     return jobs.run_ranks(ranks, program=[sys.executable, str(path)], cwd=folder)
 
 
@@ -625,13 +628,13 @@ def test_a_mistake_in_a_script_is_one_message_and_2(tmp_path: Path, change: dict
 
 @pytest.mark.slow
 def test_the_printed_command_says_what_the_script_has_to_change(tmp_path: Path) -> None:
-    (ended,) = run_script(tmp_path, 1, max_steps=3, output_dir=None)
-    jobs.succeeded([ended])
+    """The script runs as a module: it may import its neighbours."""
+    write_script(tmp_path, max_steps=3, output_dir=None)
+    ended = jobs.run_ranks(1, program=[sys.executable, "-m", "script"], cwd=tmp_path)
+    jobs.succeeded(ended)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    expected = f"script.py  # with output_dir='runs/{run_dir.name}', max_steps=0 in its TrainConfig"
-    assert faults.printed_command(ended.out).endswith(expected)
-    (ended,) = jobs.run_ranks(1, program=[sys.executable, "-m", "script"], cwd=tmp_path)  # it may import its neighbours
-    assert faults.printed_command(ended.out).startswith("python -m script  # with ")
+    expected = f"python -m script  # with output_dir='runs/{run_dir.name}', max_steps=0 in its TrainConfig"
+    assert faults.printed_command(ended[0].out) == expected
 
 
 def test_secrets_among_a_scripts_arguments_are_not_saved(
