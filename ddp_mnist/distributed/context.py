@@ -210,6 +210,6 @@ def _init_process_group(backend: str, size: int, timeout: timedelta) -> None:
         f"ddp_mnist/{launcher.from_environment('TORCHELASTIC_RESTART_COUNT')}/{next(_group_numbers)}", _store
     )
     machine.choose_interface()
-    machine.use_batch_scheduling()  # gloo's threads inherit it. With a StopSignal, this thread ends here
+    machine.use_batch_scheduling()  # gloo's threads inherit it; in training, this thread ends here
     rank = launcher.from_environment("RANK")
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

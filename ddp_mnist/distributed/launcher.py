@@ -50,7 +50,7 @@ def report_once_per_host() -> Iterator[None]:
     try:
         yield
     except JobError as error:
-        error.local |= is_first_on_its_machine() or wait_for_first_rank_to_exit()  # or it has no such error
+        error.local |= is_first_on_its_machine() or wait_for_first_rank_to_exit()  # if it stays, it has no such error
         raise
 
 

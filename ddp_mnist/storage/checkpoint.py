@@ -172,7 +172,7 @@ def read_checkpoint(path: Path) -> Snapshot:
     values = json.loads(contents[STATE])
     tensors = [safetensors.torch.load(contents[name]) for name in (MODEL, OPTIMIZER)]
     try:  # no byte is damaged, so an error means another version
-        _ = [group["params"] for group in values["optimizer_values"]["groups"]]
+        _ = [group["params"] for group in values["optimizer_values"]["groups"]]  # missing in an older layout
         values["state"] = TrainState(**values["state"])
         return Snapshot(weights=tensors[0], optimizer=tensors[1], **values)
     except (TypeError, KeyError) as error:

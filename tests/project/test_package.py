@@ -116,3 +116,22 @@ def test_the_hooks_run_make_check_and_no_tracked_file_is_large_or_refused() -> N
     tracked = [name for name in names.split("\0") if (ROOT / name).is_file()]
     assert [name for name in tracked if re.search(strays["files"], name)] == []
     assert [name for name in tracked if (ROOT / name).stat().st_size > 512 * 1024] == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "driver", "ranks"),
+    [(None, True, 2), ("0,1,3", True, 3), ("", True, 1), ("GPU-aa", True, 1), (None, False, 1), ("0,1", False, 1)],
+)
+def test_make_train_starts_a_rank_for_each_gpu_that_it_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, driver: bool, ranks: int
+) -> None:
+    """Without a driver nvidia-smi fails, and writes why."""
+    lines = "GPU 0: NVIDIA H200\nGPU 1: NVIDIA H200\n" if driver else "NVIDIA-SMI has failed\n"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\nexit {int(not driver)}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    shown = subprocess.run(["make", "--dry-run", "train"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert f"--num_processes {ranks} " in shown and ("--multi_gpu" in shown) == (ranks > 1)

@@ -637,6 +637,18 @@ def test_the_printed_command_says_what_the_script_has_to_change(tmp_path: Path) 
     assert faults.printed_command(ended[0].out) == expected
 
 
+def test_run_takes_a_pair_of_sets_for_a_function_and_refuses_an_optimizer_for_one(
+    tmp_path: Path, process_of_a_job: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair: Any = points(101), points(31)
+    flags = ["--batch-size", "20", "--epochs", "1", "--threads", "1", "--no-pictures", "--wandb", "disabled"]
+    assert train.main([*flags, "--output-dir", str(tmp_path / "pair")], data=pair, model=linear) == 0
+    optimizer = torch.optim.SGD(linear().parameters())
+    words = [*flags, "--output-dir", str(tmp_path / "optimizer")]
+    assert train.main(words, data=pair, model=linear, optimizer=optimizer) == 2
+    assert "parameters that are not the network's" in capsys.readouterr().err
+
+
 def test_secrets_among_a_scripts_arguments_are_not_saved(
     fit_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
